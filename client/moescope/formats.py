@@ -1,0 +1,231 @@
+"""The formats of traces: JSON, ``.npz`` and JSON Lines in the schema of ``VLLM_LOG_MOE``.
+
+``.npz`` holds any number of traces ragged: the rows of all of them one after the other in
+``topk_ids``, ``topk_weights`` and ``source``, their tokens in ``token_ids``; trace ``i`` has rows
+``row_splits[i]:row_splits[i + 1]`` and tokens ``token_splits[i]:token_splits[i + 1]``. ``meta`` is
+a JSON list with everything else. With one trace the arrays are that trace's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from moescope.errors import FormatError
+from moescope.trace import RouteTrace, Source
+
+_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+_ARRAY_FIELDS = frozenset({"layers", "topk_ids", "topk_weights", "source", "token_ids"})
+_SOURCE_NAMES = tuple(source.name.lower() for source in Source)
+_META_FIELDS = tuple(
+    field.name for field in dataclasses.fields(RouteTrace) if field.name not in _ARRAY_FIELDS
+)
+
+
+def _meta(trace: RouteTrace) -> dict[str, Any]:
+    return {name: getattr(trace, name) for name in _META_FIELDS}
+
+
+def to_dict(trace: RouteTrace) -> dict[str, Any]:
+    """Return a trace's values for JSON; the ids and weights of a missing row are None.
+
+    Arrays stay numpy arrays: dump with ``orjson.OPT_SERIALIZE_NUMPY``, as `dump_json` does.
+    """
+    return {
+        **_meta(trace),
+        "coverage": trace.coverage,
+        "top_k": trace.top_k,
+        "layers": trace.layers,
+        "token_ids": trace.token_ids,
+        "source": [_SOURCE_NAMES[value] for value in trace.source.tolist()],
+        "topk_ids": _rows(trace.topk_ids, trace.present),
+        "topk_weights": _rows(trace.topk_weights, trace.present),
+    }
+
+
+def dump_json(request_id: str, traces: Sequence[RouteTrace]) -> bytes:
+    """Return ``{"request_id": …, "traces": [ … ]}``, the default answer of ``/routes/{id}``."""
+    values = {"request_id": request_id, "traces": [to_dict(trace) for trace in traces]}
+    return orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _rows(
+    values: npt.NDArray[Any] | None, present: npt.NDArray[np.bool_]
+) -> npt.NDArray[Any] | list[npt.NDArray[Any] | None] | None:
+    if values is None or present.all():
+        return values if values is None else np.ascontiguousarray(values)
+    return [row if here else None for row, here in zip(values, present.tolist(), strict=True)]
+
+
+def from_dict(values: dict[str, Any]) -> RouteTrace:
+    """Rebuild a trace from the JSON that `dump_json` wrote; weights become float32.
+
+    Raises:
+        FormatError: A field is missing or does not fit the others.
+    """
+    try:
+        num_layers, top_k = len(values["layers"]), values["top_k"]
+        shape = (len(values["topk_ids"]), num_layers, top_k)
+        return RouteTrace(
+            **{name: values[name] for name in _META_FIELDS},
+            layers=np.array(values["layers"], np.int32),
+            topk_ids=_filled(values["topk_ids"], shape, id_dtype(values["num_experts"])),
+            topk_weights=None
+            if values["topk_weights"] is None
+            else _filled(values["topk_weights"], shape, np.float32),
+            source=np.array([Source[name.upper()] for name in values["source"]], np.uint8),
+            token_ids=None
+            if values["token_ids"] is None
+            else np.array(values["token_ids"], np.int32),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"not a trace in moescope's JSON: {error!r}") from error
+
+
+def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
+    """Return the narrowest dtype that holds every expert id."""
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+def _filled(rows: list[Any], shape: tuple[int, int, int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    blank = np.zeros(shape[1:], dtype)
+    return np.array([blank if row is None else row for row in rows], dtype).reshape(shape)
+
+
+def dump_npz(traces: Sequence[RouteTrace]) -> bytes:
+    """Write traces of one model as the bytes of an ``.npz`` (uncompressed).
+
+    Raises:
+        FormatError: No trace at all, or traces whose layers, top-k or weights differ.
+    """
+    if not traces:
+        raise FormatError("an .npz needs at least one trace")
+    first = traces[0]
+    for trace in traces:
+        if (
+            not np.array_equal(trace.layers, first.layers)
+            or trace.top_k != first.top_k
+            or (trace.topk_weights is None) != (first.topk_weights is None)
+        ):
+            raise FormatError("traces in one .npz must share layers, top-k and weights")
+    tokens = [np.empty(0, np.int32) if t.token_ids is None else t.token_ids for t in traces]
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "meta": np.frombuffer(
+            orjson.dumps([{**_meta(t), "has_token_ids": t.token_ids is not None} for t in traces]),
+            np.uint8,
+        ),
+        "layers": first.layers,
+        "topk_ids": np.concatenate([t.topk_ids for t in traces]),
+        "source": np.concatenate([t.source for t in traces]),
+        "row_splits": np.cumsum([0, *(t.num_rows for t in traces)]),
+        "token_ids": np.concatenate(tokens),
+        "token_splits": np.cumsum([0, *map(len, tokens)]),
+    }
+    weights = [t.topk_weights for t in traces if t.topk_weights is not None]
+    if weights:
+        arrays["topk_weights"] = np.concatenate(weights)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def load_npz(data: bytes) -> list[RouteTrace]:
+    """Read the traces that `dump_npz` wrote; nothing is unpickled.
+
+    Raises:
+        FormatError: The bytes are no ``.npz`` of traces.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        traces = []
+        metas = orjson.loads(arrays["meta"].tobytes())
+        row_spans = itertools.pairwise(arrays["row_splits"])
+        token_spans = itertools.pairwise(arrays["token_splits"])
+        for meta, row_span, token_span in zip(metas, row_spans, token_spans, strict=True):
+            rows, tokens = slice(*row_span), slice(*token_span)
+            has_tokens = meta.pop("has_token_ids")
+            traces.append(
+                RouteTrace(
+                    **meta,
+                    layers=arrays["layers"],
+                    topk_ids=arrays["topk_ids"][rows],
+                    topk_weights=arrays["topk_weights"][rows] if "topk_weights" in arrays else None,
+                    source=arrays["source"][rows],
+                    token_ids=arrays["token_ids"][tokens] if has_tokens else None,
+                )
+            )
+    except (
+        AttributeError,
+        EOFError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise FormatError(f"not an .npz of traces: {error!r}") from error
+    return traces
+
+
+def meta_line(
+    *,
+    model: str,
+    versions: dict[str, str],
+    device: str,
+    seed: int | None,
+    layers: Sequence[int],
+    top_k: int,
+    num_experts: int | None = None,
+) -> bytes:
+    """Return the first line of a route log, in the schema of ``VLLM_LOG_MOE``.
+
+    ``num_experts`` is ours: the schema has no field for it, and without it a reader cannot know
+    of experts that were never selected. It is left out where None.
+    """
+    record: dict[str, Any] = {
+        "type": "meta",
+        "model_id": model,
+        "vllm_version": versions.get("vllm"),
+        "torch_version": versions.get("torch"),
+        "device": device,
+        "seed": seed,
+        "layers_logged": list(layers),
+        "top_k": top_k,
+    }
+    if num_experts is not None:
+        record["num_experts"] = num_experts
+    return orjson.dumps(record, option=_LINE)
+
+
+def route_lines(trace: RouteTrace) -> Iterator[bytes]:
+    """Yield one line a token and layer, in the schema of ``VLLM_LOG_MOE``.
+
+    ``token_idx`` is the position in the sequence. Lines of a sequence with index > 0 carry
+    ``index``; the ids and weights of a missing row are null.
+    """
+    head: dict[str, Any] = {"type": "route", "req_id": trace.request_id}
+    if trace.index:
+        head["index"] = trace.index
+    layers = trace.layers.tolist()
+    present = trace.present.tolist()
+    weights = None if trace.topk_weights is None else np.ascontiguousarray(trace.topk_weights)
+    ids = np.ascontiguousarray(trace.topk_ids)
+    for position, here in enumerate(present):
+        for column, layer in enumerate(layers):
+            record = {
+                **head,
+                "token_idx": position,
+                "layer": layer,
+                "topk_ids": ids[position, column] if here else None,
+                "topk_weights": None if weights is None or not here else weights[position, column],
+            }
+            yield orjson.dumps(record, option=_LINE)

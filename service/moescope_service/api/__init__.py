@@ -1,0 +1,1 @@
+"""The HTTP half, inside vLLM's own FastAPI app: ids, endpoints, authentication, metrics."""

@@ -1,0 +1,97 @@
+"""Asks the collector, from an API server's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from typing import Any
+
+from moescope_service.errors import CollectorGoneError
+from moescope_service.link import Link
+from moescope_service.messages import Frames, pack, unpack
+
+QUERY_TIMEOUT_S = 2.0
+_MAX_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(slots=True)
+class Message:
+    """A message whose frames are made already."""
+
+    frames: Frames
+
+    @property
+    def size_bytes(self) -> int:
+        """What it holds while it waits, in bytes."""
+        return sum(memoryview(frame).nbytes for frame in self.frames)
+
+    def encode(self) -> Frames:
+        """Return its frames."""
+        return self.frames
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """What the collector answered."""
+
+    values: dict[str, Any]
+    arrays: Frames
+    """The frames behind the control frame."""
+
+
+class CollectorClient:
+    """Tells the collector about requests and asks it questions, in order, over one link.
+
+    Belongs to the event loop that runs when it is made.
+
+    Args:
+        address: Where the collector is bound.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count()
+        self._open: dict[int, asyncio.Future[Reply]] = {}
+        self._link = Link(
+            address, self._on_message, max_bytes=_MAX_BYTES, name="moescope-collector-client"
+        )
+
+    def tell(self, kind: str, arrays: Frames = (), **values: Any) -> None:
+        """Send a message that has no answer; never blocks."""
+        self._link.put(Message(pack(kind, arrays, **values)))
+
+    async def ask(self, op: str, *, timeout_s: float = QUERY_TIMEOUT_S, **values: Any) -> Reply:
+        """Ask a question.
+
+        Args:
+            op: What is asked; see `moescope_service.collector.queries`.
+            timeout_s: How long to wait for the answer, in seconds.
+            values: Its parameters.
+
+        Raises:
+            CollectorGoneError: No answer came in time.
+        """
+        number = next(self._numbers)
+        future = self._open[number] = self._loop.create_future()
+        self.tell("query", number=number, op=op, **values)
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise CollectorGoneError(
+                f"the collector process has not answered within {timeout_s:g} s; serving goes on, "
+                "routes and counts are not to be had; the server's log says how it ended"
+            ) from None
+        finally:
+            del self._open[number]
+
+    def _on_message(self, frames: Frames) -> None:
+        kind, values = unpack(frames)
+        if kind == "reply":
+            number = values.pop("number")
+            self._loop.call_soon_threadsafe(self._resolve, number, Reply(values, frames[1:]))
+
+    def _resolve(self, number: int, reply: Reply) -> None:
+        future = self._open.get(number)
+        if future is not None and not future.done():
+            future.set_result(reply)

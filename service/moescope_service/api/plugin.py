@@ -1,0 +1,74 @@
+"""moescope's endpoints as a vLLM endpoint plugin."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from argparse import Namespace
+from typing import Any
+
+from fastapi import Depends, FastAPI
+
+from moescope_service import runtime
+from moescope_service.api import experts, metrics, routes
+from moescope_service.api.auth import require_api_key
+from moescope_service.api.collector_client import CollectorClient
+from moescope_service.api.registration import Registration, RequestScopeMiddleware
+from moescope_service.errors import CollectorGoneError, RefusedError
+from moescope_service.settings import Settings, is_enabled
+
+HELLO_TIMEOUT_S = 30.0
+
+
+class MoescopeEndpoints:
+    """Adds moescope's endpoints to vLLM's app, and tells the collector of every request.
+
+    Source: vLLM 0.32.0, ``plugins/endpoint_plugins/interface.py`` (``EndpointPlugin``).
+    """
+
+    name = "moescope"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the endpoints and the middleware; called before the app is served."""
+        if not is_enabled():
+            return
+        guard = [Depends(require_api_key(app.state.args))]
+        app.include_router(routes.router, dependencies=guard)
+        app.include_router(experts.router, dependencies=guard)
+        app.include_router(metrics.router)
+        app.add_middleware(RequestScopeMiddleware)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Connect to the collector; called in the app's event loop, before requests are taken.
+
+        Raises:
+            RefusedError: No worker said hello: nothing would be captured.
+        """
+        if not is_enabled():
+            return
+        settings = Settings.from_env()
+        collector = CollectorClient(runtime.collector_address())
+        hello = await self._wait_for_hello(collector)
+        registration = Registration(
+            collector, model=hello["model"], keep_by_default=settings.default == "on"
+        )
+        registration.watch(engine_client.output_processor)
+        state.moescope_collector = collector
+        state.moescope_registration = registration
+
+    async def _wait_for_hello(self, collector: CollectorClient) -> dict[str, Any]:
+        deadline_s = time.monotonic() + HELLO_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            try:
+                values = (await collector.ask("info")).values
+            except CollectorGoneError as error:
+                raise RefusedError(str(error)) from None
+            if values["hello"] is not None:
+                hello: dict[str, Any] = values["hello"]
+                return hello
+            await asyncio.sleep(0.05)
+        raise RefusedError(
+            f"no worker reported its routers within {HELLO_TIMEOUT_S:g} s, so nothing would be "
+            "captured; is moescope installed where the workers run, and named in VLLM_PLUGINS?"
+        )

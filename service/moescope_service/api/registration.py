@@ -1,0 +1,187 @@
+"""Tells the collector which sequence of the engine belongs to which request of a client.
+
+The ids that a client sees are not those that the engine uses (``cmpl-X`` against ``cmpl-X-0-3f9a…``,
+``resp_X``, a raw ``X-Request-Id``), and none of them is ever parsed: `RequestScopeMiddleware` keeps
+the HTTP request at hand, and the wrapped ``add_request`` reads both sides where they meet.
+
+Relies on vLLM 0.32.0, ``v1/engine/output_processor.py`` (``OutputProcessor.add_request``,
+``RequestState.make_request_output``, called for every finished and every aborted sequence) and
+``entrypoints`` (``request.state.request_metadata.request_id`` is the id in the response).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moescope_service.api.collector_client import CollectorClient
+from moescope_service.messages import Register
+
+HEADER = "x-moescope"
+"""Request header: ``off`` keeps no routes of the request, ``on`` keeps them."""
+XARG = "moescope"
+"""The same as an entry of ``vllm_xargs`` in the request's body."""
+
+
+@dataclasses.dataclass(slots=True)
+class RequestScope:
+    """The HTTP request that is being handled."""
+
+    scope: Scope
+    created_s: float
+    internal_ids: list[str] = dataclasses.field(default_factory=list)
+    """The engine's sequences that belong to it."""
+
+    @property
+    def headers(self) -> Headers:
+        """The request's headers."""
+        return Headers(scope=self.scope)
+
+    @property
+    def response_id(self) -> str | None:
+        """The id in the response, once vLLM has chosen it."""
+        metadata = self.scope.get("state", {}).get("request_metadata")
+        return None if metadata is None else metadata.request_id
+
+
+_current: contextvars.ContextVar[RequestScope | None] = contextvars.ContextVar(
+    "moescope_request", default=None
+)
+
+
+class RequestScopeMiddleware:
+    """Keeps the HTTP request where `Registration` finds it (pure ASGI)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = RequestScope(scope, time.time())
+        wish = request.headers.get(HEADER, "on").lower()
+        if wish not in {"on", "off"}:
+            message = f"the header X-Moescope is {wish!r}; allowed: on, off"
+            response = JSONResponse({"error": {"message": message, "code": 422}}, 422)
+            await response(scope, receive, send)
+            return
+        _current.set(request)
+
+        async def send_and_look(message: Message) -> None:
+            await send(message)
+            # Outer middleware has added its headers by now, to this very list.
+            if message["type"] == "http.response.start" and request.internal_ids:
+                alias = Headers(raw=message["headers"]).get("x-request-id")
+                registration = getattr(scope["app"].state, "moescope_registration", None)
+                if alias is not None and registration is not None:
+                    registration.add_alias(request, alias)
+
+        await self._app(scope, receive, send_and_look)
+
+
+class Registration:
+    """Registers each sequence at the collector and reports its end.
+
+    Everything runs in the API server's event loop and costs one small message a request.
+
+    Args:
+        collector: Where to tell.
+        model: The served model's name.
+        keep_by_default: Whether routes of requests that say nothing are kept.
+    """
+
+    def __init__(self, collector: CollectorClient, *, model: str, keep_by_default: bool) -> None:
+        self._collector = collector
+        self._model = model
+        self._keep_by_default = keep_by_default
+
+    def watch(self, output_processor: Any) -> None:
+        """Wrap ``add_request`` of an API server's output processor (this instance alone)."""
+        add_request = output_processor.add_request
+
+        def add_and_register(
+            request: Any,
+            prompt: str | None,
+            parent_req: Any = None,
+            request_index: int = 0,
+            queue: Any = None,
+        ) -> None:
+            is_update = output_processor.has_request(request.request_id)
+            add_request(request, prompt, parent_req, request_index, queue)
+            if request.sampling_params is not None and not is_update:
+                state = output_processor.request_states[request.request_id]
+                self._register(request, state, parent_req, request_index)
+                self._report_end(state)
+
+        output_processor.add_request = add_and_register
+
+    def add_alias(self, request: RequestScope, alias: str) -> None:
+        """Let one more id find a request's routes."""
+        self._collector.tell("alias", internal_ids=request.internal_ids, alias=alias)
+
+    def _register(self, request: Any, state: Any, parent: Any, sample: int) -> None:
+        http = _current.get()
+        external_id = parent.external_req_id if parent else request.external_req_id
+        response_id = (http and http.response_id) or external_id
+        ids = {response_id, external_id, request.request_id}
+        if http is not None:
+            http.internal_ids.append(request.request_id)
+            ids.add(http.headers.get("x-request-id", response_id))
+        samples = parent.sampling_params.n if parent else 1
+        register = Register(
+            internal_id=request.request_id,
+            request_id=response_id,
+            ids=sorted(ids),
+            index=prompt_number(external_id, response_id) * samples + sample,
+            model=self._model,
+            lora=state.lora_name,
+            prompt_len=state.prompt_len,
+            created_s=http.created_s if http else time.time(),
+            keep=self._keeps(http, request.sampling_params),
+        )
+        prompt_ids = state.prompt_token_ids
+        arrays = [] if prompt_ids is None else [np.array(prompt_ids, np.int32)]
+        self._collector.tell("register", arrays, **dataclasses.asdict(register))
+
+    def _keeps(self, http: RequestScope | None, sampling_params: Any) -> bool:
+        wish = (sampling_params.extra_args or {}).get(XARG)
+        if wish is None and http is not None:
+            wish = http.headers.get(HEADER)
+        return self._keep_by_default if wish is None else str(wish).lower() == "on"
+
+    def _report_end(self, state: Any) -> None:
+        make_request_output = state.make_request_output
+
+        def make_and_report(
+            new_token_ids: list[int], pooling_output: Any, finish_reason: Any, *args: Any, **kw: Any
+        ) -> Any:
+            if finish_reason is not None:
+                del state.make_request_output  # ends the cycle through this closure
+                output_ids = np.array(state.detokenizer.output_token_ids, np.int32)
+                self._collector.tell(
+                    "finish",
+                    [output_ids],
+                    internal_id=state.request_id,
+                    reason=str(finish_reason),
+                )
+            return make_request_output(new_token_ids, pooling_output, finish_reason, *args, **kw)
+
+        state.make_request_output = make_and_report
+
+
+def prompt_number(external_id: str, response_id: str) -> int:
+    """Return which prompt of a request the engine's id means.
+
+    vLLM appends ``-0``, ``-1`` … (completions) or ``_0``, ``_1`` … (chat batches, responses) to the
+    response's id, which is known here: nothing is guessed from the id alone.
+    """
+    suffix = external_id.removeprefix(response_id)[1:]
+    return int(suffix) if external_id.startswith(response_id) and suffix.isdecimal() else 0

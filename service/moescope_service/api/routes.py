@@ -1,0 +1,177 @@
+"""``/routes``: the traces of a request, the list of recent ones, forgetting, pause and resume."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from moescope import formats
+from moescope.errors import LayerNotCapturedError
+from moescope.trace import RouteTrace
+from moescope_service.api.collector_client import CollectorClient, Reply
+from moescope_service.api.responses import MoescopeRoute, encoded
+from moescope_service.settings import parse_layers
+
+RequestId = Annotated[str, Path(description="Any id of the request that its client saw.")]
+MAX_WAIT_S = 60.0
+
+router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
+
+
+def collector_of(request: Request) -> CollectorClient:
+    """Return the app's link to the collector."""
+    client: CollectorClient = request.app.state.moescope_collector
+    return client
+
+
+Collector = Annotated[CollectorClient, Depends(collector_of)]
+
+
+@router.get("/routes", summary="Recent requests, newest first")
+async def recent(
+    collector: Collector,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Sequences a page.")] = 50,
+    before: Annotated[int | None, Query(description="``next_before`` of the last page.")] = None,
+) -> dict[str, Any]:
+    """List sequences with their ids, tokens, finish reason, completeness and coverage."""
+    return (await collector.ask("recent", limit=limit, before=before)).values
+
+
+@router.post("/routes/pause", summary="Hold the capture")
+async def pause(collector: Collector) -> dict[str, Any]:
+    """Ship no rows until ``/routes/resume``; rows of meanwhile are missing, and said to be."""
+    return (await collector.ask("capture", on=False)).values
+
+
+@router.post("/routes/resume", summary="Go on capturing")
+async def resume(collector: Collector) -> dict[str, Any]:
+    """Undo ``/routes/pause``."""
+    return (await collector.ask("capture", on=True)).values
+
+
+@router.post("/routes/reset", summary="Count experts from zero")
+async def reset(collector: Collector) -> dict[str, Any]:
+    """Set the counts of ``/experts`` to zero; Prometheus counters and traces stay."""
+    values = (await collector.ask("reset")).values
+    return {"since_s": values.get("since_s")}
+
+
+@router.get(
+    "/routes/{request_id:path}",
+    summary="The routes of a request",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The traces of every choice of the request; newest request first where "
+            "an id was used again.",
+            "content": {"application/json": {}, "application/jsonl": {}, "application/x-npz": {}},
+        },
+        202: {"description": "The request is still running."},
+        404: {"description": "No request with this id was recorded."},
+        410: {"description": "The trace made room for newer ones (--routes-memory)."},
+        422: {"description": "A parameter is malformed; the message says what is allowed."},
+        503: {"description": "The collector process does not answer."},
+    },
+)
+async def routes(
+    request: Request,
+    request_id: RequestId,
+    collector: Collector,
+    form: Annotated[
+        Literal["json", "jsonl", "npz"], Query(alias="format", description="Format of the body.")
+    ] = "json",
+    layers: Annotated[
+        str | None, Query(description="Layers to return, such as ``0,5-7``; all by default.")
+    ] = None,
+    index: Annotated[int | None, Query(ge=0, description="One choice of the response.")] = None,
+    weights: Annotated[bool, Query(description="Whether to return the weights.")] = True,
+    wait_s: Annotated[
+        float | None,
+        Query(
+            ge=0,
+            le=MAX_WAIT_S,
+            description="Seconds to wait for a running request. By default one that was answered "
+            "already is waited for, up to 2 s, and a running one is not.",
+        ),
+    ] = None,
+) -> Response:
+    """Return which experts every token of a request went to, with which weights, in every layer."""
+    chosen = _parse_layers(layers)
+    reply = await collector.ask(
+        "routes", timeout_s=(wait_s or 2.0) + 5.0, request_id=request_id, wait_s=wait_s
+    )
+    if reply.values["status"] == "running":
+        return JSONResponse({"request_id": request_id, "status": "running"}, 202)
+    _raise_if_gone(reply, request_id)
+    if form == "npz" and chosen is None and index is None and weights:
+        return await encoded(request, form, lambda: bytes(reply.arrays[0]))
+    info = (await collector.ask("info")).values["hello"] if form == "jsonl" else None
+
+    def make() -> bytes:
+        traces = _select(formats.load_npz(reply.arrays[0]), request_id, chosen, index, weights)
+        if form == "json":
+            return formats.dump_json(request_id, traces)
+        return formats.dump_npz(traces) if form == "npz" else _jsonl(traces, info)
+
+    return await encoded(request, form, make)
+
+
+@router.delete("/routes/{request_id:path}", summary="Forget a request")
+async def forget(request_id: RequestId, collector: Collector) -> dict[str, Any]:
+    """Forget the traces of a request; one that is running will leave none."""
+    reply = await collector.ask("delete", request_id=request_id)
+    if not reply.values["deleted"]:
+        raise HTTPException(404, f"no request with the id {request_id!r} was recorded")
+    return {"request_id": request_id, **reply.values}
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else parse_layers(text)
+    except ValueError as error:
+        raise HTTPException(422, f"layers: {error}") from None
+
+
+def _raise_if_gone(reply: Reply, request_id: str) -> None:
+    if reply.values["status"] == "unknown":
+        raise HTTPException(
+            404,
+            f"no request with the id {request_id!r} was recorded: use an id of a response, or its "
+            "X-Request-Id; requests that opted out leave no routes",
+        )
+    if reply.values["status"] == "evicted":
+        raise HTTPException(
+            410, f"the routes of {request_id!r} made room for newer ones; see --routes-memory"
+        )
+
+
+def _select(
+    traces: list[RouteTrace],
+    request_id: str,
+    layers: tuple[int, ...] | None,
+    index: int | None,
+    weights: bool,
+) -> list[RouteTrace]:
+    if index is not None:
+        indices = sorted({trace.index for trace in traces})
+        traces = [trace for trace in traces if trace.index == index]
+        if not traces:
+            raise HTTPException(422, f"index: {request_id!r} has {indices}, got {index}")
+    try:
+        return [trace.select(layers=layers, weights=weights) for trace in traces]
+    except LayerNotCapturedError as error:
+        raise HTTPException(422, f"layers: {error}") from None
+
+
+def _jsonl(traces: list[RouteTrace], hello: dict[str, Any]) -> bytes:
+    meta = formats.meta_line(
+        model=hello["model"],
+        versions=hello["versions"],
+        device=hello["device"],
+        seed=hello["seed"],
+        layers=traces[0].layers.tolist(),
+        top_k=hello["top_k"],
+    )
+    return b"".join([meta, *(line for trace in traces for line in formats.route_lines(trace))])

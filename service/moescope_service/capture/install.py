@@ -1,0 +1,171 @@
+"""Puts the capture into a worker.
+
+``WorkerWrapperBase.init_device`` is wrapped once (it runs in every worker: in-process,
+multiprocess, Ray); from there on only *instances* are wrapped. Relies on vLLM 0.32.0,
+``v1/worker/worker_base.py`` and ``gpu_worker.py``: ``load_model`` comes before the warm-up,
+``initialize_from_config`` after it, ``execute_model`` is called once a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from moescope import formats
+from moescope_service import runtime
+from moescope_service.capture import layout_v1
+from moescope_service.capture.recorder import Recorder
+from moescope_service.capture.routers import RoutedLayer, find_routed_layers, hook
+from moescope_service.errors import RefusedError
+from moescope_service.messages import Hello
+from moescope_service.settings import Settings, flag
+from moescope_service.versions import versions
+
+_MARK = "_moescope_wrapped"
+
+
+def install(wrapper_class: Any) -> None:
+    """Wrap ``WorkerWrapperBase.init_device``; a second call does nothing."""
+    init_device = wrapper_class.init_device
+    if getattr(init_device, _MARK, False):
+        return
+
+    @functools.wraps(init_device)
+    def init_device_and_capture(self: Any) -> None:
+        init_device(self)
+        with runtime.reported_refusal():
+            WorkerCapture(self.worker, Settings.from_env())
+
+    setattr(init_device_and_capture, _MARK, True)
+    wrapper_class.init_device = init_device_and_capture
+
+
+class WorkerCapture:
+    """Follows one worker from loading its model to its last step.
+
+    Args:
+        worker: A vLLM ``Worker`` whose device is initialized.
+        settings: What is captured.
+    """
+
+    def __init__(self, worker: Any, settings: Settings) -> None:
+        self._worker = worker
+        self._runner = worker.model_runner
+        self._settings = settings
+        self._layers: list[RoutedLayer] = []
+        self._sink: Any = None
+        self._recorder: Recorder | None = None
+        self._wrap(worker, "load_model", after=self._hook_routers)
+        self._wrap(worker, "initialize_from_config", after=self._start)
+        self._wrap(worker, "shutdown", before=self._stop)
+
+    @staticmethod
+    def _wrap(target: Any, name: str, *, before: Any = None, after: Any = None) -> None:
+        original = getattr(target, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(*args, **kwargs)
+            result = original(*args, **kwargs)
+            if after is not None:
+                after(*args, **kwargs)
+            return result
+
+        setattr(target, name, wrapped)
+
+    def _hook_routers(self, *_: Any, **__: Any) -> None:
+        from moescope_service.capture.sink_cpu import CpuSink
+
+        with runtime.reported_refusal():
+            self._layers = find_routed_layers(self._runner.get_model())
+            self._check_log_layers()
+        router = self._layers[0].router
+        self._sink = CpuSink(
+            max_tokens=self._runner.max_num_tokens,
+            num_layers=len(self._layers),
+            top_k=router.top_k,
+            id_dtype=formats.id_dtype(router.global_num_experts),
+            weights_dtype=self._settings.weights_dtype,
+        )
+        hook(self._layers, self._sink)
+
+    def _check_log_layers(self) -> None:
+        captured = [found.layer for found in self._layers]
+        unknown = [n for n in self._settings.log_layers or () if n not in captured]
+        if unknown:
+            raise RefusedError(
+                f"{flag('log_layers')} (VLLM_LOG_MOE_LAYER) names layer {unknown[0]}, which routes "
+                f"nothing; layers with experts: {', '.join(map(str, captured))}"
+            )
+
+    def _start(self, kv_cache_config: Any) -> None:
+        with runtime.reported_refusal():
+            group, block_size = full_attention_group(kv_cache_config)
+        self._recorder = Recorder(
+            runtime.collector_address(),
+            self._hello(kv_cache_config.num_blocks, block_size),
+            sink=self._sink,
+            read_batch=functools.partial(layout_v1.read_batch, self._runner),
+            group=group,
+            max_rows_bytes=self._settings.queue,
+        )
+        self._wrap(
+            self._runner,
+            "execute_model",
+            before=lambda *_, **__: self._recorder and self._recorder.start_step(),
+            after=lambda output, *_, **__: self._recorder and self._recorder.record_step(output),
+        )
+
+    def _stop(self, *_: Any, **__: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    def _hello(self, num_blocks: int, block_size: int) -> Hello:
+        config = self._worker.vllm_config
+        router = self._layers[0].router
+        served = config.model_config.served_model_name
+        return Hello(
+            sender="worker-0",
+            layers=[found.layer for found in self._layers],
+            num_experts=router.global_num_experts,
+            top_k=router.top_k,
+            id_dtype=np.dtype(formats.id_dtype(router.global_num_experts)).name,
+            weights_dtype=self._settings.weights_dtype,
+            router_types=sorted({type(found.router).__name__ for found in self._layers}),
+            block_size=block_size,
+            num_blocks=num_blocks,
+            trust_prefix_hits=config.kv_transfer_config is None,
+            model=served[0] if isinstance(served, list) else served,
+            device=str(config.device_config.device),
+            seed=config.model_config.seed,
+            versions=versions(),
+        )
+
+
+def full_attention_group(kv_cache_config: Any) -> tuple[int, int]:
+    """Return the KV-cache group whose blocks hold every token of a sequence.
+
+    Args:
+        kv_cache_config: vLLM's ``KVCacheConfig``.
+
+    Returns:
+        The group's number and its tokens a block.
+
+    Raises:
+        RefusedError: No layer of the model attends to the whole sequence.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        first = spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+        if isinstance(first, FullAttentionSpec):
+            return number, int(spec.block_size)
+    raise RefusedError(
+        "no layer of the model attends to the whole sequence; moescope keeps a running sequence's "
+        "rows by its full-attention KV blocks"
+    )

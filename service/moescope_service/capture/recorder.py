@@ -1,0 +1,200 @@
+"""Ships each step's rows to the collector.
+
+`Recorder.record_step` runs on the worker's thread and only copies; the link's thread does the rest:
+handles, control, encoding, sending.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moescope_service.link import Link
+from moescope_service.messages import (
+    Admission,
+    Frames,
+    Hello,
+    Step,
+    pack_dataclass,
+    pack_step,
+    unpack,
+)
+
+_CONTROL_BYTES = 1024
+"""What a step's control is taken to hold while it waits."""
+_MAX_CONTROL_BYTES = 64 * 2**20
+
+Batch = tuple[list[str], npt.NDArray[np.int32], npt.NDArray[np.int32]]
+"""Request ids, first positions and numbers of rows, in row order."""
+
+
+class StepSink(Protocol):
+    """Holds the rows of the step that runs."""
+
+    def start_step(self) -> None:
+        """Forget earlier rows."""
+
+    def take(self, num_tokens: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """Return copies of (ids, weights), or None where the rows are not all of this step."""
+
+
+@dataclasses.dataclass(slots=True)
+class _HelloMessage:
+    hello: Hello
+    size_bytes: int = _CONTROL_BYTES
+
+    def encode(self) -> Frames:
+        return pack_dataclass("hello", self.hello)
+
+
+@dataclasses.dataclass(slots=True)
+class _StepMessage:
+    """A step as the worker's thread leaves it; `ControlEncoder` makes a message of it."""
+
+    encoder: ControlEncoder
+    scheduler_output: Any
+    batch: Batch | None
+    step: Step
+    size_bytes: int
+
+    def encode(self) -> Frames:
+        self.encoder.fill(self.step, self.scheduler_output, self.batch)
+        return pack_step(self.step)
+
+
+class ControlEncoder:
+    """Reads vLLM's scheduler output; gives each running sequence a small integer handle.
+
+    Relies on vLLM 0.32.0, ``v1/core/sched/output.py``: ``SchedulerOutput`` and its parts are new
+    objects in each step, so that they can be read after the step. Runs in the link's thread.
+
+    Args:
+        group: Number of the KV-cache group whose block tables the arena follows.
+    """
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+        self._handles: dict[str, int] = {}
+        self._free: list[int] = []
+
+    def fill(self, step: Step, scheduler_output: Any, batch: Batch | None) -> None:
+        """Fill in a step's control values."""
+        for request_id in scheduler_output.finished_req_ids:
+            handle = self._handles.pop(request_id, None)
+            if handle is None:
+                step.finished_unseen.append(request_id)
+            else:
+                step.finished.append(handle)
+        self._free += step.finished
+        for new in scheduler_output.scheduled_new_reqs:
+            step.admitted.append(
+                self._admission(new.req_id, new.prompt_len, new.num_computed_tokens, new.block_ids)
+            )
+        self._fill_cached(step, scheduler_output.scheduled_cached_reqs)
+        copies = scheduler_output.kv_cache_block_copies or ()
+        step.block_copies = [(copy.src_block_id, copy.dst_block_id) for copy in copies]
+        if batch is not None:
+            request_ids, starts, lengths = batch
+            handles = np.array([self._handles[name] for name in request_ids], np.int32)
+            step.spans = np.stack([handles, starts, lengths], axis=1)
+
+    def _fill_cached(self, step: Step, cached: Any) -> None:
+        for i, request_id in enumerate(cached.req_ids):
+            blocks = cached.new_block_ids[i]
+            if request_id in cached.resumed_req_ids:
+                step.resumed.append(
+                    self._admission(request_id, 0, cached.num_computed_tokens[i], blocks)
+                )
+            elif blocks is not None and blocks[self._group]:
+                step.grown.append((self._handles[request_id], list(blocks[self._group])))
+
+    def _admission(
+        self, request_id: str, prompt_len: int, num_computed: int, blocks: Any
+    ) -> Admission:
+        handle = self._handles.get(request_id)
+        if handle is None:
+            handle = self._free.pop() if self._free else len(self._handles)
+            self._handles[request_id] = handle
+        return Admission(handle, request_id, prompt_len, num_computed, list(blocks[self._group]))
+
+
+class Recorder:
+    """Takes each step's rows and sends them, never blocking the worker.
+
+    Args:
+        address: Where the collector is bound.
+        hello: What this worker captures.
+        sink: Holds the rows of the step that runs.
+        read_batch: Says which rows are whose, right after a step.
+        group: Number of the KV-cache group whose block tables the arena follows.
+        max_rows_bytes: Rows that may wait to be sent; beyond it rows are dropped and counted.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        *,
+        sink: StepSink,
+        read_batch: Callable[[], Batch],
+        group: int,
+        max_rows_bytes: int,
+    ) -> None:
+        self._sink = sink
+        self._read_batch = read_batch
+        self._encoder = ControlEncoder(group)
+        self._max_rows_bytes = max_rows_bytes
+        self._is_capturing = True
+        self._seq = 0
+        self._link = Link(
+            address,
+            self._on_message,
+            max_bytes=max_rows_bytes + _MAX_CONTROL_BYTES,
+            name="moescope-recorder",
+        )
+        self._link.put(_HelloMessage(hello))
+
+    def start_step(self) -> None:
+        """Prepare for a step; called on the worker's thread before the model runs."""
+        self._sink.start_step()
+
+    def record_step(self, scheduler_output: Any) -> None:
+        """Take the rows of the step that just ran; called on the worker's thread."""
+        started_s = time.perf_counter()
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        batch = self._read_batch() if num_tokens else None
+        step = Step(
+            seq=self._seq, time_s=time.time(), host_s=0.0, spans=np.empty((0, 3), np.int32)
+        )
+        self._seq += 1
+        if batch is not None:
+            self._take_rows(step, num_tokens)
+        message = _StepMessage(
+            self._encoder, scheduler_output, batch, step, step.rows_bytes + _CONTROL_BYTES
+        )
+        step.host_s = time.perf_counter() - started_s
+        self._link.put(message)
+
+    def close(self) -> None:
+        """Send what waits and stop."""
+        self._link.close()
+
+    def _take_rows(self, step: Step, num_tokens: int) -> None:
+        if not self._is_capturing:
+            step.lost = "paused"
+        elif self._link.waiting_bytes > self._max_rows_bytes:
+            step.lost = "queue_full"
+        elif (rows := self._sink.take(num_tokens)) is None:
+            step.lost = "hook_missed"
+        else:
+            step.topk_ids, step.topk_weights = rows
+
+    def _on_message(self, frames: Frames) -> None:
+        kind, values = unpack(frames)
+        if kind == "capture":
+            self._is_capturing = bool(values["on"])

@@ -1,0 +1,66 @@
+"""Configurations in which moescope would record nothing, or the wrong thing.
+
+Checked before anything is loaded. What only the loaded model can tell is checked in
+`moescope_service.capture.routers`. Relies on vLLM 0.32.0, ``config/vllm.py`` and ``config/model.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moescope_service.errors import RefusedError
+
+
+def check_config(config: Any) -> None:
+    """Refuse a configuration that moescope cannot capture.
+
+    Args:
+        config: A ``VllmConfig``.
+
+    Raises:
+        RefusedError: With the first reason found, and what to do about it.
+    """
+    for reason in (_model(config), _parallel(config), _runner(config)):
+        if reason is not None:
+            raise RefusedError(reason)
+
+
+def _model(config: Any) -> str | None:
+    model = config.model_config
+    if not model.is_moe:
+        return (
+            f"{model.model} ({', '.join(model.architectures)}) is a dense model: it has no experts "
+            "to record; serve it with vLLM itself, or give a mixture-of-experts model"
+        )
+    if model.runner_type != "generate":
+        return f"the runner is {model.runner_type!r}; moescope records text generation only"
+    return None
+
+
+def _parallel(config: Any) -> str | None:
+    parallel = config.parallel_config
+    sizes = {
+        "--tensor-parallel-size": parallel.tensor_parallel_size,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
+        "--data-parallel-size": parallel.data_parallel_size,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size,
+    }
+    for option, size in sizes.items():
+        if size > 1:
+            return f"{option} is {size}; this version of moescope records one worker: set it to 1"
+    if parallel.enable_dbo:
+        return "dual batch overlap routes halves of a step; start without --enable-dbo"
+    return None
+
+
+def _runner(config: Any) -> str | None:
+    device = config.device_config.device_type
+    if device != "cpu":
+        return f"the device is {device!r}; this version of moescope records on the CPU only"
+    if config.use_v2_model_runner:
+        return (
+            "vLLM's V2 model runner is on, which this version of moescope does not record; "
+            "set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    return None

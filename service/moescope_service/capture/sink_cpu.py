@@ -1,0 +1,99 @@
+"""Keeps the rows of a step on the CPU.
+
+On the CPU Dynamo traces *through* the router: a Python side effect would run once, at the trace,
+and never again. A functional custom op whose output is used downstream is opaque to it and runs in
+every step, eager and compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_sinks: list[CpuSink] = []
+"""By the number that is compiled into the graph. The op has no other way to find its sink."""
+
+_library = torch.library.Library("moescope", "FRAGMENT")
+
+
+def _record_routing(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor, sink: int, column: int
+) -> torch.Tensor:
+    _sinks[sink].write(column, topk_ids, topk_weights)
+    return topk_ids.clone()
+
+
+def _fake_record_routing(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor, sink: int, column: int
+) -> torch.Tensor:
+    return torch.empty_like(topk_ids)
+
+
+def _register_op() -> None:
+    from vllm.utils.torch_utils import direct_register_custom_op
+
+    direct_register_custom_op(
+        "record_routing",
+        _record_routing,
+        fake_impl=_fake_record_routing,
+        target_lib=_library,
+        dispatch_key="CPU",
+    )
+
+
+class CpuSink:
+    """Static buffers ``[max_tokens, num_layers, top_k]`` that each layer writes its column of.
+
+    Lives in the worker and is written by the thread that runs the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        num_layers: int,
+        top_k: int,
+        id_dtype: npt.DTypeLike,
+        weights_dtype: npt.DTypeLike,
+    ) -> None:
+        if not _sinks:
+            _register_op()
+        shape = (max_tokens, num_layers, top_k)
+        self._topk_ids = torch.from_numpy(np.zeros(shape, id_dtype))
+        self._topk_weights = torch.from_numpy(np.zeros(shape, weights_dtype))
+        self._num_layers = num_layers
+        self._num_writes = 0
+        self._number = len(_sinks)
+        _sinks.append(self)
+
+    def record(self, column: int, topk_weights: Any, topk_ids: Any) -> Any:
+        """Keep a layer's routing; see `moescope_service.capture.routers.Sink`."""
+        return torch.ops.moescope.record_routing(topk_ids, topk_weights, self._number, column)
+
+    def write(self, column: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """Write one layer's column; called by the op."""
+        num_tokens = topk_ids.shape[0]
+        self._topk_ids[:num_tokens, column] = topk_ids
+        self._topk_weights[:num_tokens, column] = topk_weights
+        self._num_writes += 1
+
+    def start_step(self) -> None:
+        """Forget earlier writes."""
+        self._num_writes = 0
+
+    def take(self, num_tokens: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """Return copies of a step's rows, ``[num_tokens, num_layers, top_k]`` each.
+
+        Returns:
+            (ids, weights), or None where not every layer wrote exactly once: the rows would be
+            partly another step's.
+        """
+        if self._num_writes != self._num_layers:
+            return None
+        return (
+            self._topk_ids[:num_tokens].numpy().copy(),
+            self._topk_weights[:num_tokens].numpy().copy(),
+        )

@@ -1,0 +1,81 @@
+"""A mirror of one worker's KV cache that holds routes where vLLM holds keys and values.
+
+The row of the token at position ``p`` of a sequence stands in slot
+``block_ids[p // block_size] * block_size + p % block_size``, exactly where its KV entries stand. So
+a prefix-cache hit finds the rows that were computed when the block was filled, recomputation
+overwrites what it recomputes, and eviction needs no bookkeeping of its own.
+
+Every block has a generation that grows when the block is newly allocated. A sequence remembers the
+generations of its blocks: rows in a block that meanwhile belongs to somebody else are missing, never
+that somebody's rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+class Arena:
+    """Rows by KV slot, ``[num_blocks * block_size, num_layers, top_k]``.
+
+    Memory is committed by the operating system as slots are first written.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_layers: int,
+        top_k: int,
+        id_dtype: npt.DTypeLike,
+        weights_dtype: npt.DTypeLike,
+    ) -> None:
+        slots = num_blocks * block_size
+        self.block_size = block_size
+        self._topk_ids = np.zeros((slots, num_layers, top_k), id_dtype)
+        self._topk_weights = np.zeros((slots, num_layers, top_k), weights_dtype)
+        self._filled = np.zeros(slots, np.bool_)
+        self._filled_by_block = self._filled.reshape(num_blocks, block_size)
+        self.generation: npt.NDArray[np.int64] = np.zeros(num_blocks, np.int64)
+
+    def allocate(self, block_ids: list[int]) -> None:
+        """Clear newly allocated blocks: nobody else's rows may be found in them."""
+        self.generation[block_ids] += 1
+        self._filled_by_block[block_ids] = False
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy a block's rows, as vLLM copies its KV entries (copy on write)."""
+        from_slots, to_slots = self._slots_of(source), self._slots_of(destination)
+        self._topk_ids[to_slots] = self._topk_ids[from_slots]
+        self._topk_weights[to_slots] = self._topk_weights[from_slots]
+        self._filled[to_slots] = self._filled[from_slots]
+
+    def write(self, slots: Ints, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]) -> None:
+        """Write a step's rows; the last write to a slot wins."""
+        self._topk_ids[slots] = topk_ids
+        self._topk_weights[slots] = topk_weights
+        self._filled[slots] = True
+
+    def void(self, slots: Ints) -> None:
+        """Mark slots whose rows were lost: their KV entries changed, their rows did not come."""
+        self._filled[slots] = False
+
+    def void_all(self) -> None:
+        """Trust nothing that was written so far."""
+        self.generation += 1
+        self._filled[:] = False
+
+    def read(
+        self, slots: Ints
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Return copies of ids, weights, and whether each slot is filled."""
+        return self._topk_ids[slots], self._topk_weights[slots], self._filled[slots]
+
+    def _slots_of(self, block: int) -> slice:
+        return slice(block * self.block_size, (block + 1) * self.block_size)

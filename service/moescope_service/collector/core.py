@@ -1,0 +1,132 @@
+"""The collector without its socket: messages in, replies out.
+
+Runs in one thread. `Collector.outbox` holds what is to be sent; the process around it sends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moescope_service.collector.counters import ExpertCounters
+from moescope_service.collector.queries import Queries
+from moescope_service.collector.reassembly import Reassembler
+from moescope_service.collector.routes_log import RoutesLog
+from moescope_service.collector.sequences import Sequence, Sequences
+from moescope_service.collector.stats import Stats
+from moescope_service.collector.store import Kept, TraceStore
+from moescope_service.messages import Frames, Hello, Register, pack, unpack, unpack_step
+from moescope_service.settings import Settings
+
+Peer = bytes
+"""ZMQ identity of a worker or an API server."""
+
+
+class Collector:
+    """Reassembles, keeps, counts and logs the routes of one deployment.
+
+    Args:
+        settings: What is kept, and how much.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self.hello: Hello | None = None
+        """What the workers capture; None before the first said hello."""
+        self.counters: ExpertCounters | None = None
+        self.sequences = Sequences(clock)
+        self.store = TraceStore(settings.memory)
+        self.stats = Stats()
+        self.outbox: list[tuple[Peer, Frames]] = []
+        """(peer, frames) to be sent."""
+        self.is_capturing = True
+        self._workers: dict[Peer, Reassembler] = {}
+        self._log = RoutesLog(settings.log, settings.log_layers) if settings.log else None
+        self._queries = Queries(self, clock)
+
+    def handle(self, peer: Peer, frames: Frames) -> None:
+        """Take one message in.
+
+        Raises:
+            ValueError: The kind of message is unknown.
+        """
+        kind, values = unpack(frames)
+        match kind:
+            case "step":
+                self._on_step(peer, values, frames)
+            case "register":
+                prompt_ids = np.frombuffer(frames[1], np.int32) if len(frames) > 1 else None
+                self._settle(self.sequences.register(Register(**values), prompt_ids))
+            case "finish":
+                output_ids = np.frombuffer(frames[1], np.int32)
+                self._settle(self.sequences.finish(**values, output_ids=output_ids))
+            case "alias":
+                self._on_alias(**values)
+            case "query":
+                self._queries.ask(peer, values)
+            case "hello":
+                self._on_hello(peer, Hello(**values))
+            case _:
+                raise ValueError(f"unknown kind of message: {kind!r}")
+
+    def tick(self) -> None:
+        """Do what time demands; called at least every 50 ms."""
+        for sequence in self.sequences.overdue():
+            self._settle(sequence, timed_out=True)
+        self._queries.expire()
+
+    def set_capturing(self, on: bool) -> None:
+        """Tell every worker to ship rows, or to hold them back."""
+        self.is_capturing = on
+        self.outbox += [(peer, pack("capture", on=on)) for peer in self._workers]
+
+    def close(self) -> None:
+        """Write out the log."""
+        if self._log is not None:
+            self._log.close()
+
+    def _on_hello(self, peer: Peer, hello: Hello) -> None:
+        self._workers[peer] = Reassembler(hello)
+        if self.hello is None:
+            self.hello = hello
+            self.counters = ExpertCounters(hello.layers, hello.num_experts)
+            if self._log is not None:
+                self._log.begin(hello)
+        self.outbox.append((peer, pack("capture", on=self.is_capturing)))
+
+    def _on_step(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
+        worker = self._workers[peer]
+        step = unpack_step(values, frames, worker.hello)
+        self.stats.add_step(step)
+        ended, written = worker.apply(step)
+        if written is not None and self.counters is not None:
+            self.counters.add(written)
+        for internal_id, rows in ended:
+            self._settle(self.sequences.end(internal_id, rows))
+
+    def _on_alias(self, internal_ids: list[str], alias: str) -> None:
+        for internal_id in internal_ids:
+            for sequence in self.sequences.find(internal_id):
+                self.sequences.add_id(sequence, alias)
+            for kept in self.store.find(internal_id):
+                self.store.add_id(kept, alias)
+
+    def _settle(self, sequence: Sequence | None, *, timed_out: bool = False) -> None:
+        """Make the trace of a sequence on which everybody has reported."""
+        if sequence is None or not (sequence.is_ready or timed_out):
+            return
+        ids, keep = tuple(sequence.ids), sequence.keep
+        self.sequences.close(sequence)
+        if keep and self.hello is not None:
+            trace = sequence.trace(
+                self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
+            )
+            self.stats.add_trace(trace)
+            if self._log is not None:
+                self._log.write(trace)
+            self.store.add(Kept(sequence.uid, trace, ids))
+        self._queries.retry(ids)

@@ -1,0 +1,52 @@
+"""Counts of expert selections by phase, layer and expert."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moescope_service.collector.reassembly import Written
+
+PHASES = ("prefill", "decode")
+"""A row's phase: ``prefill`` for tokens of the prompt, ``decode`` for generated ones."""
+
+
+class ExpertCounters:
+    """Every routing computed, of all traffic, kept or not; recomputed rows count again.
+
+    ``totals`` never go back, as Prometheus wants it; `since_reset` is what the analysis
+    endpoints show.
+    """
+
+    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
+        self.layers = list(layers)
+        self.num_experts = num_experts
+        self.totals = np.zeros((len(PHASES), len(layers), num_experts), np.int64)
+        """Selections, ``[num_phases, num_layers, num_experts]``."""
+        self.rows = np.zeros(len(PHASES), np.int64)
+        """Rows, ``[num_phases]``."""
+        self._offsets = np.arange(len(layers), dtype=np.int64)[None, :, None] * num_experts
+        self.reset()
+
+    def add(self, written: Written) -> None:
+        """Count the rows of a step."""
+        num_layers = len(self.layers)
+        flat = written.topk_ids + self._offsets
+        flat += written.is_decode[:, None, None] * (num_layers * self.num_experts)
+        counts = np.bincount(flat.ravel(), minlength=self.totals.size)
+        self.totals += counts.reshape(self.totals.shape)
+        decode = int(np.count_nonzero(written.is_decode))
+        self.rows += (len(written.is_decode) - decode, decode)
+
+    def reset(self) -> None:
+        """Start `since_reset` anew."""
+        self._totals_then, self._rows_then = self.totals.copy(), self.rows.copy()
+        self.since_s = time.time()
+        """Unix time of the last reset, in seconds."""
+
+    def since_reset(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return selections ``[num_phases, num_layers, num_experts]`` and rows ``[num_phases]``."""
+        return self.totals - self._totals_then, self.rows - self._rows_then

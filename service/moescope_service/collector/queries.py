@@ -1,0 +1,207 @@
+"""What API servers ask the collector, and its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from moescope import formats
+from moescope_service.collector.sequences import Sequence
+from moescope_service.collector.store import Kept
+from moescope_service.messages import Frames, pack
+
+if TYPE_CHECKING:
+    from moescope_service.collector.core import Collector, Peer
+
+FINISHING_WAIT_S = 2.0
+"""How long a question waits, unless it says so, for a request that was answered already.
+
+The worker's end follows the response by 0 to 2 ms, measured on the CPU and on an H200.
+"""
+
+Answer = tuple[dict[str, Any], Frames]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Waiting:
+    peer: Peer
+    query: dict[str, Any]
+    deadline_s: float
+
+
+class Queries:
+    """Answers questions; those for routes wait until the request has ended.
+
+    Args:
+        collector: Whose state is asked for.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, collector: Collector, clock: Callable[[], float]) -> None:
+        self._collector = collector
+        self._clock = clock
+        self._waiting: list[_Waiting] = []
+        self._answers: dict[str, Callable[[dict[str, Any]], Answer]] = {
+            "capture": self._capture,
+            "delete": self._delete,
+            "experts": self._experts,
+            "info": self._info,
+            "metrics": self._metrics,
+            "recent": self._recent,
+            "reset": self._reset,
+            "routes": self._routes,
+        }
+
+    def ask(self, peer: Peer, query: dict[str, Any]) -> None:
+        """Answer a question now or, if it can wait for its answer, later.
+
+        Raises:
+            ValueError: The question is unknown.
+        """
+        if query["op"] not in self._answers:
+            raise ValueError(f"unknown query: {query['op']!r}")
+        wait_s = self._wait_s(query) if query["op"] == "routes" else 0.0
+        if wait_s > 0:
+            self._waiting.append(_Waiting(peer, query, self._clock() + wait_s))
+        else:
+            self._reply(peer, query)
+
+    def retry(self, ids: Iterable[str]) -> None:
+        """Answer the questions that waited for a request whose sequences have all ended."""
+        for request_id in ids:
+            if self._waiting and not self._collector.sequences.find(request_id):
+                self._reply_to([w for w in self._waiting if w.query["request_id"] == request_id])
+
+    def expire(self) -> None:
+        """Answer the questions that have waited long enough."""
+        now = self._clock()
+        self._reply_to([waiting for waiting in self._waiting if waiting.deadline_s <= now])
+
+    def _reply_to(self, ready: list[_Waiting]) -> None:
+        for waiting in ready:
+            self._waiting.remove(waiting)
+            self._reply(waiting.peer, waiting.query)
+
+    def _reply(self, peer: Peer, query: dict[str, Any]) -> None:
+        values, arrays = self._answers[query["op"]](query)
+        reply = pack("reply", arrays, number=query["number"], **values)
+        self._collector.outbox.append((peer, reply))
+
+    def _wait_s(self, query: dict[str, Any]) -> float:
+        running = self._collector.sequences.find(query["request_id"])
+        if not running:
+            return 0.0
+        if query["wait_s"] is not None:
+            return float(query["wait_s"])
+        return FINISHING_WAIT_S if all(s.is_finishing for s in running) else 0.0
+
+    def _routes(self, query: dict[str, Any]) -> Answer:
+        request_id = query["request_id"]
+        if self._collector.sequences.find(request_id):
+            return {"status": "running"}, ()
+        kept = self._collector.store.find(request_id)
+        if kept:
+            return {"status": "finished"}, [formats.dump_npz([k.trace for k in kept])]
+        evicted = self._collector.store.was_evicted(request_id)
+        return {"status": "evicted" if evicted else "unknown"}, ()
+
+    def _delete(self, query: dict[str, Any]) -> Answer:
+        running = self._collector.sequences.find(query["request_id"])
+        kept = self._collector.store.find(query["request_id"])
+        for sequence in running:
+            self._collector.sequences.discard_ids(sequence)
+        for one in kept:
+            self._collector.store.remove(one)
+        return {"deleted": len(running) + len(kept)}, ()
+
+    def _recent(self, query: dict[str, Any]) -> Answer:
+        limit, before = query["limit"], query["before"]
+        known: list[Sequence | Kept] = [s for s in self._collector.sequences if s.keep]
+        known += self._collector.store
+        if before is not None:
+            known = [one for one in known if one.uid < before]
+        page = heapq.nlargest(limit, known, key=lambda one: one.uid)
+        return {
+            "sequences": [_summary(one) for one in page],
+            "next_before": page[-1].uid if len(known) > len(page) and page else None,
+        }, ()
+
+    def _experts(self, query: dict[str, Any]) -> Answer:
+        counters = self._collector.counters
+        if counters is None:
+            return {"ready": False}, ()
+        counts, rows = counters.since_reset()
+        values = {"ready": True, "rows": rows.tolist(), "since_s": counters.since_s}
+        return values, [counts]
+
+    def _reset(self, query: dict[str, Any]) -> Answer:
+        if self._collector.counters is not None:
+            self._collector.counters.reset()
+        return self._experts(query)
+
+    def _capture(self, query: dict[str, Any]) -> Answer:
+        self._collector.set_capturing(query["on"])
+        return {"capture": "on" if query["on"] else "paused"}, ()
+
+    def _info(self, query: dict[str, Any]) -> Answer:
+        store, hello = self._collector.store, self._collector.hello
+        return {
+            "hello": None if hello is None else dataclasses.asdict(hello),
+            "capture": "on" if self._collector.is_capturing else "paused",
+            "started_s": self._collector.stats.started_s,
+            "store": {
+                "limit_bytes": store.limit_bytes,
+                "bytes": store.size_bytes,
+                "traces": len(store),
+                "evicted": store.num_evicted,
+            },
+        }, ()
+
+    def _metrics(self, query: dict[str, Any]) -> Answer:
+        counters, stats = self._collector.counters, self._collector.stats
+        info, _ = self._info(query)
+        values = {
+            **info,
+            "steps": stats.steps,
+            "rows_captured": stats.rows_captured,
+            "rows_lost": dict(stats.rows_lost),
+            "hook_seconds": stats.hook_seconds,
+            "traces": dict(stats.traces),
+            "lag_seconds": stats.lag_seconds,
+            "running": len(self._collector.sequences),
+        }
+        return values, [] if counters is None else [counters.totals]
+
+
+def _summary(one: Sequence | Kept) -> dict[str, Any]:
+    if isinstance(one, Sequence):
+        register = one.register
+        return {
+            "request_id": register.request_id,
+            "ids": sorted(one.ids),
+            "index": register.index,
+            "status": "running",
+            "prompt_len": register.prompt_len,
+            "num_tokens": None,
+            "finish_reason": one.finish_reason,
+            "complete": None,
+            "coverage": None,
+            "created_s": register.created_s,
+            "size_bytes": None,
+        }
+    trace = one.trace
+    return {
+        "request_id": trace.request_id,
+        "ids": sorted(one.ids),
+        "index": trace.index,
+        "status": "finished",
+        "prompt_len": trace.prompt_len,
+        "num_tokens": trace.num_tokens,
+        "finish_reason": trace.finish_reason,
+        "complete": trace.complete,
+        "coverage": trace.coverage,
+        "created_s": trace.created_s,
+        "size_bytes": one.size_bytes,
+    }

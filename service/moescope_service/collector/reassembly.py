@@ -1,0 +1,236 @@
+"""Turns one worker's steps into the rows of each sequence.
+
+Rows are keyed by (sequence, position) and the last write wins. That one rule settles chunked
+prefill, preemption and recomputation, rejected drafts and surplus rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moescope.trace import Source
+from moescope_service.collector.arena import Arena
+from moescope_service.messages import Admission, Hello, Step
+
+_STALE = -1  # generation of a table entry that was never set: equal to no block's
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """What one worker knows of an ended sequence: positions ``0 … n - 1`` in its layers."""
+
+    layers: list[int]
+    topk_ids: npt.NDArray[Any]
+    topk_weights: npt.NDArray[Any]
+    source: npt.NDArray[np.uint8]
+    cached_len: int
+
+    @classmethod
+    def nothing(cls, hello: Hello) -> Rows:
+        """Return the rows of a sequence that was never scheduled."""
+        shape = (0, len(hello.layers), hello.top_k)
+        ids, weights = np.zeros(shape, hello.id_dtype), np.zeros(shape, hello.weights_dtype)
+        return cls(hello.layers, ids, weights, np.zeros(0, np.uint8), 0)
+
+    def resized(self, num_rows: int) -> Rows:
+        """Cut surplus rows, or add missing ones, so that there are ``num_rows``."""
+        lacking = num_rows - len(self.source)
+        if lacking <= 0:
+            kept = slice(num_rows)
+            return dataclasses.replace(
+                self,
+                topk_ids=self.topk_ids[kept],
+                topk_weights=self.topk_weights[kept],
+                source=self.source[kept],
+            )
+        pad = [(0, lacking), (0, 0), (0, 0)]
+        return dataclasses.replace(
+            self,
+            topk_ids=np.pad(self.topk_ids, pad),
+            topk_weights=np.pad(self.topk_weights, pad),
+            source=np.pad(self.source, (0, lacking), constant_values=Source.MISSING),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Written:
+    """The rows that one step routed, for the counters."""
+
+    topk_ids: npt.NDArray[Any]
+    """``[num_rows, num_layers, top_k]``."""
+    is_decode: npt.NDArray[np.bool_]
+    """Whether each row's token was generated rather than part of the prompt, ``[num_rows]``."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Running:
+    request_id: str
+    cached_len: int
+    """Cached tokens when first admitted."""
+    cached: list[tuple[int, int]]
+    """Ranges of positions that came from the prefix cache."""
+
+
+class Reassembler:
+    """Follows one worker: its KV blocks, its running sequences, its rows.
+
+    Runs in the collector's only thread. All work of a step is vectorized over its rows; loops go
+    over admissions and ends alone.
+    """
+
+    def __init__(self, hello: Hello) -> None:
+        self.hello = hello
+        self._arena = Arena(
+            num_blocks=hello.num_blocks,
+            block_size=hello.block_size,
+            num_layers=len(hello.layers),
+            top_k=hello.top_k,
+            id_dtype=hello.id_dtype,
+            weights_dtype=hello.weights_dtype,
+        )
+        # Tables by handle; they grow, since preempted sequences keep theirs.
+        self._blocks = np.zeros((64, 16), np.int64)
+        self._generations = np.full((64, 16), _STALE, np.int64)
+        self._num_blocks = np.zeros(64, np.int64)
+        self._prompt_len = np.zeros(64, np.int64)
+        self._num_rows = np.zeros(64, np.int64)
+        self._is_running = np.zeros(64, np.bool_)
+        self._running: dict[int, _Running] = {}
+        self._next_seq = 0
+        self.gaps = 0
+        """Times that steps were lost altogether and everything known had to be given up."""
+
+    def apply(self, step: Step) -> tuple[list[tuple[str, Rows]], Written | None]:
+        """Take one step in.
+
+        Returns:
+            (internal id, rows) of each sequence that ended, and what was written.
+        """
+        if step.seq != self._next_seq:
+            self._give_up()
+        self._next_seq = step.seq + 1
+        # Ended sequences first: their blocks may be allocated anew in this very step.
+        ended = [(self._running[h].request_id, self._end(h)) for h in step.finished
+                 if h in self._running]  # fmt: skip
+        ended += [(request_id, Rows.nothing(self.hello)) for request_id in step.finished_unseen]
+        for admission in step.admitted:
+            self._admit(admission)
+        for admission in step.resumed:
+            self._resume(admission)
+        for handle, block_ids in step.grown:
+            self._arena.allocate(block_ids)
+            if handle in self._running:
+                self._append_blocks(handle, block_ids)
+        for source, destination in step.block_copies:
+            self._arena.copy_block(source, destination)
+        return ended, self._write(step)
+
+    def _give_up(self) -> None:
+        # Blocks may have changed hands unseen: no row and no table from before can be trusted.
+        self.gaps += 1
+        self._arena.void_all()
+        self._running.clear()
+        self._is_running[:] = False
+
+    def _admit(self, admission: Admission) -> None:
+        handle, cached = admission.handle, admission.num_computed
+        while handle >= len(self._blocks):
+            self._double_handles()
+        self._running[handle] = _Running(
+            admission.request_id, cached, [(0, cached)] if cached else []
+        )
+        self._is_running[handle] = True
+        self._num_rows[handle] = cached
+        self._prompt_len[handle] = admission.prompt_len
+        self._set_blocks(admission)
+
+    def _double_handles(self) -> None:
+        more = len(self._blocks)
+        self._blocks = np.pad(self._blocks, [(0, more), (0, 0)])
+        self._generations = np.pad(
+            self._generations, [(0, more), (0, 0)], constant_values=_STALE
+        )
+        self._num_blocks = np.pad(self._num_blocks, (0, more))
+        self._prompt_len = np.pad(self._prompt_len, (0, more))
+        self._num_rows = np.pad(self._num_rows, (0, more))
+        self._is_running = np.pad(self._is_running, (0, more))
+
+    def _resume(self, admission: Admission) -> None:
+        handle, cached = admission.handle, admission.num_computed
+        if handle not in self._running:  # its admission was lost
+            self._admit(admission)
+            return
+        running = self._running[handle]
+        known = int(self._num_rows[handle])
+        # What is recomputed is computed; what others computed beyond our last row is cached.
+        running.cached = [(a, min(b, cached)) for a, b in running.cached if a < cached]
+        if cached > known:
+            running.cached.append((known, cached))
+        self._num_rows[handle] = max(known, cached)
+        self._set_blocks(admission)
+
+    def _set_blocks(self, admission: Admission) -> None:
+        # Whole blocks of cached tokens are hits; a partly cached block is a fresh copy.
+        hits = admission.num_computed // self.hello.block_size
+        self._num_blocks[admission.handle] = 0
+        self._generations[admission.handle] = _STALE
+        self._arena.allocate(admission.block_ids[hits:])
+        self._append_blocks(admission.handle, admission.block_ids)
+        if not self.hello.trust_prefix_hits:
+            self._generations[admission.handle, :hits] = _STALE
+
+    def _append_blocks(self, handle: int, block_ids: list[int]) -> None:
+        start = int(self._num_blocks[handle])
+        end = start + len(block_ids)
+        while end > self._blocks.shape[1]:
+            width = self._blocks.shape[1]
+            self._blocks = np.pad(self._blocks, [(0, 0), (0, width)])
+            self._generations = np.pad(
+                self._generations, [(0, 0), (0, width)], constant_values=_STALE
+            )
+        self._blocks[handle, start:end] = block_ids
+        self._generations[handle, start:end] = self._arena.generation[block_ids]
+        self._num_blocks[handle] = end
+
+    def _write(self, step: Step) -> Written | None:
+        handles, starts, lengths = step.spans.T.astype(np.int64)
+        known = self._is_running[np.minimum(handles, len(self._is_running) - 1)]
+        self._num_rows[handles[known]] = np.maximum(
+            self._num_rows[handles[known]], (starts + lengths)[known]
+        )
+        handle = np.repeat(handles, lengths)
+        first_row = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        position = np.repeat(starts, lengths) + np.arange(len(handle)) - first_row
+        rows = np.repeat(known, lengths)
+        slots = self._slots(handle[rows], position[rows])
+        if step.topk_ids is None or step.topk_weights is None:
+            self._arena.void(slots)
+            return None
+        topk_ids, topk_weights = step.topk_ids, step.topk_weights
+        if not known.all():  # sequences whose admission was lost
+            handle, position = handle[rows], position[rows]
+            topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
+        self._arena.write(slots, topk_ids, topk_weights)
+        return Written(topk_ids, position >= self._prompt_len[handle])
+
+    def _slots(self, handle: Any, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        size = self.hello.block_size
+        return self._blocks[handle, position // size] * size + position % size
+
+    def _end(self, handle: int) -> Rows:
+        running = self._running.pop(handle)
+        self._is_running[handle] = False
+        position = np.arange(int(self._num_rows[handle]))
+        block = position // self.hello.block_size
+        topk_ids, topk_weights, filled = self._arena.read(self._slots(handle, position))
+        block_ids = self._blocks[handle, block]
+        ours = self._generations[handle, block] == self._arena.generation[block_ids]
+        source = np.full(len(position), Source.COMPUTED, np.uint8)
+        for start, end in running.cached:
+            source[start:end] = Source.CACHED
+        source[~(filled & ours)] = Source.MISSING
+        return Rows(self.hello.layers, topk_ids, topk_weights, source, running.cached_len)

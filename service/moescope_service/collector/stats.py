@@ -1,0 +1,43 @@
+"""What the collector counts of itself and of the capture."""
+
+from __future__ import annotations
+
+import collections
+import time
+
+from moescope.trace import RouteTrace
+from moescope_service.messages import Step
+
+
+class Stats:
+    """Counters since the collector started; none of them goes back."""
+
+    def __init__(self) -> None:
+        self.started_s = time.time()
+        """Unix time, in seconds."""
+        self.steps = 0
+        self.rows_captured = 0
+        """Rows that arrived."""
+        self.rows_lost: collections.Counter[str] = collections.Counter()
+        """Rows that a worker routed and could not ship, by reason."""
+        self.hook_seconds = 0.0
+        """Seconds that the capture spent on the workers' threads."""
+        self.traces: collections.Counter[str] = collections.Counter()
+        """Finished traces, ``complete`` or ``incomplete``, kept or evicted since."""
+        self.lag_seconds = 0.0
+        """Age of the newest step when it arrived."""
+
+    def add_step(self, step: Step) -> None:
+        """Count one step."""
+        rows = int(step.spans[:, 2].sum())
+        self.steps += 1
+        self.hook_seconds += step.host_s
+        self.lag_seconds = max(0.0, time.time() - step.time_s)
+        if step.lost is None:
+            self.rows_captured += rows
+        else:
+            self.rows_lost[step.lost] += rows
+
+    def add_trace(self, trace: RouteTrace) -> None:
+        """Count one finished trace."""
+        self.traces["complete" if trace.complete else "incomplete"] += 1

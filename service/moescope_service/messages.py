@@ -1,0 +1,163 @@
+"""Messages between workers, API servers and the collector.
+
+A message is a list of ZMQ frames: a JSON control frame, then the arrays as raw bytes. Control
+frames are never dropped; a step whose rows could not be shipped names the reason in ``lost``, and
+its spans say which rows those are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+Frames = Sequence[Any]
+"""ZMQ frames: objects with the buffer protocol."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """What a worker captures; sent once, before its first step."""
+
+    sender: str
+    """Unique name of the sender: one a pipeline stage and data-parallel engine."""
+    layers: list[int]
+    num_experts: int
+    top_k: int
+    id_dtype: str
+    weights_dtype: str
+    router_types: list[str]
+    block_size: int
+    """Tokens a KV-cache block."""
+    num_blocks: int
+    trust_prefix_hits: bool
+    """False where cached blocks can hold tokens that no worker of ours routed (KV connectors)."""
+    model: str
+    device: str
+    seed: int | None
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence that starts to run, or runs again after a preemption."""
+
+    handle: int
+    """The worker's small integer for the sequence, reused after its end."""
+    request_id: str
+    """The engine's internal request id."""
+    prompt_len: int
+    num_computed: int
+    """Tokens whose KV-cache entries were found in the prefix cache."""
+    block_ids: list[int]
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Step:
+    """One engine step of one worker: control, and the rows it routed."""
+
+    seq: int
+    """Number of the step, from 0 without gaps."""
+    time_s: float
+    """Unix time of the capture, in seconds."""
+    host_s: float
+    """Seconds that the capture spent on the worker's thread in this step."""
+    finished: list[int] = dataclasses.field(default_factory=list)
+    """Handles of sequences that ended; processed before everything else."""
+    finished_unseen: list[str] = dataclasses.field(default_factory=list)
+    """Internal ids of sequences that ended before they were ever scheduled."""
+    admitted: list[Admission] = dataclasses.field(default_factory=list)
+    resumed: list[Admission] = dataclasses.field(default_factory=list)
+    grown: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
+    """(handle, newly allocated block ids)."""
+    block_copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """(source block, destination block), copied before the step's rows are written."""
+    lost: str | None = None
+    """Why the rows are not here: ``queue_full``, ``paused`` or ``hook_missed``."""
+    spans: npt.NDArray[np.int32]
+    """(handle, first position, rows) of every sequence in the step, in row order, ``[n, 3]``."""
+    topk_ids: npt.NDArray[Any] | None = None
+    """``[num_rows, num_layers, top_k]``."""
+    topk_weights: npt.NDArray[Any] | None = None
+
+    @property
+    def rows_bytes(self) -> int:
+        """Bytes of the rows."""
+        arrays = (self.topk_ids, self.topk_weights)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Register:
+    """An API server tells which ids a client sees for one sequence of the engine."""
+
+    internal_id: str
+    request_id: str
+    """The id in the response."""
+    ids: list[str]
+    """Every id that finds the sequence."""
+    index: int
+    model: str
+    lora: str | None
+    prompt_len: int
+    created_s: float
+    keep: bool
+    """False where the request opted out: its trace is not kept."""
+
+
+def pack(kind: str, arrays: Frames = (), **fields: Any) -> list[Any]:
+    """Return the frames of a message.
+
+    Args:
+        kind: ``register``, ``finish``, ``alias``, ``query``, ``reply``, ``capture`` …
+        arrays: Frames behind the control frame, contiguous.
+        fields: The control frame's values.
+    """
+    return [orjson.dumps({"kind": kind, **fields}), *arrays]
+
+
+def pack_dataclass(kind: str, message: Hello | Register, arrays: Frames = ()) -> list[Any]:
+    """Return the frames of a `Hello` or a `Register`."""
+    return pack(kind, arrays, **dataclasses.asdict(message))
+
+
+def unpack(frames: Frames) -> tuple[str, dict[str, Any]]:
+    """Return the kind of a message and its control values.
+
+    Raises:
+        ValueError: The first frame is no control frame.
+    """
+    values = orjson.loads(frames[0])
+    return values.pop("kind"), values
+
+
+_CONTROL = tuple(
+    field.name
+    for field in dataclasses.fields(Step)
+    if field.name not in {"spans", "topk_ids", "topk_weights"}
+)
+
+
+def pack_step(step: Step) -> list[Any]:
+    """Return a step's frames: control, spans, and the rows where they were not lost."""
+    control = {name: getattr(step, name) for name in _CONTROL}
+    frames = pack("step", [np.ascontiguousarray(step.spans)], **control)
+    if step.topk_ids is not None and step.topk_weights is not None:
+        frames += [step.topk_ids, step.topk_weights]
+    return frames
+
+
+def unpack_step(values: dict[str, Any], frames: Frames, hello: Hello) -> Step:
+    """Rebuild a step; the arrays are views of the frames."""
+    rows: dict[str, Any] = {}
+    if len(frames) == 4:
+        shape = (-1, len(hello.layers), hello.top_k)
+        rows["topk_ids"] = np.frombuffer(frames[2], hello.id_dtype).reshape(shape)
+        rows["topk_weights"] = np.frombuffer(frames[3], hello.weights_dtype).reshape(shape)
+    for name in ("admitted", "resumed"):
+        values[name] = [Admission(**admission) for admission in values[name]]
+    return Step(**values, spans=np.frombuffer(frames[1], np.int32).reshape(-1, 3), **rows)

@@ -1,0 +1,102 @@
+"""What the processes of one deployment share: a private directory.
+
+The first process makes it and starts the collector; the others find it by an environment variable.
+It holds the collector's socket and, where a worker refuses to capture, the reason.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from moescope_service.errors import RefusedError
+from moescope_service.settings import RUNTIME_DIR
+
+logger = logging.getLogger("moescope")
+
+_START_TIMEOUT_S = 20.0
+
+
+def collector_address() -> str:
+    """Return where the deployment's collector is bound."""
+    return f"ipc://{os.environ[RUNTIME_DIR]}/collector.sock"
+
+
+def ensure_collector() -> None:
+    """Start the deployment's collector, unless a process before this one did.
+
+    The collector ends with this process. If it dies earlier, serving goes on without it.
+
+    Raises:
+        RefusedError: It did not start.
+    """
+    if RUNTIME_DIR in os.environ:
+        return
+    directory = tempfile.mkdtemp(prefix="moescope-")
+    os.environ[RUNTIME_DIR] = directory
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moescope_service.collector", collector_address()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(_stop, process, directory, os.getpid())
+    if not _is_ready(process):
+        process.kill()
+        raise RefusedError(
+            "the collector process did not start; its message stands above "
+            f"(exit code {process.wait()})"
+        )
+    threading.Thread(target=_watch, args=[process], name="moescope-watch", daemon=True).start()
+
+
+def _is_ready(process: subprocess.Popen[str]) -> bool:
+    lines: list[str] = []
+    out = process.stdout
+    reader = threading.Thread(target=lambda: out and lines.append(out.readline()), daemon=True)
+    reader.start()
+    reader.join(_START_TIMEOUT_S)
+    return lines == ["ready\n"]
+
+
+def _watch(process: subprocess.Popen[str]) -> None:
+    code = process.wait()
+    if code:
+        logger.error("the collector process %d ended with code %d", process.pid, code)
+
+
+def _stop(process: subprocess.Popen[str], directory: str, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child runs its parent's exit handlers
+        return
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def reported_refusal() -> Iterator[None]:
+    """Leave the reason of a refusal where the first process finds it."""
+    try:
+        yield
+    except RefusedError as error:
+        Path(os.environ[RUNTIME_DIR], "refused").write_text(str(error))
+        raise
+
+
+def reported_reason() -> str | None:
+    """Return why a worker refused to capture, if one did."""
+    directory = os.environ.get(RUNTIME_DIR)
+    reason = Path(directory, "refused") if directory else None
+    return reason.read_text() if reason and reason.exists() else None

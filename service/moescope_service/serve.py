@@ -1,0 +1,145 @@
+"""``moescope serve``: vLLM's own server with moescope switched on.
+
+The command line is vLLM's, with the ``--routes-…`` flags in a group of their own.
+Source: vLLM 0.32.0, ``entrypoints/cli/serve.py`` (``ServeSubcommand.cmd``, ``validate``) and
+``entrypoints/launchers/cli_args.py`` (``make_arg_parser``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from moescope_service import bundled_model, plugin, runtime, settings
+from moescope_service.errors import RefusedError
+from moescope_service.versions import check_vllm
+
+DEMO_MODEL_NAME = "moescope-demo"
+_DEMO_KV_CACHE_BYTES = 256 * 2**20
+
+DESCRIPTION = """vLLM's OpenAI-compatible server, with the routing of every token at
+/routes/{request_id}, /experts and /metrics. Takes every flag of `vllm serve`; without a model it
+serves the small mixture-of-experts model that comes with moescope."""
+
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def main(argv: list[str]) -> int:
+    """Serve until told to stop.
+
+    Args:
+        argv: The command line after ``moescope serve``.
+
+    Returns:
+        The exit code: 0, or 1 after one clear line on standard error.
+    """
+    os.environ[settings.ENABLE] = "1"
+    os.environ["VLLM_PLUGINS"] = plugin_names(os.environ.get("VLLM_PLUGINS"))
+    try:
+        check_vllm(settings.Settings.from_env())
+        args = parse(argv)
+        _serve(args)
+    except RefusedError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return _fail(f"port {args.port} is in use: stop its server or choose another --port")
+        return _fail(_one_line(error))
+    except (ValueError, TypeError) as error:
+        return _fail(_one_line(error))
+    except RuntimeError as error:
+        return _fail(runtime.reported_reason() or _one_line(error))
+    return 0
+
+
+def plugin_names(given: str | None) -> str:
+    """Return ``VLLM_PLUGINS`` with moescope in it.
+
+    The variable switches off every plugin that it does not name. Where it is unset, all that vLLM
+    would load by itself are named.
+    """
+    if given is None:
+        found = [e.name for group in _PLUGIN_GROUPS for e in importlib.metadata.entry_points(group=group)]
+        names = list(dict.fromkeys(found))
+    else:
+        names = [name for name in given.split(",") if name]
+    return ",".join(names if "moescope" in names else [*names, "moescope"])
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse vLLM's flags and ours, and export ours to the environment.
+
+    Raises:
+        RefusedError: A value is not allowed, or the model's directory is missing.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(
+        prog="moescope serve",
+        usage="moescope serve [model] [vLLM's flags] [--routes-… flags]",
+        description=DESCRIPTION,
+    )
+    settings.add_arguments(parser)
+    args = make_arg_parser(parser).parse_args(argv)
+    try:
+        exported = settings.export(args)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    _check_log(exported.log)
+    _choose_model(args, argv)
+    return args
+
+
+def _check_log(path: Path | None) -> None:
+    if path is not None:
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise RefusedError(
+                f"{settings.flag('log')}: cannot write {path}: {error.strerror}"
+            ) from None
+
+
+def _choose_model(args: argparse.Namespace, argv: list[str]) -> None:
+    if args.model_tag is None and not any(re.match(r"--(model|config)\b(?!-)", a) for a in argv):
+        args.model_tag = str(bundled_model.path())
+        args.served_model_name = args.served_model_name or [DEMO_MODEL_NAME]
+        if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            args.kv_cache_memory_bytes = _DEMO_KV_CACHE_BYTES
+    model = args.model_tag or args.model
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+        raise RefusedError(f"there is no model at {model}: give a directory or a hub's name")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+
+    configure_logging_from_args(args)
+    command: Any = ServeSubcommand()
+    command.validate(args)
+    plugin.register()
+    command.cmd(args)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str) -> int:
+    print(f"moescope: {message}", file=sys.stderr, flush=True)
+    return 1

@@ -1,0 +1,170 @@
+"""Settings: each is a flag ``--routes-…`` of `moescope serve` and a variable ``MOESCOPE_ROUTES_…``.
+
+The flags are written to the environment and every process reads them from there, so both ways in
+(`moescope serve` and ``vllm serve`` with the plugin) are one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+ENABLE = "MOESCOPE_ENABLE"
+"""``1`` switches moescope on; without it an installed moescope does nothing at all."""
+RUNTIME_DIR = "MOESCOPE_RUNTIME_DIR"
+"""Set by the first process of a deployment: the directory of the collector's socket."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes for ``1GiB``, ``512MB``, ``1000`` ….
+
+    Raises:
+        ValueError: The text is no size, or zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
+    if size <= 0:
+        raise ValueError(f"{text!r} is no size: give bytes or a unit, such as 512MiB or 1GiB")
+    return size
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Return layer numbers for ``0,5-7``, in that order, without repetition.
+
+    Raises:
+        ValueError: The text is no list of layers.
+    """
+    layers: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(
+                f"{text!r} is no list of layers: give numbers and ranges, such as 0,5-7"
+            )
+        layers.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
+    return tuple(layers)
+
+
+def _choice(*allowed: str) -> Any:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"{text!r} is not one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _setting(
+    default: str, parse: Any, metavar: str, text: str, default_text: str | None = None
+) -> Any:
+    text = f"{text} (default: {default_text or default or 'none'})"
+    metadata = {"parse": parse, "metavar": metavar, "help": text}
+    return dataclasses.field(default=parse(default) if default else None, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What can be set. Source of the flags, the variables and their documentation."""
+
+    memory: int = _setting(
+        "1GiB", parse_size, "SIZE", "Memory for finished traces; the oldest make room."
+    )
+    queue: int = _setting(
+        "64MiB", parse_size, "SIZE", "Rows a worker may hold back before it drops rows, counted."
+    )
+    weights_dtype: str = _setting(
+        "float16", _choice("float16", "float32"), "DTYPE", "Type of the routing weights."
+    )
+    default: str = _setting(
+        "on",
+        _choice("on", "off"),
+        "on|off",
+        "Keep the routes of requests that say nothing; off: only of those that ask for it.",
+    )
+    token_ids: str = _setting(
+        "on", _choice("on", "off"), "on|off", "Keep the token ids in the traces."
+    )
+    log: Path | None = _setting(
+        "", Path, "PATH", "Also append the routes to this file as JSON Lines."
+    )
+    log_layers: tuple[int, ...] | None = _setting(
+        "", parse_layers, "LAYERS", "Layers that the log holds, such as 0,5-7.", "the first one"
+    )
+    allow_untested_vllm: str = _setting(
+        "off", _choice("on", "off"), "on|off", "Try a vLLM version that moescope was not tested on."
+    )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """Read the variables; ``VLLM_LOG_MOE`` and ``VLLM_LOG_MOE_LAYER`` name the log as well.
+
+        Raises:
+            ValueError: A variable's value is not allowed; the message names it.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            name = variable(field.name)
+            name = name if name in env else _ALIASES.get(name, name)
+            if env.get(name):
+                try:
+                    values[field.name] = field.metadata["parse"](env[name])
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        return cls(**values)
+
+
+_ALIASES = {
+    "MOESCOPE_ROUTES_LOG": "VLLM_LOG_MOE",
+    "MOESCOPE_ROUTES_LOG_LAYERS": "VLLM_LOG_MOE_LAYER",
+}
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"MOESCOPE_ROUTES_{name.upper()}"
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return f"--routes-{name.replace('_', '-')}"
+
+
+def is_enabled(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether moescope is switched on in this process."""
+    return env.get(ENABLE, "0") not in {"", "0"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the ``--routes-…`` flags as a group of their own."""
+    group = parser.add_argument_group("moescope", "What is captured, and how much of it is kept.")
+    for field in dataclasses.fields(Settings):
+        group.add_argument(
+            flag(field.name),
+            metavar=field.metadata["metavar"],
+            help=f"{field.metadata['help']} [{variable(field.name)}]",
+        )
+
+
+def export(args: argparse.Namespace, env: MutableMapping[str, str] = os.environ) -> Settings:
+    """Write the flags that were given to the environment and return the settings.
+
+    Raises:
+        ValueError: A value is not allowed; the message names the flag or the variable.
+    """
+    for field in dataclasses.fields(Settings):
+        value = getattr(args, f"routes_{field.name}")
+        if value is not None:
+            try:
+                field.metadata["parse"](value)
+            except ValueError as error:
+                raise ValueError(f"{flag(field.name)}: {error}") from None
+            env[variable(field.name)] = value
+    return Settings.from_env(env)
