@@ -7,11 +7,12 @@ link's thread. The socket is opened there too, so that a link survives being cre
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import zmq
 
@@ -61,8 +62,8 @@ class Link:
         self._waiting: collections.deque[Outgoing] = collections.deque()
         self._added_bytes = self._sent_bytes = 0  # each written by one thread alone
         self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)  # noqa: FBT003
-        os.set_blocking(self._wake_write, False)  # noqa: FBT003
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -85,10 +86,8 @@ class Link:
         self._thread.join(timeout_s)
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # it has reasons enough to wake already
             os.write(self._wake_write, b"\0")
-        except BlockingIOError:  # it has plenty of reasons to wake already
-            pass
 
     def _run(self) -> None:
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:

@@ -1,7 +1,7 @@
 """The entry points that vLLM loads.
 
-Every process of vLLM calls `register`. It does nothing at all unless moescope is enabled: vLLM loads
-general plugins by default, and an installed but unused package must cost nothing.
+Every process of vLLM calls `register`. It does nothing at all unless moescope is enabled: vLLM
+loads general plugins by default, and an installed but unused package must cost nothing.
 """
 
 from __future__ import annotations

@@ -61,8 +61,12 @@ def ensure_collector() -> None:
 
 def _is_ready(process: subprocess.Popen[str]) -> bool:
     lines: list[str] = []
-    out = process.stdout
-    reader = threading.Thread(target=lambda: out and lines.append(out.readline()), daemon=True)
+
+    def read() -> None:
+        if process.stdout is not None:
+            lines.append(process.stdout.readline())
+
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(_START_TIMEOUT_S)
     return lines == ["ready\n"]

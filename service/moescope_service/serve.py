@@ -70,8 +70,8 @@ def plugin_names(given: str | None) -> str:
     would load by itself are named.
     """
     if given is None:
-        found = [e.name for group in _PLUGIN_GROUPS for e in importlib.metadata.entry_points(group=group)]
-        names = list(dict.fromkeys(found))
+        found = [importlib.metadata.entry_points(group=group) for group in _PLUGIN_GROUPS]
+        names = list(dict.fromkeys(point.name for points in found for point in points))
     else:
         names = [name for name in given.split(",") if name]
     return ",".join(names if "moescope" in names else [*names, "moescope"])

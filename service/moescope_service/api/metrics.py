@@ -5,15 +5,17 @@ The names and labels are `METRICS`; the README's table is held to it by a test.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector as PrometheusCollector
 from starlette.concurrency import run_in_threadpool
 
@@ -95,7 +97,7 @@ class Snapshot(PrometheusCollector):
     def _experts(self, hello: dict[str, Any]) -> Metric:
         shape = (len(PHASES), len(hello["layers"]), hello["num_experts"])
         counts: npt.NDArray[np.int64] = np.frombuffer(self._arrays[0], np.int64).reshape(shape)
-        samples = {
+        samples: dict[tuple[str, ...], float] = {
             (str(layer), str(expert), phase): float(counts[p, column, expert])
             for p, phase in enumerate(PHASES)
             for column, layer in enumerate(hello["layers"])
@@ -133,8 +135,11 @@ def render(reply: Reply | None, accept: str) -> tuple[bytes, str]:
     registry = CollectorRegistry()
     registry.register(get_prometheus_registry())
     registry.register(Snapshot(reply))
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+    if openmetrics.CONTENT_TYPE_LATEST.split(";")[0] in accept:
+        # The default escaping would rename vLLM's metrics (vllm:x to vllm_x).
+        encode: Any = openmetrics.generate_latest
+        return encode(registry, escaping=openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
+    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
@@ -143,9 +148,7 @@ async def metrics(request: Request) -> Response:
     collector: CollectorClient | None = getattr(request.app.state, "moescope_collector", None)
     reply = None
     if collector is not None:
-        try:
+        with contextlib.suppress(CollectorGoneError):  # moescope_collector_up says so
             reply = await collector.ask("metrics", timeout_s=SCRAPE_TIMEOUT_S)
-        except CollectorGoneError:
-            pass  # moescope_collector_up says so
     body, content_type = await run_in_threadpool(render, reply, request.headers.get("accept", ""))
     return Response(body, headers={"Content-Type": content_type})

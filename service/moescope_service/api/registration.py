@@ -1,6 +1,6 @@
 """Tells the collector which sequence of the engine belongs to which request of a client.
 
-The ids that a client sees are not those that the engine uses (``cmpl-X`` against ``cmpl-X-0-3f9a…``,
+The ids that a client sees are not those that the engine uses (``cmpl-X`` and ``cmpl-X-0-3f9a…``,
 ``resp_X``, a raw ``X-Request-Id``), and none of them is ever parsed: `RequestScopeMiddleware` keeps
 the HTTP request at hand, and the wrapped ``add_request`` reads both sides where they meet.
 
@@ -63,6 +63,7 @@ class RequestScopeMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; see the ASGI specification."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

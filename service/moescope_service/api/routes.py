@@ -107,13 +107,13 @@ async def routes(
     _raise_if_gone(reply, request_id)
     if form == "npz" and chosen is None and index is None and weights:
         return await encoded(request, form, lambda: bytes(reply.arrays[0]))
-    info = (await collector.ask("info")).values["hello"] if form == "jsonl" else None
+    hello = (await collector.ask("info")).values["hello"] if form == "jsonl" else {}
 
     def make() -> bytes:
         traces = _select(formats.load_npz(reply.arrays[0]), request_id, chosen, index, weights)
         if form == "json":
             return formats.dump_json(request_id, traces)
-        return formats.dump_npz(traces) if form == "npz" else _jsonl(traces, info)
+        return formats.dump_npz(traces) if form == "npz" else _jsonl(traces, hello)
 
     return await encoded(request, form, make)
 

@@ -104,7 +104,7 @@ class WorkerCapture:
     def _start(self, kv_cache_config: Any) -> None:
         with runtime.reported_refusal():
             group, block_size = full_attention_group(kv_cache_config)
-        self._recorder = Recorder(
+        recorder = self._recorder = Recorder(
             runtime.collector_address(),
             self._hello(kv_cache_config.num_blocks, block_size),
             sink=self._sink,
@@ -115,8 +115,8 @@ class WorkerCapture:
         self._wrap(
             self._runner,
             "execute_model",
-            before=lambda *_, **__: self._recorder and self._recorder.start_step(),
-            after=lambda output, *_, **__: self._recorder and self._recorder.record_step(output),
+            before=lambda *_, **__: recorder.start_step(),
+            after=lambda scheduler_output, *_, **__: recorder.record_step(scheduler_output),
         )
 
     def _stop(self, *_: Any, **__: Any) -> None:

@@ -1,6 +1,6 @@
 """Which row of a step is whose, for vLLM's V1 model runner.
 
-Relies on vLLM 0.32.0, ``v1/worker/gpu_model_runner.py`` (and ``cpu_model_runner.py``, its subclass):
+Relies on vLLM 0.32.0, ``v1/worker/gpu_model_runner.py`` (``cpu_model_runner.py`` is its subclass):
 after ``execute_model`` returns, ``input_batch.req_ids[:num_reqs]`` are the step's requests in row
 order, ``query_start_loc.np`` their first rows, and ``positions`` (on the device) the position of
 each row, also where speculation makes the host's counts optimistic.

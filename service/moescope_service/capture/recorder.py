@@ -168,9 +168,7 @@ class Recorder:
         started_s = time.perf_counter()
         num_tokens = scheduler_output.total_num_scheduled_tokens
         batch = self._read_batch() if num_tokens else None
-        step = Step(
-            seq=self._seq, time_s=time.time(), host_s=0.0, spans=np.empty((0, 3), np.int32)
-        )
+        step = Step(seq=self._seq, time_s=time.time(), host_s=0.0, spans=np.empty((0, 3), np.int32))
         self._seq += 1
         if batch is not None:
             self._take_rows(step, num_tokens)

@@ -1,7 +1,9 @@
 """Configurations in which moescope would record nothing, or the wrong thing.
 
 Checked before anything is loaded. What only the loaded model can tell is checked in
-`moescope_service.capture.routers`. Relies on vLLM 0.32.0, ``config/vllm.py`` and ``config/model.py``.
+`moescope_service.capture.routers`.
+
+Relies on vLLM 0.32.0, ``config/vllm.py``, ``config/model.py`` and ``config/parallel.py``.
 """
 
 from __future__ import annotations

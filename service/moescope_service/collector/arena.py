@@ -6,8 +6,8 @@ a prefix-cache hit finds the rows that were computed when the block was filled, 
 overwrites what it recomputes, and eviction needs no bookkeeping of its own.
 
 Every block has a generation that grows when the block is newly allocated. A sequence remembers the
-generations of its blocks: rows in a block that meanwhile belongs to somebody else are missing, never
-that somebody's rows.
+generations of its blocks: rows in a block that meanwhile belongs to somebody else are missing,
+never that somebody's rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Arena:
         self._topk_weights[to_slots] = self._topk_weights[from_slots]
         self._filled[to_slots] = self._filled[from_slots]
 
-    def write(self, slots: Ints, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]) -> None:
+    def write(
+        self, slots: Ints, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]
+    ) -> None:
         """Write a step's rows; the last write to a slot wins."""
         self._topk_ids[slots] = topk_ids
         self._topk_weights[slots] = topk_weights
@@ -71,9 +73,7 @@ class Arena:
         self.generation += 1
         self._filled[:] = False
 
-    def read(
-        self, slots: Ints
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    def read(self, slots: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Return copies of ids, weights, and whether each slot is filled."""
         return self._topk_ids[slots], self._topk_weights[slots], self._filled[slots]
 

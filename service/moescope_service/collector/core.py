@@ -5,11 +5,13 @@ Runs in one thread. `Collector.outbox` holds what is to be sent; the process aro
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import orjson
 
 from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.queries import Queries
@@ -20,6 +22,8 @@ from moescope_service.collector.stats import Stats
 from moescope_service.collector.store import Kept, TraceStore
 from moescope_service.messages import Frames, Hello, Register, pack, unpack, unpack_step
 from moescope_service.settings import Settings
+
+logger = logging.getLogger("moescope.collector")
 
 Peer = bytes
 """ZMQ identity of a worker or an API server."""
@@ -103,6 +107,8 @@ class Collector:
         step = unpack_step(values, frames, worker.hello)
         self.stats.add_step(step)
         ended, written = worker.apply(step)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("step %d %s", step.seq, orjson.dumps(worker.describe(step)).decode())
         if written is not None and self.counters is not None:
             self.counters.add(written)
         for internal_id, rows in ended:

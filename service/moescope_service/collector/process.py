@@ -72,8 +72,13 @@ def _send(socket: zmq.Socket[bytes], collector: Collector) -> None:
 
 
 def main() -> None:
-    """Run the collector at the address given as the only argument."""
+    """Run the collector at the address given as the only argument.
+
+    With ``VLLM_LOGGING_LEVEL=DEBUG`` it logs which positions of which sequences each step held.
+    """
     logging.basicConfig(
-        stream=sys.stderr, format="%(levelname)s %(asctime)s moescope collector: %(message)s"
+        stream=sys.stderr,
+        level=os.environ.get("VLLM_LOGGING_LEVEL", "INFO"),
+        format="%(levelname)s %(asctime)s moescope collector: %(message)s",
     )
     run(sys.argv[1], Settings.from_env())

@@ -129,6 +129,14 @@ class Reassembler:
             self._arena.copy_block(source, destination)
         return ended, self._write(step)
 
+    def describe(self, step: Step) -> list[tuple[str, int, int, int]]:
+        """Return (internal id, first position, rows, prompt length) of a step's sequences."""
+        return [
+            (self._running[handle].request_id, start, rows, int(self._prompt_len[handle]))
+            for handle, start, rows in step.spans.tolist()
+            if handle in self._running
+        ]
+
     def _give_up(self) -> None:
         # Blocks may have changed hands unseen: no row and no table from before can be trusted.
         self.gaps += 1
@@ -151,9 +159,7 @@ class Reassembler:
     def _double_handles(self) -> None:
         more = len(self._blocks)
         self._blocks = np.pad(self._blocks, [(0, more), (0, 0)])
-        self._generations = np.pad(
-            self._generations, [(0, more), (0, 0)], constant_values=_STALE
-        )
+        self._generations = np.pad(self._generations, [(0, more), (0, 0)], constant_values=_STALE)
         self._num_blocks = np.pad(self._num_blocks, (0, more))
         self._prompt_len = np.pad(self._prompt_len, (0, more))
         self._num_rows = np.pad(self._num_rows, (0, more))

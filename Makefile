@@ -1,0 +1,69 @@
+# Every target makes what it needs on a fresh machine with Python 3.11 or newer and pip.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+LIGHT := .venv-light
+BIN := $(VENV)/bin
+# PyTorch's own wheel index: the CPU build is published there alone.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+PIP_FLAGS := --quiet --disable-pip-version-check
+DEMO_DIR ?= runs/demo
+
+.PHONY: help setup setup-light demo test test-unit test-contract test-e2e lint format lock clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+# The CPU build's list leaves out packages whose only published builds want CUDA, hence --no-deps.
+$(VENV)/.done: requirements/cpu.txt requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX_URL) \
+		"$$(grep '^torch==' requirements/cpu.txt)"
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The light base alone, as people install it who only fetch and draw.
+$(LIGHT)/.done: requirements/light.txt pyproject.toml
+	$(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/light.txt
+	$(LIGHT)/bin/pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(VENV)/.done ## Make .venv with everything, for the CPU
+setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
+
+demo: setup ## Serve the bundled model, replay, fetch, draw, measure: about 6 minutes
+	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
+
+test: test-unit test-contract test-e2e ## Run every test: about 15 minutes
+
+test-unit: setup-light ## Unit tests, with the light base alone
+	$(LIGHT)/bin/python -m pytest tests/unit
+
+test-contract: setup ## The real app and collector around a fake engine; what the wheel holds
+	$(BIN)/python -m pytest tests/contract tests/packaging
+
+test-e2e: setup ## Real vLLM servers on the CPU
+	$(BIN)/python -m pytest tests/e2e
+
+lint: setup ## Format check, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## Format, and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --no-header \
+	--no-emit-index-url --no-emit-find-links --no-emit-package moescope
+
+lock: ## Compile requirements/*.in anew (needs uv)
+	cd requirements && $(UV_COMPILE) --find-links $(TORCH_INDEX_URL)/torch/ cpu.in -o cpu.txt
+	cd requirements && $(UV_COMPILE) --find-links $(TORCH_INDEX_URL)/torch/ dev.in -o dev.txt
+	cd requirements && $(UV_COMPILE) light.in -o light.txt
+	cd requirements && $(UV_COMPILE) --no-config cuda.in -o cuda.txt
+
+clean: ## Remove both environments
+	rm -rf $(VENV) $(LIGHT)

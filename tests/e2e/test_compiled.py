@@ -1,0 +1,69 @@
+"""The plugin in vLLM's own server, compiled: fidelity, eviction, and the collector's death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from moescope import Client
+from moescope.errors import CollectorDownError, TraceEvictedError
+from moescope.servers import Server
+
+from .conftest import API_KEY, MODEL
+from .fidelity import check_fidelity
+
+
+def complete(server: Server, prompt: object = "Tom has 3 apples.", **params: object) -> str:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY) as client:
+        response = client.completions.create(model=MODEL, prompt=prompt, **params)  # type: ignore[call-overload]
+        return str(response.id)
+
+
+def test_routes_equal_those_of_hf_transformers(compiled_server: Server, compiled: Client) -> None:
+    check_fidelity(compiled_server, compiled)
+
+
+def test_oldest_traces_are_evicted(compiled_server: Server, compiled: Client) -> None:
+    first = complete(compiled_server, max_tokens=1)
+    assert compiled.routes(first)
+    limit = compiled.info().store.limit_bytes
+    assert limit == 512 * 1024
+    for _ in range(12):
+        complete(compiled_server, [7] * 900, max_tokens=1)
+    assert compiled.info().store.bytes <= limit
+    with pytest.raises(TraceEvictedError, match="--routes-memory"):
+        compiled.routes(first)
+
+
+def test_serving_goes_on_without_the_collector(compiled_server: Server, compiled: Client) -> None:
+    os.kill(collector_pid(compiled_server), signal.SIGKILL)
+    request_id = complete(compiled_server, max_tokens=8)
+    with pytest.raises(CollectorDownError, match="serving goes on"):
+        compiled.routes(request_id)
+    started_s = time.monotonic()
+    text = httpx.get(f"{compiled_server.url}/metrics").text
+    assert time.monotonic() - started_s < 2.0
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["moescope_collector_up"].samples[0].value == 0.0
+    assert "vllm:num_requests_running" in families
+    assert not [name for name in families if name.startswith("moescope_expert")]
+
+
+def collector_pid(server: Server) -> int:
+    """Return the process that runs the server's collector."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode().split("\0")
+            parent = int((path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if "moescope_service.collector" in command and parent == server.pid:
+            return int(path.parent.name)
+    raise AssertionError("the server has no collector")
