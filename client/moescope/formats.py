@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -143,10 +142,9 @@ def load_npz(data: bytes) -> list[RouteTrace]:
     Raises:
         FormatError: The bytes are no ``.npz`` of traces.
     """
+    arrays = _read_npz(data)
+    traces = []
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        traces = []
         metas = orjson.loads(arrays["meta"].tobytes())
         row_spans = itertools.pairwise(arrays["row_splits"])
         token_spans = itertools.pairwise(arrays["token_splits"])
@@ -163,17 +161,18 @@ def load_npz(data: bytes) -> list[RouteTrace]:
                     token_ids=arrays["token_ids"][tokens] if has_tokens else None,
                 )
             )
-    except (
-        AttributeError,
-        EOFError,
-        KeyError,
-        OSError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"not an .npz of traces: {error!r}") from error
     return traces
+
+
+def _read_npz(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:
+        # Damaged bytes make zipfile, zlib and numpy raise whatever they meet first.
+        raise FormatError(f"not an .npz: {error!r}") from error
 
 
 def meta_line(

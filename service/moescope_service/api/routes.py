@@ -173,5 +173,6 @@ def _jsonl(traces: list[RouteTrace], hello: dict[str, Any]) -> bytes:
         seed=hello["seed"],
         layers=traces[0].layers.tolist(),
         top_k=hello["top_k"],
+        num_experts=hello["num_experts"],
     )
     return b"".join([meta, *(line for trace in traces for line in formats.route_lines(trace))])

@@ -45,6 +45,7 @@ class RoutesLog:
             seed=hello.seed,
             layers=self._layers,
             top_k=hello.top_k,
+            num_experts=hello.num_experts,
         )
         self._file.write(meta)
         self._file.flush()

@@ -1,0 +1,187 @@
+"""The HTTP client of a moescope server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from moescope import _http, formats
+from moescope.errors import FormatError
+from moescope.records import ExpertCounts, RecentPage, SequenceInfo, ServerInfo
+from moescope.trace import RouteTrace
+
+_T = TypeVar("_T")
+
+
+class Client:
+    """Fetches routes and counts from a server. Not for use by several threads at once.
+
+    >>> with moescope.Client("http://localhost:8000") as client:
+    ...     (trace,) = client.routes("chatcmpl-…")
+
+    Every method raises `ConnectionFailedError` where the server does not answer, and a subclass
+    of `ServerError` where it answers with an error.
+
+    Args:
+        base_url: The server's address, without ``/v1``.
+        api_key: The server's API key, if it wants one.
+        timeout_s: Seconds to wait for an answer.
+        transport: httpx's transport, in place of the network.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._base_url = base_url
+        with _http.transport_errors(base_url):
+            self._http = httpx.Client(
+                base_url=base_url,
+                headers=_http.headers(api_key),
+                timeout=timeout_s,
+                transport=transport,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def routes(
+        self,
+        request_id: str,
+        *,
+        index: int | None = None,
+        layers: Sequence[int] | str | None = None,
+        weights: bool = True,
+        wait_s: float | None = None,
+    ) -> list[RouteTrace]:
+        """Fetch the traces of one request, one for each sequence.
+
+        Args:
+            request_id: Any id of the request that its client saw.
+            index: Only the choice with this index; all choices where None.
+            layers: Global layer numbers, or text such as ``0,5-7``; all layers where None.
+            weights: Whether to fetch the routing weights too.
+            wait_s: Seconds to wait for the end of a request; the server's default where None.
+
+        Raises:
+            RequestNotFoundError: The server never saw this id.
+            StillRunningError: The request has not finished.
+            TraceEvictedError: The trace made room for newer ones.
+            InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
+            FormatError: The answer is no trace.
+        """
+        params: dict[str, Any] = {"format": "npz"}
+        if index is not None:
+            params["index"] = index
+        if layers is not None:
+            params["layers"] = layers if isinstance(layers, str) else ",".join(map(str, layers))
+        if not weights:
+            params["weights"] = "false"
+        if wait_s is not None:
+            params["wait_s"] = wait_s
+        response = self._send("GET", _path(request_id), params, one_request=True)
+        return formats.load_npz(response.content)
+
+    def recent(self, limit: int = 50, before: int | None = None) -> RecentPage:
+        """List recent sequences, newest first.
+
+        Args:
+            limit: How many at most.
+            before: The ``next_before`` of the page before this one.
+        """
+        params = {"limit": limit} if before is None else {"limit": limit, "before": before}
+        values = self._json("GET", "/routes", params)
+        try:
+            sequences = tuple(map(SequenceInfo.from_json, values["sequences"]))
+            return RecentPage(sequences=sequences, next_before=values["next_before"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"not a list of sequences: {error!r}") from error
+
+    def experts(self, phase: Literal["all", "prefill", "decode"] = "all") -> ExpertCounts:
+        """Fetch how often each expert was selected, over all traffic.
+
+        Args:
+            phase: Which tokens to count.
+        """
+        return ExpertCounts.from_json(self._json("GET", "/experts", {"phase": phase}))
+
+    def info(self) -> ServerInfo:
+        """Fetch what the server captures: model, layers, experts, versions, limits."""
+        return ServerInfo.from_json(self._json("GET", "/moescope/info"))
+
+    def delete(self, request_id: str) -> int:
+        """Make the server forget a request.
+
+        Returns:
+            How many sequences were deleted.
+
+        Raises:
+            RequestNotFoundError: The server never saw this id.
+        """
+        response = self._send("DELETE", _path(request_id), one_request=True)
+        return _field(_http.json_object(response), "deleted", int)
+
+    def pause(self) -> str:
+        """Pause the capture; returns its state."""
+        return _field(self._json("POST", "/routes/pause"), "capture", str)
+
+    def resume(self) -> str:
+        """Resume the capture; returns its state."""
+        return _field(self._json("POST", "/routes/resume"), "capture", str)
+
+    def reset(self) -> float:
+        """Set the expert counts to zero.
+
+        Returns:
+            The Unix time from which they run, in seconds.
+        """
+        return _field(self._json("POST", "/routes/reset"), "since_s", float)
+
+    def _json(self, method: str, path: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        return _http.json_object(self._send(method, path, params))
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        params: dict[str, Any] | None = None,
+        *,
+        one_request: bool = False,
+    ) -> httpx.Response:
+        with _http.transport_errors(self._base_url):
+            response = self._http.request(method, path, params=params)
+        _http.check(response, one_request=one_request)
+        return response
+
+
+def _path(request_id: str) -> str:
+    """Return the path of a request; an id may hold slashes, or be ``..``."""
+    if not request_id:
+        raise ValueError("the request id is empty")
+    return "/routes/" + quote(request_id, safe="").replace(".", "%2E")
+
+
+def _field(values: dict[str, Any], name: str, kind: Callable[[Any], _T]) -> _T:
+    try:
+        return kind(values[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"the answer has no valid {name!r}: {values}") from error

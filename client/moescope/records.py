@@ -1,0 +1,175 @@
+"""What the endpoints answer, besides traces, as frozen records."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from moescope.errors import FormatError
+
+
+class _Record:
+    """Built from a JSON object; fields that this version does not know are left out."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Build the record from the endpoint's JSON.
+
+        Raises:
+            FormatError: A field is missing or malformed.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        try:
+            return cls(**{name: value for name, value in values.items() if name in names})
+        except (TypeError, ValueError, KeyError) as error:
+            raise FormatError(f"not a {cls.__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreInfo(_Record):
+    """The server's bounded store of finished traces."""
+
+    limit_bytes: int
+    """Bytes it may hold; beyond that the oldest traces make room."""
+    bytes: int
+    """Bytes it holds."""
+    traces: int
+    """Traces it holds."""
+    evicted: int
+    """Traces that made room since the server started."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerInfo(_Record):
+    """What a server captures, and with what."""
+
+    model: str
+    """The served model's name."""
+    layers: tuple[int, ...]
+    """Global numbers of the layers with experts."""
+    num_experts: int
+    """Routed experts a layer."""
+    top_k: int
+    """Experts a token and layer."""
+    router_types: tuple[str, ...]
+    """vLLM's classes of the routers."""
+    id_dtype: str
+    """numpy's name of the dtype of ``topk_ids``."""
+    weights_dtype: str
+    """numpy's name of the dtype of ``topk_weights``."""
+    device: str
+    """The device that computes the routing."""
+    seed: int | None
+    """The engine's seed."""
+    versions: dict[str, str]
+    """Versions of moescope, vLLM and torch."""
+    capture: str
+    """``on`` or ``paused``."""
+    routes_default: str
+    """Whether requests that say nothing are kept: ``on`` or ``off``."""
+    token_ids: bool
+    """Whether traces hold the token ids."""
+    store: StoreInfo
+    """The store of finished traces."""
+    started_s: float
+    """Unix time at which the collector started, in seconds."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Build the record from the JSON of ``/moescope/info``.
+
+        Raises:
+            FormatError: A field is missing or malformed.
+        """
+        try:
+            nested = {
+                "layers": tuple(values["layers"]),
+                "router_types": tuple(values["router_types"]),
+                "store": StoreInfo.from_json(values["store"]),
+            }
+        except (TypeError, KeyError, AttributeError) as error:
+            raise FormatError(f"not a {cls.__name__}: {error!r}") from error
+        return super().from_json({**values, **nested})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertCounts(_Record):
+    """How often each expert was selected, over all traffic.
+
+    The functions of `moescope.analysis` take ``counts``.
+    """
+
+    model: str
+    """The served model's name."""
+    phase: str
+    """``all``, ``prefill`` or ``decode``."""
+    since_s: float
+    """Unix time from which the counts run, in seconds."""
+    num_rows: int
+    """Routed tokens counted."""
+    num_experts: int
+    """Routed experts a layer."""
+    layers: npt.NDArray[np.int32]
+    """Global layer numbers, ``[num_layers]``."""
+    counts: npt.NDArray[np.int64]
+    """Selections, ``[num_layers, num_experts]``."""
+
+    def __post_init__(self) -> None:
+        """Turn lists into arrays and check that they fit each other.
+
+        Raises:
+            ValueError: An array's shape does not fit the others.
+        """
+        layers = np.asarray(self.layers, np.int32)
+        counts = np.asarray(self.counts, np.int64)
+        if counts.shape != (len(layers), self.num_experts):
+            raise ValueError(
+                f"counts must be [{len(layers)}, {self.num_experts}], got shape {counts.shape}"
+            )
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "counts", counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceInfo(_Record):
+    """One sequence that the server knows: a line of ``GET /routes``."""
+
+    request_id: str
+    """An id of the request as its client saw it."""
+    ids: tuple[str, ...]
+    """Every id under which `Client.routes` finds it."""
+    index: int
+    """The choice's index in the response."""
+    status: str
+    """``running`` or ``finished``."""
+    prompt_len: int
+    """Prompt tokens."""
+    num_tokens: int
+    """Prompt and output tokens."""
+    finish_reason: str | None
+    """``stop``, ``length``, ``abort`` …; None while it runs."""
+    complete: bool
+    """No row is missing."""
+    coverage: float
+    """Share of rows that are not missing, in [0, 1]."""
+    created_s: float
+    """Unix time at which the request was registered, in seconds."""
+    size_bytes: int
+    """Bytes that the trace takes in the store."""
+
+    def __post_init__(self) -> None:
+        """Make the ids a tuple."""
+        object.__setattr__(self, "ids", tuple(self.ids))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RecentPage:
+    """A page of recent sequences, newest first."""
+
+    sequences: tuple[SequenceInfo, ...]
+    """The sequences of this page."""
+    next_before: int | None
+    """What to give as ``before`` for the next page; None on the last one."""

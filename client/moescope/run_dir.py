@@ -1,0 +1,82 @@
+"""A run directory: what each file in it is called, and what it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from moescope.errors import CommandError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunDir:
+    """The files of one run.
+
+    Args:
+        path: The directory.
+    """
+
+    path: Path
+
+    @property
+    def prompts(self) -> Path:
+        """The prompts, one a line; see `moescope.prompts`."""
+        return self.path / "prompts.txt"
+
+    @property
+    def responses(self) -> Path:
+        """One `moescope.replay.Response` a line, in the order of the prompts."""
+        return self.path / "responses.jsonl"
+
+    @property
+    def routes(self) -> Path:
+        """The routes of all responses; see `moescope.routes_log`."""
+        return self.path / "moe_routes.jsonl"
+
+    @property
+    def histogram(self) -> Path:
+        """Selections per expert, over all layers."""
+        return self.path / "expert_hist.png"
+
+    @property
+    def layers(self) -> Path:
+        """Load of every expert in every layer."""
+        return self.path / "expert_layers.png"
+
+    @property
+    def timing(self) -> Path:
+        """What the capture cost; see `moescope.overhead`."""
+        return self.path / "timing.json"
+
+    @property
+    def report(self) -> Path:
+        """The run in one page."""
+        return self.path / "report.md"
+
+    def server_log(self, arm: str) -> Path:
+        """Return the path of the log of a server that moescope started."""
+        return self.path / f"server_{arm}.log"
+
+    def create(self) -> None:
+        """Make the directory, where there is none.
+
+        Raises:
+            CommandError: It cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"cannot make {self.path}: {error.strerror}") from error
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run, and nothing else."""
+        for file in (
+            self.prompts,
+            self.responses,
+            self.routes,
+            self.histogram,
+            self.layers,
+            self.timing,
+            self.report,
+        ):
+            file.unlink(missing_ok=True)

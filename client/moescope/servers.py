@@ -1,0 +1,212 @@
+"""Starts servers as processes of their own, and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from moescope.errors import CommandError
+from moescope.run_dir import RunDir
+
+_POLL_S = 0.5
+_STOP_S = 20.0
+_TAIL_LINES = 15
+
+
+class Server:
+    """A server process in a process group of its own; a context manager that ends it.
+
+    Args:
+        name: What to call it in messages.
+        command: The command line.
+        url: Where it will listen.
+        log: The file that its output goes to.
+        env: Its environment.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], url: str, log: Path, env: Mapping[str, str]
+    ) -> None:
+        self.name, self.command, self.url, self.log = name, tuple(command), url, log
+        self._env = env
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(self._env),
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The process's id; 0 before it was started."""
+        return self._process.pid if self._process else 0
+
+    def stop(self) -> None:
+        """End the process: SIGTERM first, then SIGKILL to what is left of its group."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def is_ready(self) -> bool:
+        """Return whether ``/health`` answers.
+
+        Raises:
+            CommandError: The process has ended; the message holds the end of its log.
+        """
+        status = self._process.poll() if self._process else None
+        if status is not None:
+            raise CommandError(
+                f"the {self.name} server ended with status {status} before it was ready; "
+                f"the end of {self.log}:\n{self._tail()}"
+            )
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_exit(self, timeout_s: float) -> None:
+        """Wait until the process ends, but not longer than that."""
+        if self._process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+
+    def _tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:]) or "  (empty)"
+
+
+def wait_ready(servers: Sequence[Server], timeout_s: float) -> None:
+    """Wait until every server answers.
+
+    Raises:
+        CommandError: One ended, or was not ready in time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    waiting = list(servers)
+    while waiting := [server for server in waiting if not server.is_ready()]:
+        if time.monotonic() > deadline_s:
+            raise CommandError(
+                f"the {waiting[0].name} server was not ready after {timeout_s:.0f} s; "
+                f"see {waiting[0].log}"
+            )
+        waiting[0].wait_exit(_POLL_S)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """The two servers of a comparison, both ready."""
+
+    captured: Server
+    stock: Server
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """The command lines, by the names of the arms in timing.json."""
+        return {
+            "log": shlex.join(self.captured.command),
+            "no_log": shlex.join(self.stock.command),
+        }
+
+
+@contextlib.contextmanager
+def pair(
+    model: str,
+    served_name: str,
+    args: Sequence[str],
+    run_dir: RunDir,
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] = os.environ,
+) -> Iterator[Pair]:
+    """Start one server with capture and one without, on free ports, and end them afterwards.
+
+    Args:
+        model: The model's path or name.
+        served_name: The name it is served under.
+        args: Further flags of vLLM, for both.
+        run_dir: Where their logs go.
+        timeout_s: Seconds to wait until both are ready.
+        env: The environment; the server without capture gets none of moescope's variables.
+
+    Raises:
+        CommandError: A server does not start.
+    """
+    ports = _free_ports(2)
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    both = ["--served-model-name", served_name, "--host", "127.0.0.1", *args, "--port"]
+    captured = captured_command([model, *both, str(ports[0])])
+    stock = stock_command(["--model", model, *both, str(ports[1])])
+    with (
+        Server("captured", captured, urls[0], run_dir.server_log("captured"), env) as first,
+        Server("stock", stock, urls[1], run_dir.server_log("stock"), stock_env(env)) as second,
+    ):
+        wait_ready((first, second), timeout_s)
+        yield Pair(first, second)
+
+
+def captured_command(args: Sequence[str]) -> list[str]:
+    """Return the command of a server with capture."""
+    return [sys.executable, "-m", "moescope", "serve", *args]
+
+
+def stock_command(args: Sequence[str]) -> list[str]:
+    """Return the command of vLLM's own server.
+
+    Source: vLLM 0.32.0, ``vllm/entrypoints/launchers/api_server/entry.py``. ``vllm serve`` does
+    not start with vLLM's CPU wheel.
+    """
+    return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
+
+
+def stock_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which nothing switches moescope on."""
+    stock = {
+        name: value
+        for name, value in env.items()
+        if not name.startswith(("MOESCOPE_", "VLLM_LOG_MOE"))
+    }
+    if "VLLM_PLUGINS" in stock:
+        plugins = stock["VLLM_PLUGINS"].split(",")
+        stock["VLLM_PLUGINS"] = ",".join(name for name in plugins if name != "moescope")
+    return stock
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [int(item.getsockname()[1]) for item in sockets]

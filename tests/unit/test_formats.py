@@ -1,0 +1,172 @@
+import io
+
+import numpy as np
+import orjson
+import pytest
+from client_fakes import lines, make_trace, same
+
+from moescope import FormatError, Source, formats
+
+CASES = [
+    {},
+    {"weights": False},
+    {"token_ids": False},
+    {"missing": 0.4, "num_rows": 30},
+    {"num_experts": 512, "top_k": 8},
+    {"num_rows": 0},
+    {"index": 3, "request_id": "a/b …"},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_npz_gives_every_field_back(case):
+    traces = [make_trace(seed, **case) for seed in range(3)]
+    loaded = formats.load_npz(formats.dump_npz(traces))
+    assert all(same(a, b) for a, b in zip(traces, loaded, strict=True))
+
+
+def test_npz_holds_traces_of_different_lengths():
+    traces = [make_trace(n, num_rows=n, token_ids=bool(n % 2)) for n in (5, 0, 17, 1)]
+    loaded = formats.load_npz(formats.dump_npz(traces))
+    assert all(same(a, b) for a, b in zip(traces, loaded, strict=True))
+
+
+def test_npz_of_one_trace_is_that_traces_own_arrays():
+    trace = make_trace()
+    with np.load(io.BytesIO(formats.dump_npz([trace])), allow_pickle=False) as archive:
+        assert np.array_equal(archive["topk_ids"], trace.topk_ids)
+        assert np.array_equal(archive["topk_weights"], trace.topk_weights)
+        assert np.array_equal(archive["token_ids"], trace.token_ids)
+
+
+def test_npz_refuses_traces_that_do_not_belong_together():
+    for other in ({"layers": (0, 1)}, {"top_k": 2}, {"weights": False}):
+        with pytest.raises(FormatError, match="must share"):
+            formats.dump_npz([make_trace(), make_trace(**other)])
+    with pytest.raises(FormatError, match="at least one"):
+        formats.dump_npz([])
+
+
+def test_broken_npz_is_a_format_error_and_nothing_else():
+    data = formats.dump_npz([make_trace(), make_trace(1)])
+    random = np.random.default_rng(0)
+    broken = [b"", b"{}", data[:100], data[:-30], np.lib.format.magic(1, 0)]
+    for _ in range(150):
+        damaged = bytearray(data)
+        for place in random.integers(0, len(data), 20):
+            damaged[place] = random.integers(0, 256)
+        broken.append(bytes(damaged))
+    refused = 0
+    for case in broken:
+        try:
+            formats.load_npz(case)
+        except FormatError:
+            refused += 1
+    assert refused > 100
+
+
+def test_npz_with_a_split_too_few_is_refused():
+    with np.load(io.BytesIO(formats.dump_npz([make_trace(), make_trace(1)]))) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays["row_splits"] = arrays["row_splits"][:-1]
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with pytest.raises(FormatError):
+        formats.load_npz(buffer.getvalue())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_json_gives_the_trace_back(case):
+    trace = make_trace(5, **case)
+    values = orjson.loads(formats.dump_json("r", [trace]))
+    assert values["request_id"] == "r"
+    loaded = formats.from_dict(values["traces"][0])
+    assert np.array_equal(loaded.counts(), trace.counts())
+    assert np.array_equal(loaded.source, trace.source)
+    assert loaded.topk_ids.dtype == trace.topk_ids.dtype
+    present = trace.present
+    if trace.topk_weights is None:
+        assert loaded.topk_weights is None
+    else:
+        assert np.allclose(loaded.topk_weights[present], trace.topk_weights[present], atol=1e-7)
+    assert (loaded.index, loaded.request_id) == (trace.index, trace.request_id)
+
+
+def test_json_shows_a_missing_row_as_null():
+    trace = make_trace(num_rows=30, missing=0.5)
+    values = orjson.loads(formats.dump_json("r", [trace]))["traces"][0]
+    assert [row is None for row in values["topk_ids"]] == (~trace.present).tolist()
+    assert [row is None for row in values["topk_weights"]] == (~trace.present).tolist()
+    assert values["source"] == [Source(value).name.lower() for value in trace.source]
+    assert values["coverage"] == trace.coverage < 1
+
+
+def test_json_that_is_no_trace_is_a_format_error():
+    values = orjson.loads(formats.dump_json("r", [make_trace()]))["traces"][0]
+    for name in values.keys() - {"coverage", "top_k"}:
+        with pytest.raises(FormatError):
+            formats.from_dict({key: value for key, value in values.items() if key != name})
+    with pytest.raises(FormatError):
+        formats.from_dict({**values, "source": ["guessed"] * 12})
+
+
+def test_ids_take_two_bytes_from_257_experts_on():
+    assert formats.id_dtype(256) is np.uint8
+    assert formats.id_dtype(257) is np.uint16
+
+
+META = {
+    "model": "demo",
+    "versions": {"vllm": "0.32.0", "torch": "2.13.0"},
+    "device": "cpu",
+    "seed": 7,
+    "layers": [0, 5],
+    "top_k": 4,
+}
+
+
+def test_the_meta_line_has_the_schema_of_vllm_log_moe():
+    assert formats.meta_line(**META) == (
+        b'{"type":"meta","model_id":"demo","vllm_version":"0.32.0","torch_version":"2.13.0",'
+        b'"device":"cpu","seed":7,"layers_logged":[0,5],"top_k":4}\n'
+    )
+
+
+def test_the_meta_line_names_the_experts_where_they_are_known():
+    assert orjson.loads(formats.meta_line(**META, num_experts=60))["num_experts"] == 60
+
+
+def test_there_is_one_route_line_a_row_and_layer():
+    trace = make_trace(num_rows=5, layers=(2, 7))
+    records = lines(b"".join(formats.route_lines(trace)))
+    assert [(r["token_idx"], r["layer"]) for r in records] == [
+        (row, layer) for row in range(5) for layer in (2, 7)
+    ]
+    for record in records:
+        assert list(record) == [
+            "type", "req_id", "token_idx", "layer", "topk_ids", "topk_weights",
+        ]  # fmt: skip
+        column = (2, 7).index(record["layer"])
+        assert record["req_id"] == "chatcmpl-1"
+        assert record["topk_ids"] == trace.topk_ids[record["token_idx"], column].tolist()
+        assert record["topk_weights"] == pytest.approx(
+            trace.topk_weights[record["token_idx"], column].astype(float)
+        )
+
+
+def test_route_lines_carry_the_index_only_beyond_the_first_choice():
+    assert lines(next(formats.route_lines(make_trace(index=2))))[0]["index"] == 2
+    assert "index" not in lines(next(formats.route_lines(make_trace())))[0]
+
+
+def test_route_lines_of_a_missing_row_are_null():
+    trace = make_trace(num_rows=20, missing=0.5, layers=(0,))
+    for record, here in zip(formats.route_lines(trace), trace.present, strict=True):
+        assert (orjson.loads(record)["topk_ids"] is not None) == here
+        assert (orjson.loads(record)["topk_weights"] is not None) == here
+
+
+def test_route_lines_after_a_selection_of_layers():
+    trace = make_trace(layers=(0, 1, 3)).select(layers=[3])
+    records = lines(b"".join(formats.route_lines(trace)))
+    assert [record["topk_ids"] for record in records] == trace.topk_ids[:, 0].tolist()
