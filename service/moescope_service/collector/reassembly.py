@@ -117,12 +117,17 @@ class Reassembler:
         ended = [(self._running[h].request_id, self._end(h)) for h in step.finished
                  if h in self._running]  # fmt: skip
         ended += [(request_id, Rows.nothing(self.hello)) for request_id in step.finished_unseen]
+        # All allocations before any table: a sequence may share a block that another one of this
+        # very step fills.
+        for admission in (*step.admitted, *step.resumed):
+            self._arena.allocate(admission.block_ids[self._num_hits(admission) :])
+        for _, block_ids in step.grown:
+            self._arena.allocate(block_ids)
         for admission in step.admitted:
             self._admit(admission)
         for admission in step.resumed:
             self._resume(admission)
         for handle, block_ids in step.grown:
-            self._arena.allocate(block_ids)
             if handle in self._running:
                 self._append_blocks(handle, block_ids)
         for source, destination in step.block_copies:
@@ -180,14 +185,15 @@ class Reassembler:
         self._set_blocks(admission)
 
     def _set_blocks(self, admission: Admission) -> None:
-        # Whole blocks of cached tokens are hits; a partly cached block is a fresh copy.
-        hits = admission.num_computed // self.hello.block_size
         self._num_blocks[admission.handle] = 0
         self._generations[admission.handle] = _STALE
-        self._arena.allocate(admission.block_ids[hits:])
         self._append_blocks(admission.handle, admission.block_ids)
         if not self.hello.trust_prefix_hits:
-            self._generations[admission.handle, :hits] = _STALE
+            self._generations[admission.handle, : self._num_hits(admission)] = _STALE
+
+    def _num_hits(self, admission: Admission) -> int:
+        # Whole blocks of cached tokens are hits; a partly cached block is a fresh copy.
+        return admission.num_computed // self.hello.block_size
 
     def _append_blocks(self, handle: int, block_ids: list[int]) -> None:
         start = int(self._num_blocks[handle])
@@ -204,7 +210,8 @@ class Reassembler:
 
     def _write(self, step: Step) -> Written | None:
         handles, starts, lengths = step.spans.T.astype(np.int64)
-        known = self._is_running[np.minimum(handles, len(self._is_running) - 1)]
+        known = handles < len(self._is_running)
+        known[known] = self._is_running[handles[known]]
         self._num_rows[handles[known]] = np.maximum(
             self._num_rows[handles[known]], (starts + lengths)[known]
         )

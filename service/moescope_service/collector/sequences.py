@@ -113,6 +113,7 @@ class Sequences:
                 self._by_id.setdefault(request_id, []).append(sequence)
         if register.internal_id in self._unclaimed:
             sequence.rows, _ = self._unclaimed.pop(register.internal_id)
+            sequence.deadline_s = self._clock() + API_TIMEOUT_S
         return sequence
 
     def find(self, request_id: str) -> list[Sequence]:

@@ -52,13 +52,18 @@ class TraceStore:
         return iter(self._kept.values())
 
     def add(self, kept: Kept) -> None:
-        """Keep a trace and evict what no longer fits; the new one itself if it is too large."""
+        """Keep a trace and evict what no longer fits; the new one alone if it never would."""
+        if kept.size_bytes > self.limit_bytes:
+            self._note_eviction(kept)
+            return
         self._kept[kept.uid] = kept
         self.size_bytes += kept.size_bytes
         for request_id in kept.ids:
             self._uids.setdefault(request_id, []).append(kept.uid)
         while self.size_bytes > self.limit_bytes:
-            self._evict(next(iter(self._kept.values())))
+            oldest = next(iter(self._kept.values()))
+            self.remove(oldest)
+            self._note_eviction(oldest)
 
     def find(self, request_id: str) -> list[Kept]:
         """Return what an id finds: the newest request first, its choices in their order."""
@@ -85,8 +90,7 @@ class TraceStore:
         """Whether a trace with this id was evicted, as far as that is still known."""
         return request_id in self._evicted_ids
 
-    def _evict(self, kept: Kept) -> None:
-        self.remove(kept)
+    def _note_eviction(self, kept: Kept) -> None:
         self.num_evicted += 1
         self._evicted_ids.update(dict.fromkeys(kept.ids))
         while len(self._evicted_ids) > _REMEMBERED_IDS:

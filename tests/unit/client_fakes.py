@@ -1,0 +1,115 @@
+"""Random traces, and a server in memory for the client's tests."""
+
+from collections.abc import Callable
+
+import httpx
+import numpy as np
+import orjson
+
+from moescope import formats
+from moescope.trace import RouteTrace, Source
+
+
+def make_trace(
+    seed: int = 0,
+    *,
+    num_rows: int = 12,
+    num_experts: int = 60,
+    layers: tuple[int, ...] = (0, 1, 3),
+    top_k: int = 4,
+    weights: bool = True,
+    token_ids: bool = True,
+    missing: float = 0.0,
+    request_id: str = "chatcmpl-1",
+    index: int = 0,
+) -> RouteTrace:
+    random = np.random.default_rng(seed)
+    shape = (num_rows, len(layers))
+    ids = np.argsort(random.random((*shape, num_experts)), axis=-1)[..., :top_k]
+    gone = random.random(num_rows) < missing
+    return RouteTrace(
+        request_id=request_id,
+        index=index,
+        model="demo",
+        num_experts=num_experts,
+        layers=np.array(layers, np.int32),
+        topk_ids=ids.astype(formats.id_dtype(num_experts)),
+        topk_weights=random.random((*shape, top_k)).astype(np.float16) if weights else None,
+        source=np.where(gone, Source.MISSING, random.integers(0, 2, num_rows)).astype(np.uint8),
+        token_ids=random.integers(0, 1000, num_rows + 1).astype(np.int32) if token_ids else None,
+        prompt_len=min(3, num_rows),
+        num_tokens=num_rows + 1,
+        cached_len=1,
+        finish_reason="stop",
+        complete=not gone.any(),
+        created_s=1234.5,
+        versions={"vllm": "0.32.0"},
+    )
+
+
+def same(a: RouteTrace, b: RouteTrace) -> bool:
+    """Whether two traces are equal, dtypes included."""
+    for name in RouteTrace.__dataclass_fields__:
+        one, other = getattr(a, name), getattr(b, name)
+        if isinstance(one, np.ndarray):
+            if one.dtype != other.dtype or not np.array_equal(one, other):
+                return False
+        elif one != other:
+            return False
+    return True
+
+
+INFO = {
+    "model": "demo",
+    "layers": [0, 1, 3],
+    "num_experts": 60,
+    "top_k": 4,
+    "router_types": ["CPURouter"],
+    "id_dtype": "uint8",
+    "weights_dtype": "float16",
+    "device": "cpu",
+    "seed": 0,
+    "versions": {"moescope": "0.1.0", "vllm": "0.32.0", "torch": "2.13.0"},
+    "capture": "on",
+    "routes_default": "on",
+    "token_ids": True,
+    "store": {"limit_bytes": 100, "bytes": 10, "traces": 1, "evicted": 0},
+    "started_s": 1.0,
+}
+
+
+def completion(prompt: str, number: int = 0, tokens: int = 3) -> dict:
+    """A chat completion as vLLM gives it."""
+    return {
+        "id": f"chatcmpl-{number}",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": f"re: {prompt}"},
+                "finish_reason": "length",
+                "token_ids": list(range(tokens)),
+            }
+        ],
+        "usage": {"prompt_tokens": len(prompt.split()), "completion_tokens": tokens},
+        "prompt_token_ids": [1] * len(prompt.split()),
+    }
+
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def server(routes: dict[str, Handler | dict]) -> httpx.MockTransport:
+    """A transport that answers by "METHOD /path"; everything else is vLLM's 404."""
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        path = request.url.raw_path.decode().partition("?")[0]
+        answer = routes.get(f"{request.method} {path}")
+        if answer is None:
+            return httpx.Response(404, json={"detail": "Not Found"})
+        return httpx.Response(200, json=answer) if isinstance(answer, dict) else answer(request)
+
+    return httpx.MockTransport(handle)
+
+
+def lines(data: bytes) -> list[dict]:
+    return [orjson.loads(line) for line in data.splitlines()]

@@ -1,0 +1,380 @@
+"""A small engine with a paged, prefix-caching KV cache that knows every route.
+
+It schedules as vLLM's V1 scheduler does: running sequences first, in chunks, preempting the last
+one where blocks run out; then waiting ones, new and preempted ones in one queue, which hit blocks
+that others filled or are about to fill in this very step; full blocks are cached when they are
+scheduled, partly matching ones are copied. What a row holds is a function of its token prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moescope_service.messages import Hello
+
+VOCABULARY = 3
+_MASK = 2**64 - 1
+
+
+def chain(before: int, token: int) -> int:
+    """Hash of a prefix and one more token."""
+    value = (before ^ (token + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def truth(hashes: list[int], hello: Hello) -> tuple[Any, Any]:
+    """The rows of positions whose prefixes have these hashes: (ids, weights)."""
+    shape = (len(hashes), len(hello.layers), hello.top_k)
+    values = np.array(hashes, np.uint64)[:, None]
+    shifts = np.arange(shape[1] * shape[2], dtype=np.uint64)[None, :] * np.uint64(7)
+    ids = (values >> shifts) % np.uint64(hello.num_experts)
+    weights = ((values >> shifts) % np.uint64(1021)).astype(np.float32) / 1024
+    return (
+        ids.reshape(shape).astype(hello.id_dtype),
+        weights.reshape(shape).astype(hello.weights_dtype),
+    )
+
+
+@dataclasses.dataclass
+class Seq:
+    """A sequence of the engine; `tokens` are all that were sampled."""
+
+    name: str
+    tokens: list[int]
+    prompt_len: int
+    max_output: int
+    surplus: bool
+    hashes: list[int] = dataclasses.field(default_factory=list)
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    table: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """(block, generation): kept after a preemption, as the collector keeps its own."""
+    num_computed: int = 0
+    cached_len: int | None = None
+    num_routed: int = 0
+    was_preempted: bool = False
+    is_over: bool = False
+    """It has its last token, and runs one step more."""
+
+    def __post_init__(self) -> None:
+        self.extend_hashes()
+
+    def extend_hashes(self) -> None:
+        for token in self.tokens[len(self.hashes) :]:
+            self.hashes.append(chain(self.hashes[-1] if self.hashes else 7, token))
+
+
+@dataclasses.dataclass
+class New:
+    """As vLLM's ``NewRequestData``."""
+
+    req_id: str
+    prompt_len: int
+    num_computed_tokens: int
+    block_ids: tuple[list[int], ...]
+
+
+@dataclasses.dataclass
+class Cached:
+    """As vLLM's ``CachedRequestData``."""
+
+    req_ids: list[str] = dataclasses.field(default_factory=list)
+    resumed_req_ids: set[str] = dataclasses.field(default_factory=set)
+    new_block_ids: list[tuple[list[int], ...] | None] = dataclasses.field(default_factory=list)
+    num_computed_tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Copy:
+    """As vLLM's ``KVCacheBlockCopy``."""
+
+    src_block_id: int
+    dst_block_id: int
+
+
+@dataclasses.dataclass
+class Output:
+    """As vLLM's ``SchedulerOutput``; `batch` is what the runner says after the step."""
+
+    finished_req_ids: set[str]
+    scheduled_new_reqs: list[New] = dataclasses.field(default_factory=list)
+    scheduled_cached_reqs: Cached = dataclasses.field(default_factory=Cached)
+    kv_cache_block_copies: list[Copy] | None = None
+    total_num_scheduled_tokens: int = 0
+    batch: list[tuple[Seq, int, int]] = dataclasses.field(default_factory=list)
+    """(sequence, first position, rows), in row order."""
+    missing: dict[str, set[int]] = dataclasses.field(default_factory=dict)
+    """Positions of each finished sequence whose rows nobody can know."""
+
+
+class KvCache:
+    """Blocks: who holds them, which prefixes are cached in them, which rows were shipped."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.size = block_size
+        self.free: dict[int, None] = dict.fromkeys(range(1, num_blocks))  # block 0 is vLLM's null
+        self.refs = [0] * num_blocks
+        self.generation = [0] * num_blocks
+        self.by_hash: dict[int, int] = {}
+        self.hash_of: dict[int, int] = {}
+        self.content: list[int | None] = [None] * (num_blocks * block_size)
+        """Hash of the prefix whose KV entry stands in a slot."""
+        self.shipped = [False] * (num_blocks * block_size)
+        """Whether the collector was given the row of that entry."""
+
+    def allocate(self, count: int) -> list[int]:
+        blocks = list(self.free)[:count]
+        for block in blocks:
+            del self.free[block]
+            self.refs[block] = 1
+            self.generation[block] += 1
+            if (known := self.hash_of.pop(block, None)) is not None:
+                del self.by_hash[known]
+            for slot in range(block * self.size, (block + 1) * self.size):
+                self.content[slot], self.shipped[slot] = None, False
+        return blocks
+
+    def touch(self, block: int) -> None:
+        self.free.pop(block, None)
+        self.refs[block] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
+            self.refs[block] -= 1
+            if not self.refs[block]:
+                self.free[block] = None
+
+    def remember(self, seq: Seq, num_tokens: int) -> None:
+        """Cache the full blocks of a sequence's first tokens."""
+        for number in range(num_tokens // self.size):
+            key, block = seq.hashes[(number + 1) * self.size - 1], seq.blocks[number]
+            if key not in self.by_hash and block not in self.hash_of:
+                self.by_hash[key], self.hash_of[block] = block, key
+
+    def hits(self, seq: Seq) -> list[int]:
+        blocks: list[int] = []
+        while (len(blocks) + 1) * self.size < len(seq.tokens):
+            block = self.by_hash.get(seq.hashes[(len(blocks) + 1) * self.size - 1])
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def partial_hit(self, seq: Seq, full: int) -> tuple[int, int] | None:
+        """A filled cached block that begins as the sequence goes on: (block, tokens)."""
+        start = full * self.size
+        for block in self.hash_of:
+            slots = self.content[block * self.size : (block + 1) * self.size]
+            common = 0
+            for mine, theirs in zip(seq.hashes[start : len(seq.tokens) - 1], slots, strict=False):
+                if mine != theirs:
+                    break
+                common += 1
+            if common and None not in slots:
+                return block, min(common, self.size - 1)
+        return None
+
+
+class Engine:
+    """Runs sequences step by step.
+
+    Args:
+        rng: Decides everything that is random.
+        hello: Blocks and shape of the rows.
+        token_budget: Tokens a step at most.
+        copies: Whether blocks that match in part are hit and copied.
+    """
+
+    def __init__(
+        self, rng: random.Random, hello: Hello, *, token_budget: int = 9, copies: bool = False
+    ) -> None:
+        self.rng = rng
+        self.kv = KvCache(hello.num_blocks, hello.block_size)
+        self.token_budget = token_budget
+        self.copies = copies
+        self.waiting: list[Seq] = []
+        self.running: list[Seq] = []
+        self.num_preemptions = 0
+        self.num_same_step_hits = 0
+        self.num_copies = 0
+        self._finished: dict[str, Seq] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting or self.running or self._finished)
+
+    def add(self, seq: Seq) -> None:
+        self.waiting.append(seq)
+
+    def abort(self, seq: Seq) -> None:
+        (self.running if seq in self.running else self.waiting).remove(seq)
+        self._free(seq)
+
+    def schedule(self) -> Output:
+        """Decide on a step."""
+        output = Output(set(self._finished))
+        output.missing = {name: self._missing(seq) for name, seq in self._finished.items()}
+        self._finished = {}
+        self._copies: list[Copy] = []
+        self._held: list[int] = []
+        self._allocated: set[int] = set()
+        scheduled: dict[str, tuple[Seq, int, list[int]]] = {}
+        budget, preempted = self.token_budget, False
+        for seq in list(self.running):
+            if seq not in self.running:
+                continue
+            count = min(len(seq.tokens) - seq.num_computed, budget)
+            if count <= 0:
+                continue
+            while (blocks := self._grow(seq, seq.num_computed + count)) is None:
+                victim, preempted = self.running[-1], True
+                self._preempt(victim)
+                if victim is seq:
+                    break
+            if blocks is not None:
+                scheduled[seq.name] = seq, count, blocks
+                budget -= count
+        cached = output.scheduled_cached_reqs
+        for seq, _, blocks in scheduled.values():
+            self._list(cached, seq, blocks)
+        batch = [(seq, seq.num_computed, count) for seq, count, _ in scheduled.values()]
+        if not preempted:
+            batch += self._admit_waiting(output, budget)
+        self.rng.shuffle(batch)
+        output.batch = batch
+        self.kv.release(self._held)  # what is copied in this step is not allocated in it
+        output.kv_cache_block_copies = self._copies or None
+        output.total_num_scheduled_tokens = sum(count for _, _, count in batch)
+        return output
+
+    def _list(self, cached: Cached, seq: Seq, blocks: list[int]) -> None:
+        cached.req_ids.append(seq.name)
+        cached.new_block_ids.append((blocks,) if blocks else None)
+        cached.num_computed_tokens.append(seq.num_computed)
+
+    def _admit_waiting(self, output: Output, budget: int) -> Iterator[tuple[Seq, int, int]]:
+        resumed: list[Seq] = []
+        while self.waiting and budget > 0 and len(self.running) < 6:
+            seq = self.waiting[0]
+            hits = self.kv.hits(seq)
+            num_cached = len(hits) * self.kv.size
+            partial = self.kv.partial_hit(seq, len(hits)) if self.copies else None
+            num_cached += partial[1] if partial else 0
+            count = min(len(seq.tokens) - num_cached, budget)
+            needed = -(-(num_cached + count) // self.kv.size) - len(hits)
+            held = [*hits, partial[0]] if partial else hits
+            if needed > len(self.kv.free) - sum(block in self.kv.free for block in held):
+                break
+            self.waiting.pop(0)
+            self._start(seq, hits, partial, num_cached)
+            self._grow(seq, num_cached + count)
+            if partial:
+                self._held.append(partial[0])
+                self._copies.append(Copy(partial[0], seq.blocks[len(hits)]))
+                self.num_copies += 1
+            self.running.append(seq)
+            if seq.was_preempted:
+                resumed.append(seq)
+            else:
+                output.scheduled_new_reqs.append(
+                    New(seq.name, seq.prompt_len, num_cached, (list(seq.blocks),))
+                )
+            budget -= count
+            yield seq, num_cached, count
+        for seq in resumed:
+            output.scheduled_cached_reqs.resumed_req_ids.add(seq.name)
+            self._list(output.scheduled_cached_reqs, seq, list(seq.blocks))
+
+    def _start(
+        self, seq: Seq, hits: list[int], partial: tuple[int, int] | None, num_cached: int
+    ) -> None:
+        for block in hits:
+            self.num_same_step_hits += block in self._allocated
+            self.kv.touch(block)
+        if partial:
+            self.kv.touch(partial[0])
+        seq.blocks, seq.table = list(hits), [(b, self.kv.generation[b]) for b in hits]
+        seq.num_computed = num_cached
+        if seq.cached_len is None:
+            seq.cached_len = num_cached
+        seq.num_routed = max(seq.num_routed, num_cached)
+
+    def _grow(self, seq: Seq, num_tokens: int) -> list[int] | None:
+        needed = -(-num_tokens // self.kv.size) - len(seq.blocks)
+        if needed > len(self.kv.free):
+            return None
+        blocks = self.kv.allocate(max(needed, 0))
+        self._allocated |= set(blocks)
+        seq.blocks += blocks
+        seq.table += [(block, self.kv.generation[block]) for block in blocks]
+        if not seq.is_over:
+            self.kv.remember(seq, num_tokens)
+        return blocks
+
+    def _preempt(self, seq: Seq) -> None:
+        self.running.remove(seq)
+        self.num_preemptions += 1
+        if seq.is_over:
+            self._free(seq)
+            return
+        self.kv.release(seq.blocks)
+        seq.blocks, seq.num_computed, seq.was_preempted = [], 0, True
+        self.waiting.insert(0, seq)
+
+    def _free(self, seq: Seq) -> None:
+        self.kv.release(seq.blocks)
+        seq.blocks = []
+        self._finished[seq.name] = seq
+
+    def execute(self, output: Output, *, shipped: bool) -> list[Seq]:
+        """Compute a step's rows and sample; return the sequences that have their last token."""
+        kv, over = self.kv, []
+        for copy in output.kv_cache_block_copies or ():
+            for i in range(kv.size):
+                source, slot = copy.src_block_id * kv.size + i, copy.dst_block_id * kv.size + i
+                kv.content[slot], kv.shipped[slot] = kv.content[source], kv.shipped[source]
+        for seq, start, count in output.batch:
+            for position in range(start, start + count):
+                slot = seq.blocks[position // kv.size] * kv.size + position % kv.size
+                kv.content[slot], kv.shipped[slot] = seq.hashes[position], shipped
+            seq.num_computed = start + count
+            seq.num_routed = max(seq.num_routed, seq.num_computed)
+        for seq, start, _ in output.batch:
+            self._check_prefix(seq, start)
+            if seq.is_over:  # this was its surplus row
+                self.running.remove(seq)
+                self._free(seq)
+            elif seq.num_computed == len(seq.tokens):
+                seq.tokens.append(seq.hashes[-1] % VOCABULARY)
+                seq.extend_hashes()
+                if len(seq.tokens) - seq.prompt_len >= seq.max_output:
+                    over.append(seq)
+                    seq.is_over = True
+                    if not seq.surplus:
+                        self.running.remove(seq)
+                        self._free(seq)
+        return over
+
+    def _check_prefix(self, seq: Seq, start: int) -> None:
+        """The engine itself must be right: every KV entry is that of its own prefix."""
+        for position in range(start):
+            slot = seq.blocks[position // self.kv.size] * self.kv.size + position % self.kv.size
+            assert self.kv.content[slot] == seq.hashes[position], (seq.name, position)
+
+    def _missing(self, seq: Seq) -> set[int]:
+        gone = set()
+        for position in range(len(seq.tokens) - 1):
+            number, offset = divmod(position, self.kv.size)
+            known = position < seq.num_routed and number < len(seq.table)
+            if known:
+                block, generation = seq.table[number]
+                known = generation == self.kv.generation[block]
+                known = known and self.kv.shipped[block * self.kv.size + offset]
+            if not known:
+                gone.add(position)
+        return gone

@@ -1,0 +1,68 @@
+"""Turns the simulated engine's steps into messages, as `capture.recorder.ControlEncoder` does.
+
+A contract test holds both to the same messages: the real one needs pyzmq.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moescope_service.messages import Admission, Hello, Step
+
+if __package__:
+    from .engine_sim import Output, truth
+else:
+    from engine_sim import Output, truth
+
+
+class SimEncoder:
+    """Gives each sequence a small integer and numbers the steps."""
+
+    def __init__(self, hello: Hello) -> None:
+        self.hello = hello
+        self.seq = 0
+        self._handles: dict[str, int] = {}
+        self._free: list[int] = []
+
+    def encode(self, output: Output, lost: str | None = None) -> Step:
+        step = Step(seq=self.seq, time_s=0.0, host_s=0.0, spans=np.empty((0, 3), np.int32))
+        self.seq += 1
+        for name in output.finished_req_ids:
+            handle = self._handles.pop(name, None)
+            if handle is None:
+                step.finished_unseen.append(name)
+            else:
+                step.finished.append(handle)
+        self._free += step.finished
+        for new in output.scheduled_new_reqs:
+            step.admitted.append(self._admission(new.req_id, new.prompt_len,
+                                                 new.num_computed_tokens, new.block_ids))  # fmt: skip
+        cached = output.scheduled_cached_reqs
+        for i, name in enumerate(cached.req_ids):
+            blocks = cached.new_block_ids[i]
+            if name in cached.resumed_req_ids:
+                step.resumed.append(self._admission(name, 0, cached.num_computed_tokens[i], blocks))
+            elif blocks is not None:
+                step.grown.append((self._handles[name], blocks[0]))
+        copies = output.kv_cache_block_copies or ()
+        step.block_copies = [(copy.src_block_id, copy.dst_block_id) for copy in copies]
+        if output.batch:
+            spans = [(self._handles[seq.name], start, count) for seq, start, count in output.batch]
+            step.spans = np.array(spans, np.int32)
+            self._add_rows(step, output, lost)
+        return step
+
+    def _add_rows(self, step: Step, output: Output, lost: str | None) -> None:
+        step.lost = lost
+        if lost is None:
+            hashes = [h for seq, start, n in output.batch for h in seq.hashes[start : start + n]]
+            step.topk_ids, step.topk_weights = truth(hashes, self.hello)
+
+    def _admission(self, name: str, prompt_len: int, num_computed: int, blocks: Any) -> Admission:
+        handle = self._handles.get(name)
+        if handle is None:
+            handle = self._free.pop() if self._free else len(self._handles)
+            self._handles[name] = handle
+        return Admission(handle, name, prompt_len, num_computed, list(blocks[0]))

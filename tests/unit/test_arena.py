@@ -1,0 +1,84 @@
+"""Rows stand where KV entries stand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from builders import make_rows
+
+from moescope_service.collector.arena import Arena
+
+
+@pytest.fixture
+def arena():
+    return Arena(
+        num_blocks=4, block_size=4, num_layers=2, top_k=2, id_dtype="uint8", weights_dtype="float16"
+    )
+
+
+def write(arena, slots, first):
+    arena.write(np.array(slots), *make_rows(first, len(slots)))
+
+
+def check(arena, slots, first):
+    ids, weights, filled = arena.read(np.array(slots))
+    assert filled.all()
+    np.testing.assert_array_equal(ids, make_rows(first, len(slots))[0])
+    np.testing.assert_array_equal(weights, make_rows(first, len(slots))[1])
+
+
+def filled(arena):
+    return np.flatnonzero(arena.read(np.arange(16))[2]).tolist()
+
+
+def test_nothing_is_filled_at_first(arena):
+    assert filled(arena) == []
+
+
+def test_what_is_written_is_read_and_the_last_write_wins(arena):
+    write(arena, [3, 9, 4], 10)
+    check(arena, [3, 9, 4], 10)
+    write(arena, [9], 50)
+    check(arena, [9], 50)
+    check(arena, [3], 10)
+    assert filled(arena) == [3, 4, 9]
+
+
+def test_read_returns_copies(arena):
+    write(arena, [1], 5)
+    ids, _, here = arena.read(np.array([1]))
+    write(arena, [1], 6)
+    arena.allocate([0])
+    np.testing.assert_array_equal(ids, make_rows(5, 1)[0])
+    assert here.all()
+
+
+def test_a_newly_allocated_block_holds_nobodys_rows(arena):
+    write(arena, range(16), 0)
+    before = arena.generation.copy()
+    arena.allocate([1, 3])
+    assert filled(arena) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert (arena.generation - before).tolist() == [0, 1, 0, 1]
+    arena.allocate([])
+    assert (arena.generation - before).tolist() == [0, 1, 0, 1]
+
+
+def test_a_copied_block_brings_rows_and_gaps(arena):
+    write(arena, [4, 6], 10)
+    write(arena, [12, 13], 90)
+    arena.copy_block(1, 3)
+    assert filled(arena) == [4, 6, 12, 14]
+    check(arena, [12, 14], 10)
+    write(arena, [12], 70)  # the copy is the new owner's own
+    check(arena, [4], 10)
+
+
+def test_void(arena):
+    write(arena, range(8), 0)
+    before = arena.generation.copy()
+    arena.void(np.array([0, 5]))
+    assert filled(arena) == [1, 2, 3, 4, 6, 7]
+    np.testing.assert_array_equal(arena.generation, before)
+    arena.void_all()
+    assert filled(arena) == []
+    assert (arena.generation - before == 1).all()

@@ -1,0 +1,361 @@
+"""The collector without its socket: messages in, answers out."""
+
+from __future__ import annotations
+
+import numpy as np
+import orjson
+import pytest
+from builders import API, WORKER, Bench, admit, make_hello, make_rows, make_step
+
+from moescope.trace import Source
+from moescope_service.collector.queries import FINISHING_WAIT_S
+from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
+from moescope_service.messages import pack, pack_step
+
+
+@pytest.fixture
+def bench():
+    return Bench()
+
+
+def capture_messages(bench, peer=WORKER):
+    sent = [orjson.loads(frames[0]) for to, frames in bench.collector.outbox if to == peer]
+    return [message["on"] for message in sent if message["kind"] == "capture"]
+
+
+def test_a_request_from_start_to_trace(bench):
+    assert bench.status("a") == "unknown"
+    bench.start("a")
+    assert bench.status("a") == "running"
+    bench.finish("a-i")
+    assert bench.status("a") == "running"
+    bench.end()
+    (trace,) = bench.traces("a")
+    assert (trace.request_id, trace.model, trace.num_rows, trace.complete) == ("a", "tiny", 5, True)
+    assert trace.token_ids.tolist() == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(trace.topk_ids, make_rows(0, 5)[0])
+    np.testing.assert_array_equal(trace.topk_weights, make_rows(0, 5)[1])
+    assert trace.versions == bench.hello.versions
+    assert bench.traces("a-i")[0].request_id == "a"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [("register", "finish", "end"), ("register", "end", "finish"), ("end", "register", "finish")],
+)
+def test_reports_in_any_order(bench, order):
+    """A finish follows its registration on one link; all other orders happen."""
+    bench.step([(0, 0, 5)], admitted=[admit(0, "a-i", 4, [0, 1])])
+    for what in order:
+        {"register": lambda: bench.register("a"), "finish": lambda: bench.finish("a-i"),
+         "end": bench.end}[what]()  # fmt: skip
+        assert (bench.status("a") == "finished") == (what == order[-1])
+    assert bench.traces("a")[0].complete
+
+
+class TestWaiting:
+    def test_a_question_right_after_the_response_waits_for_the_end(self, bench):
+        bench.start("a")
+        bench.finish("a-i")
+        number = bench.ask("routes", request_id="a")
+        assert bench.answer(number) is None
+        bench.end()
+        assert bench.answer(number).values["status"] == "finished"
+
+    def test_it_does_not_wait_for_a_running_request_unless_told(self, bench):
+        bench.start("a")
+        assert bench.answer(bench.ask("routes", request_id="a")).values["status"] == "running"
+        number = bench.ask("routes", request_id="a", wait_s=5.0)
+        assert bench.answer(number) is None
+        bench.finish("a-i")
+        assert bench.answer(number) is None
+        bench.end()
+        assert bench.answer(number).values["status"] == "finished"
+
+    @pytest.mark.parametrize(("wait_s", "waits_s"), [(None, FINISHING_WAIT_S), (0.5, 0.5), (0, 0)])
+    def test_it_waits_so_long(self, bench, wait_s, waits_s):
+        bench.start("a")
+        bench.finish("a-i")
+        number = bench.ask("routes", request_id="a", wait_s=wait_s)
+        if waits_s:
+            bench.pass_s(waits_s - 0.01)
+            assert bench.answer(number) is None
+            bench.pass_s(0.02)
+        assert bench.answer(number).values["status"] == "running"
+
+    def test_it_waits_for_every_choice(self, bench):
+        for index in range(2):
+            bench.start("a", handle=index, blocks=[2 * index, 2 * index + 1], index=index,
+                        internal_id=f"{index}-i", ids=["a"])  # fmt: skip
+        bench.finish("0-i")
+        bench.end(0)
+        number = bench.ask("routes", request_id="a", wait_s=5.0)
+        assert bench.answer(number) is None
+        bench.finish("1-i")
+        bench.end(1)
+        assert bench.answer(number).values["status"] == "finished"
+        assert [trace.index for trace in bench.traces("a")] == [0, 1]
+
+    def test_a_deleted_request_is_not_waited_for_beyond_its_end(self, bench):
+        bench.start("a")
+        number = bench.ask("routes", request_id="a", wait_s=5.0)
+        assert bench.answered("delete", request_id="a").values["deleted"] == 1
+        bench.pass_s(5.0)
+        assert bench.answer(number).values["status"] == "unknown"
+
+    def test_one_end_answers_every_question_for_it_and_no_other(self, bench):
+        bench.start("a")
+        bench.start("b", handle=1, blocks=[2, 3])
+        numbers = [bench.ask("routes", request_id=i, wait_s=5.0) for i in ("a", "a-i", "b", "a")]
+        bench.finish("a-i")
+        bench.end(0)
+        assert [bench.answer(n) is not None for n in numbers] == [True, True, False, True]
+
+
+class TestIds:
+    def test_a_repeated_id_finds_all_newest_first(self, bench):
+        for number in range(3):
+            bench.run(f"r{number}", ids=["mine", f"r{number}"], internal_id=f"{number}-i",
+                      created_s=float(number))  # fmt: skip
+        assert [trace.request_id for trace in bench.traces("mine")] == ["r2", "r1", "r0"]
+
+    def test_while_one_of_them_runs_the_id_is_running(self, bench):
+        bench.run("a", ids=["mine"])
+        bench.start("b", ids=["mine"])
+        assert bench.status("mine") == "running"
+
+    @pytest.mark.parametrize("when", ["running", "finished"])
+    def test_an_alias_finds_every_choice(self, bench, when):
+        for index in range(2):
+            bench.start("a", handle=index, blocks=[2 * index, 2 * index + 1], index=index,
+                        internal_id=f"{index}-i", ids=["a", f"{index}-i"])  # fmt: skip
+        if when == "running":
+            bench.alias("alias/1", "0-i", "1-i")
+            assert bench.status("alias/1") == "running"
+        for index in range(2):
+            bench.finish(f"{index}-i")
+            bench.end(index)
+        if when == "finished":
+            bench.alias("alias/1", "0-i", "1-i")
+        assert [trace.index for trace in bench.traces("alias/1")] == [0, 1]
+        assert bench.answered("delete", request_id="alias/1").values["deleted"] == 2
+        assert bench.status("a") == "unknown"
+
+    def test_an_alias_of_an_opted_out_request_finds_nothing(self, bench):
+        bench.start("a", keep=False)
+        bench.alias("alias", "a-i")
+        bench.finish("a-i")
+        bench.end()
+        assert bench.status("alias") == "unknown"
+
+
+class TestOptOut:
+    def test_nothing_is_kept_and_everything_is_counted(self, bench):
+        bench.run("a", keep=False)
+        assert bench.status("a") == "unknown"
+        assert bench.answered("recent").values["sequences"] == []
+        assert bench.answered("metrics").values["running"] == 0
+        assert sum(bench.answered("experts").values["rows"]) == 5
+
+    def test_others_still_hit_its_blocks(self, bench):
+        bench.run("a", keep=False)
+        bench.register("b", prompt=[1, 2, 3, 4, 5])
+        bench.step([(0, 4, 2)], admitted=[admit(0, "b-i", 5, [0, 5], cached=4)])
+        bench.finish("b-i")
+        bench.end()
+        (trace,) = bench.traces("b")
+        assert trace.source.tolist() == [Source.CACHED] * 4 + [Source.COMPUTED] * 2
+        assert (trace.complete, trace.cached_len) == (True, 4)
+
+
+class TestDelete:
+    def test_a_finished_request_gives_its_bytes_back(self, bench):
+        bench.run("a")
+        before = bench.answered("info").values["store"]["bytes"]
+        bench.run("b")
+        assert bench.answered("info").values["store"]["bytes"] > before
+        assert bench.answered("delete", request_id="b").values["deleted"] == 1
+        assert bench.answered("info").values["store"]["bytes"] == before
+        assert (bench.status("b"), bench.status("a")) == ("unknown", "finished")
+
+    def test_a_running_request_leaves_nothing(self, bench):
+        bench.start("a")
+        assert bench.answered("delete", request_id="a").values["deleted"] == 1
+        assert bench.status("a") == "unknown"
+        bench.finish("a-i")
+        bench.end()
+        assert bench.status("a") == "unknown"
+        values = bench.answered("metrics").values
+        assert (values["running"], values["store"]["traces"], values["store"]["bytes"]) == (0, 0, 0)
+
+    def test_an_unknown_request(self, bench):
+        assert bench.answered("delete", request_id="a").values["deleted"] == 0
+
+
+def test_an_evicted_request(bench):
+    bench = Bench(memory=bench_size() * 2)
+    for name in "abc":
+        bench.run(name)
+    assert [bench.status(name) for name in "abc"] == ["evicted", "finished", "finished"]
+    store = bench.answered("info").values["store"]
+    assert (store["traces"], store["evicted"]) == (2, 1)
+    assert store["bytes"] <= store["limit_bytes"]
+
+
+def bench_size():
+    bench = Bench()
+    bench.run("a")
+    return bench.answered("info").values["store"]["bytes"]
+
+
+class TestTimeouts:
+    def test_a_worker_that_never_reports(self, bench):
+        bench.start("a")
+        bench.finish("a-i")
+        bench.pass_s(WORKER_TIMEOUT_S - 0.1)
+        assert bench.status("a") == "running"
+        bench.pass_s(0.2)
+        (trace,) = bench.traces("a")
+        assert (trace.complete, trace.coverage, trace.finish_reason) == (False, 0.0, "stop")
+        bench.end()  # too late, and harmless
+        assert bench.status("a") == "finished"
+
+    def test_an_api_server_that_never_reports(self, bench):
+        bench.start("a")
+        bench.end()
+        bench.pass_s(API_TIMEOUT_S + 0.1)
+        (trace,) = bench.traces("a")
+        assert (trace.complete, trace.coverage, trace.finish_reason) == (False, 1.0, None)
+        bench.finish("a-i")  # too late, and harmless
+        assert len(bench.traces("a")) == 1
+
+    def test_a_question_that_waits_is_answered_by_the_timeout(self, bench):
+        bench.start("a")
+        bench.finish("a-i")
+        number = bench.ask("routes", request_id="a", wait_s=60.0)
+        bench.pass_s(WORKER_TIMEOUT_S)
+        assert bench.answer(number).values["status"] == "finished"
+
+
+class TestRecent:
+    def test_newest_first_running_ones_too(self, bench):
+        bench.run("a")
+        bench.start("b")
+        first, second = bench.answered("recent").values["sequences"]
+        assert (first["request_id"], first["status"], first["complete"]) == ("b", "running", None)
+        assert (second["request_id"], second["status"], second["complete"]) == ("a", "finished", True)
+        assert (second["ids"], second["num_tokens"], second["coverage"]) == (["a", "a-i"], 6, 1.0)
+        assert second["size_bytes"] == bench_size()
+        assert first.keys() == second.keys()
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8])
+    def test_pages_hold_every_sequence_once(self, bench, limit):
+        for name in "abcdefg":
+            bench.run(name)
+        names, before = [], None
+        for _ in range(10):
+            page = bench.answered("recent", limit=limit, before=before).values
+            assert len(page["sequences"]) <= limit
+            names += [one["request_id"] for one in page["sequences"]]
+            before = page["next_before"]
+            if before is None:
+                break
+        assert names == list("gfedcba")
+
+    def test_nothing_yet(self, bench):
+        assert bench.answered("recent").values["sequences"] == []
+        assert bench.answered("recent").values["next_before"] is None
+
+
+class TestCapture:
+    def test_pause_and_resume_reach_every_worker(self, bench):
+        bench.collector.handle(b"second", [orjson.dumps({"kind": "hello", **hello_values()})])
+        assert bench.answered("capture", on=False).values["capture"] == "paused"
+        assert bench.answered("info").values["capture"] == "paused"
+        assert bench.answered("capture", on=True).values["capture"] == "on"
+        for peer in (WORKER, b"second"):
+            assert capture_messages(bench, peer) == [True, False, True]
+
+    def test_a_worker_that_says_hello_while_paused_is_told_so(self, bench):
+        bench.answered("capture", on=False)
+        bench.say_hello(b"late")
+        assert capture_messages(bench, b"late") == [False]
+
+    def test_rows_of_a_pause_are_missing_and_counted(self, bench):
+        bench.start("a")
+        bench.step([(0, 5, 1)], lost="paused")
+        bench.step([(0, 6, 1)])
+        bench.finish("a-i", [5, 6, 7, 8])
+        bench.end()
+        (trace,) = bench.traces("a")
+        assert trace.source.tolist() == [0] * 5 + [Source.MISSING, 0]
+        assert (trace.complete, trace.coverage) == (False, pytest.approx(6 / 7))
+        values = bench.answered("metrics").values
+        assert (values["rows_lost"], values["rows_captured"]) == ({"paused": 1}, 6)
+        assert values["traces"] == {"incomplete": 1}
+
+
+class TestGap:
+    def test_running_requests_are_incomplete_and_later_ones_are_not(self, bench):
+        bench.start("a")
+        bench.lose_step()
+        bench.step([(0, 5, 1)])
+        bench.finish("a-i", [5, 6, 7])
+        bench.end()
+        bench.run("b")
+        assert bench.traces("b")[0].complete
+        bench.pass_s(WORKER_TIMEOUT_S)
+        (trace,) = bench.traces("a")
+        assert (trace.complete, trace.coverage) == (False, 0.0)
+
+
+class TestExperts:
+    def test_totals_equal_the_traces(self, bench):
+        bench.run("a")
+        bench.run("b")
+        reply = bench.answered("experts")
+        counts = np.frombuffer(reply.arrays[0], np.int64).reshape(2, 2, 8)
+        want = sum(trace.counts() for name in "ab" for trace in bench.traces(name))
+        np.testing.assert_array_equal(counts.sum(axis=0), want)
+        assert reply.values["rows"] == [8, 2]
+
+    def test_reset(self, bench):
+        bench.run("a")
+        assert bench.answered("reset").values["rows"] == [0, 0]
+        reply = bench.answered("metrics")
+        assert np.frombuffer(reply.arrays[0], np.int64).sum() == 5 * 2 * 2
+
+    def test_before_hello(self):
+        bench = Bench(hello=False)
+        assert bench.answered("experts").values == {"kind": "reply", "number": 1, "ready": False}
+        assert bench.answered("reset").values["ready"] is False
+        assert bench.answered("info").values["hello"] is None
+        assert bench.answered("metrics").arrays == []
+
+
+def test_token_ids_are_kept_out():
+    bench = Bench(token_ids="off")
+    bench.run("a")
+    (trace,) = bench.traces("a")
+    assert (trace.token_ids, trace.num_tokens) == (None, 6)
+
+
+def test_a_step_of_nobody_is_an_error(bench):
+    with pytest.raises(KeyError):
+        bench.collector.handle(b"stranger", pack_step(make_step(0)))
+
+
+@pytest.mark.parametrize("frames", [pack("what"), pack("query", op="what", number=1)])
+def test_a_message_that_nobody_knows_is_an_error(bench, frames):
+    with pytest.raises(ValueError, match="unknown .*'what'"):
+        bench.collector.handle(API, frames)
+
+
+def test_answers_go_to_who_asked(bench):
+    bench.collector.handle(b"other", pack("query", op="info", number=9))
+    (peer, frames) = bench.collector.outbox[-1]
+    assert (peer, orjson.loads(frames[0])["number"]) == (b"other", 9)
+
+
+def hello_values():
+    return {name: getattr(make_hello(), name) for name in make_hello().__slots__}

@@ -1,0 +1,95 @@
+"""What is packed is what is unpacked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import orjson
+import pytest
+from builders import admit, make_hello, make_register, make_rows, make_step
+
+from moescope_service.messages import Hello, Register, pack, pack_dataclass, pack_step, unpack, unpack_step
+
+
+def wire(frames):
+    return [memoryview(bytes(memoryview(frame))) for frame in frames]
+
+
+def test_a_step_survives_the_wire():
+    step = make_step(
+        7,
+        [(0, 0, 3), (5, 9, 1)],
+        finished=[2],
+        finished_unseen=["gone"],
+        admitted=[admit(0, "a", 3, [1, 2])],
+        resumed=[admit(5, "b", 0, [3], cached=4)],
+        grown=[(6, [8, 9])],
+        block_copies=[(1, 2)],
+    )
+    frames = wire(pack_step(step))
+    kind, values = unpack(frames)
+    assert kind == "step"
+    back = unpack_step(values, frames, make_hello())
+    for field in dataclasses.fields(step):
+        got, sent = getattr(back, field.name), getattr(step, field.name)
+        if isinstance(sent, np.ndarray):
+            assert got.dtype == sent.dtype
+            np.testing.assert_array_equal(got, sent)
+        else:
+            assert [*map(tuple, got)] == sent if field.name in {"grown", "block_copies"} else got == sent
+
+
+@pytest.mark.parametrize("lost", ["queue_full", "paused", "hook_missed"])
+def test_a_lost_step_has_spans_and_a_reason_but_no_rows(lost):
+    step = make_step(0, [(0, 0, 3)], lost=lost)
+    frames = wire(pack_step(step))
+    assert len(frames) == 2
+    back = unpack_step(unpack(frames)[1], frames, make_hello())
+    assert (back.lost, back.topk_ids, back.topk_weights) == (lost, None, None)
+    assert back.spans.tolist() == [[0, 0, 3]]
+    assert back.rows_bytes == 0
+
+
+def test_a_step_without_rows_has_no_spans():
+    frames = wire([bytes(memoryview(f)) if len(f) else b"" for f in pack_step(make_step(3))])
+    back = unpack_step(unpack(frames)[1], frames, make_hello())
+    assert back.spans.shape == (0, 3)
+    assert back.topk_ids is None
+
+
+def test_sixteen_bit_ids_and_float32_weights():
+    hello = make_hello(num_experts=512, id_dtype="uint16", weights_dtype="float32")
+    rows = make_rows(400, 3, hello)
+    frames = wire(pack_step(make_step(0, [(0, 400, 3)], rows=rows)))
+    back = unpack_step(unpack(frames)[1], frames, hello)
+    np.testing.assert_array_equal(back.topk_ids, rows[0])
+    np.testing.assert_array_equal(back.topk_weights, rows[1])
+    assert back.rows_bytes == 3 * 2 * 2 * (2 + 4)
+
+
+def test_hello_and_register_survive():
+    for kind, message, of in (
+        ("hello", make_hello(seed=None), Hello),
+        ("register", make_register("r/1 ü", lora="adapter"), Register),
+    ):
+        got, values = unpack(pack_dataclass(kind, message))
+        assert (got, of(**values)) == (kind, message)
+
+
+def test_arrays_follow_the_control_frame():
+    frames = pack("finish", [b"xyz"], reason="stop")
+    assert frames[1] == b"xyz"
+    assert unpack(frames) == ("finish", {"reason": "stop"})
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x80", b"{}", b"not json"])
+def test_a_frame_that_is_no_control_frame_is_an_error(frame):
+    with pytest.raises((ValueError, KeyError)):
+        unpack([frame])
+
+
+def test_control_is_plain_json():
+    control = orjson.loads(pack_step(make_step(1, [(0, 0, 1)]))[0])
+    assert control["kind"] == "step"
+    assert not {"spans", "topk_ids", "topk_weights"} & control.keys()

@@ -1,0 +1,101 @@
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from moescope import CommandError, servers
+
+
+def start(tmp_path, code, url="http://127.0.0.1:9"):
+    return servers.Server(
+        "captured", [sys.executable, "-S", "-c", code], url, tmp_path / "log", os.environ
+    )
+
+
+def test_a_server_that_dies_is_told_with_the_end_of_its_log(tmp_path):
+    code = "print('\\n'.join(map(str, range(100)))); print('no such model'); raise SystemExit(3)"
+    with (
+        pytest.raises(CommandError, match="captured server ended with status 3") as raised,
+        start(tmp_path, code) as server,
+    ):
+        servers.wait_ready([server], timeout_s=30.0)
+    assert str(raised.value).endswith("  99\n  no such model")
+    assert "\n  50\n" not in str(raised.value)
+
+
+def test_a_server_that_is_not_ready_in_time_is_told(tmp_path):
+    with (
+        pytest.raises(CommandError, match=r"not ready after 0 s; see .*log"),
+        start(tmp_path, "import signal; signal.pause()") as server,
+    ):
+        servers.wait_ready([server], timeout_s=0.0)
+
+
+def test_a_server_is_ready_when_health_answers(tmp_path):
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if len(asked) > 1 else 503)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+        thread.start()
+        url = f"http://127.0.0.1:{listening.server_port}"
+        with start(tmp_path, "import signal; signal.pause()", url) as server:
+            assert server.is_ready() is False
+            servers.wait_ready([server], timeout_s=30.0)
+        listening.shutdown()
+        thread.join()
+    assert asked == ["/health", "/health"]
+
+
+def test_stopping_ends_the_process_and_its_children(tmp_path):
+    # The log is a pipe: it ends when the last process that holds it has ended.
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    code = (
+        "import signal, subprocess\n"
+        "subprocess.Popen(['sleep', '600'])\n"
+        "print('started', flush=True)\n"
+        "signal.pause()"
+    )
+    with os.fdopen(reader, "rb") as pipe:
+        with start(tmp_path, code):
+            os.set_blocking(reader, True)
+            assert pipe.readline() == b"started\n"
+        assert pipe.read() == b""
+
+
+def test_the_stock_environment_has_nothing_of_moescope():
+    env = {
+        "PATH": "/bin",
+        "MOESCOPE_ENABLE": "1",
+        "MOESCOPE_ROUTES_LOG": "x",
+        "VLLM_LOG_MOE": "x",
+        "VLLM_LOG_MOE_LAYER": "0",
+        "VLLM_PLUGINS": "other,moescope",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    assert servers.stock_env(env) == {
+        "PATH": "/bin",
+        "VLLM_PLUGINS": "other",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    # An empty list still switches the plugins off that it does not name.
+    assert servers.stock_env({"VLLM_PLUGINS": "moescope"}) == {"VLLM_PLUGINS": ""}
+    assert servers.stock_env({}) == {}
+
+
+def test_the_commands():
+    assert servers.captured_command(["m", "--x"])[1:] == ["-m", "moescope", "serve", "m", "--x"]
+    assert servers.stock_command(["--x"])[1:] == [
+        "-m", "vllm.entrypoints.launchers.api_server.entry", "--x",
+    ]  # fmt: skip

@@ -1,0 +1,101 @@
+"""Finished traces, bounded in bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moescope.trace import RouteTrace
+from moescope_service.collector.store import OVERHEAD_BYTES, Kept, TraceStore
+
+
+def make_kept(uid, *ids, num_rows=3, created_s=0.0, index=0):
+    trace = RouteTrace(
+        request_id=ids[0], index=index, model="tiny", num_experts=8,
+        layers=np.array([1, 3], np.int32), topk_ids=np.zeros((num_rows, 2, 2), np.uint8),
+        topk_weights=np.zeros((num_rows, 2, 2), np.float16), source=np.zeros(num_rows, np.uint8),
+        token_ids=None, prompt_len=1, num_tokens=num_rows + 1, cached_len=0, finish_reason="stop",
+        complete=True, created_s=created_s,
+    )  # fmt: skip
+    return Kept(uid, trace, ids)
+
+
+SIZE = make_kept(1, "a").size_bytes
+
+
+def uids(kept):
+    return [one.uid for one in kept]
+
+
+def test_a_trace_costs_its_arrays_and_some_more():
+    assert make_kept(1, "a", num_rows=10).size_bytes == OVERHEAD_BYTES + 10 * (4 + 8 + 1) + 8
+
+
+def test_every_id_finds_a_trace():
+    store = TraceStore(10 * SIZE)
+    store.add(make_kept(1, "a", "b/c", "a-internal"))
+    for request_id in ("a", "b/c", "a-internal"):
+        assert uids(store.find(request_id)) == [1]
+    assert store.find("c") == []
+    assert len(store) == 1
+
+
+def test_the_newest_request_comes_first_and_its_choices_in_order():
+    store = TraceStore(10 * SIZE)
+    for uid, created_s, index in ((1, 10.0, 1), (2, 10.0, 0), (3, 20.0, 2), (4, 20.0, 1), (5, 20.0, 0)):
+        store.add(make_kept(uid, "a", created_s=created_s, index=index))
+    assert uids(store.find("a")) == [5, 4, 3, 2, 1]
+
+
+def test_the_oldest_make_room_and_are_remembered():
+    store = TraceStore(3 * SIZE)
+    for uid, request_id in enumerate("abcde"):
+        store.add(make_kept(uid, request_id))
+    assert (uids(store), store.size_bytes, store.num_evicted) == ([2, 3, 4], 3 * SIZE, 2)
+    assert [store.was_evicted(request_id) for request_id in "abcde"] == [True, True] + [False] * 3
+    assert store.find("a") == []
+
+
+def test_a_trace_that_does_not_fit_at_all_is_evicted_itself():
+    store = TraceStore(3 * SIZE)
+    store.add(make_kept(1, "large", num_rows=10_000))
+    assert (len(store), store.size_bytes) == (0, 0)
+    assert store.was_evicted("large")
+
+
+def test_a_trace_that_does_not_fit_at_all_costs_no_other_one():
+    store = TraceStore(3 * SIZE)
+    store.add(make_kept(1, "a"))
+    store.add(make_kept(2, "large", num_rows=10_000))
+    assert uids(store) == [1]
+    assert store.was_evicted("large")
+    assert not store.was_evicted("a")
+
+
+def test_removing_gives_every_byte_back():
+    store = TraceStore(10 * SIZE)
+    store.add(make_kept(1, "a", "shared"))
+    store.add(make_kept(2, "b", "shared"))
+    store.add_id(store.find("b")[0], "later")
+    assert uids(store.find("later")) == [2]
+    store.remove(store.find("later")[0])
+    assert uids(store.find("shared")) == [1]
+    assert (store.find("b"), store.find("later"), store.was_evicted("b")) == ([], [], False)
+    store.remove(store.find("a")[0])
+    assert (len(store), store.size_bytes, store._uids) == (0, 0, {})
+
+
+def test_one_more_id_is_added_once():
+    store = TraceStore(10 * SIZE)
+    store.add(make_kept(1, "a"))
+    for _ in range(2):
+        store.add_id(store.find("a")[0], "b")
+    assert store.find("a")[0].ids == ("a", "b")
+    assert uids(store.find("b")) == [1]
+
+
+@pytest.mark.parametrize("limit", [1, OVERHEAD_BYTES])
+def test_a_tiny_limit(limit):
+    store = TraceStore(limit)
+    store.add(make_kept(1, "a"))
+    assert len(store) == 0
