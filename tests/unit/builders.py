@@ -11,7 +11,15 @@ import orjson
 from moescope import formats
 from moescope.trace import RouteTrace
 from moescope_service.collector.core import Collector
-from moescope_service.messages import Admission, Hello, Register, Step, pack, pack_dataclass, pack_step
+from moescope_service.messages import (
+    Admission,
+    Hello,
+    Register,
+    Step,
+    pack,
+    pack_dataclass,
+    pack_step,
+)
 from moescope_service.settings import Settings
 
 WORKER, API = b"worker", b"api"
@@ -62,9 +70,7 @@ def make_step(
     return step
 
 
-def admit(
-    handle: int, name: str, prompt_len: int, blocks: list[int], cached: int = 0
-) -> Admission:
+def admit(handle: int, name: str, prompt_len: int, blocks: list[int], cached: int = 0) -> Admission:
     return Admission(handle, name, prompt_len, cached, blocks)
 
 
@@ -82,6 +88,13 @@ def make_register(name: str, **changes: Any) -> Register:
     }
     values |= changes
     return Register(**values)
+
+
+def trace_size() -> int:
+    """Bytes that one trace of `Bench.run` takes in the store."""
+    bench = Bench()
+    bench.run("a")
+    return int(bench.answered("info").values["store"]["bytes"])
 
 
 class Clock:
@@ -132,7 +145,9 @@ class Bench:
         )
 
     def finish(self, internal_id: str, output: Any = (5, 6), reason: str = "stop") -> None:
-        frames = pack("finish", [np.array(output, np.int32)], internal_id=internal_id, reason=reason)
+        frames = pack(
+            "finish", [np.array(output, np.int32)], internal_id=internal_id, reason=reason
+        )
         self.collector.handle(API, _wire(frames))
 
     def alias(self, alias: str, *internal_ids: str) -> None:
@@ -192,4 +207,4 @@ class Bench:
 
 def _wire(frames: Any) -> list[Any]:
     """What the other side of a socket gets: bytes that nobody writes to any more."""
-    return [bytes(memoryview(frame).cast("B")) if len(memoryview(frame)) else b"" for frame in frames]
+    return [bytes(memoryview(frame).cast("B")) if memoryview(frame) else b"" for frame in frames]

@@ -37,8 +37,10 @@ class SimEncoder:
                 step.finished.append(handle)
         self._free += step.finished
         for new in output.scheduled_new_reqs:
-            step.admitted.append(self._admission(new.req_id, new.prompt_len,
-                                                 new.num_computed_tokens, new.block_ids))  # fmt: skip
+            computed = new.num_computed_tokens
+            step.admitted.append(
+                self._admission(new.req_id, new.prompt_len, computed, new.block_ids)
+            )
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
             blocks = cached.new_block_ids[i]

@@ -47,6 +47,7 @@ def test_prompts_reads_gsm8k_from_a_file(tmp_path):
     "argv",
     [
         ("prompts", "mmlu"),
+        ("prompts", "sample", "--out", "/nowhere/prompts.txt"),
         ("prompts", "gsm8k", "--file", "/nowhere/test.jsonl"),
         ("plot", "--run-dir", "/nowhere"),
         ("replay", "--run-dir", "/nowhere"),

@@ -31,7 +31,9 @@ def test_one_line_a_token_of_the_first_layer(tmp_path):
         *(("b/c", 1, position, 1) for position in range(5)),
     ]
     assert [r["topk_ids"] for r in routes[:5]] == trace.topk_ids[:, 0].tolist()
-    assert [r["topk_weights"] for r in routes[:5]] == pytest.approx(trace.topk_weights[:, 0], abs=1e-3)
+    assert [r["topk_weights"] for r in routes[:5]] == pytest.approx(
+        trace.topk_weights[:, 0], abs=1e-3
+    )
 
 
 def test_chosen_layers_and_an_existing_file(tmp_path):

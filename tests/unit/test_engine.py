@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import make_hello
-from engine_sim import VOCABULARY, Engine, Seq, truth
+from engine_sim import VOCABULARY, Engine, truth
+from kv_sim import Seq
 from sim_encoder import SimEncoder
 
 from moescope.trace import Source
@@ -35,7 +36,9 @@ class Run:
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
         self.hello = dataclasses.replace(HELLO, num_blocks=self.num_blocks)
-        self.engine = Engine(rng, self.hello, copies=self.copies, token_budget=rng.choice([4, 9, 30]))
+        self.engine = Engine(
+            rng, self.hello, copies=self.copies, token_budget=rng.choice([4, 9, 30])
+        )
         self.encoder = SimEncoder(self.hello)
         self.reassembler = Reassembler(self.hello)
         self.counters = ExpertCounters(self.hello.layers, self.hello.num_experts)

@@ -9,7 +9,15 @@ import orjson
 import pytest
 from builders import admit, make_hello, make_register, make_rows, make_step
 
-from moescope_service.messages import Hello, Register, pack, pack_dataclass, pack_step, unpack, unpack_step
+from moescope_service.messages import (
+    Hello,
+    Register,
+    pack,
+    pack_dataclass,
+    pack_step,
+    unpack,
+    unpack_step,
+)
 
 
 def wire(frames):
@@ -37,7 +45,11 @@ def test_a_step_survives_the_wire():
             assert got.dtype == sent.dtype
             np.testing.assert_array_equal(got, sent)
         else:
-            assert [*map(tuple, got)] == sent if field.name in {"grown", "block_copies"} else got == sent
+            assert (
+                [*map(tuple, got)] == sent
+                if field.name in {"grown", "block_copies"}
+                else got == sent
+            )
 
 
 @pytest.mark.parametrize("lost", ["queue_full", "paused", "hook_missed"])

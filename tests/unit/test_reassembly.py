@@ -53,9 +53,7 @@ def test_chunks_then_decodes(worker):
 
 
 def test_rows_of_a_step_belong_to_their_spans(worker):
-    worker.step(
-        [(1, 0, 2), (0, 0, 3)], admitted=[admit(0, "a", 3, [1]), admit(1, "b", 2, [2])]
-    )
+    worker.step([(1, 0, 2), (0, 0, 3)], admitted=[admit(0, "a", 3, [1]), admit(1, "b", 2, [2])])
     worker.step([(0, 3, 1), (1, 2, 1)])
     worker.step(finished=[1, 0])
     assert [name for name, _ in worker.ended] == ["b", "a"]
@@ -101,9 +99,7 @@ def test_a_hit_on_a_block_that_another_sequence_gets_in_the_same_step(worker, ki
     """vLLM caches a block when it is scheduled, and lists new sequences before all others."""
     worker.step([(0, 0, 4)], admitted=[admit(0, "a", 9, [1])])
     other = {"grown": [(0, [2])]} if kind == "grown" else {"resumed": [admit(0, "a", 0, [1, 2], 4)]}
-    worker.step(
-        [(0, 4, 4), (1, 8, 1)], admitted=[admit(1, "b", 9, [1, 2, 3], cached=8)], **other
-    )
+    worker.step([(0, 4, 4), (1, 8, 1)], admitted=[admit(1, "b", 9, [1, 2, 3], cached=8)], **other)
     check(worker.end(1), [H] * 8 + [C])
 
 

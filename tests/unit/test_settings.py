@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from moescope_service import settings
-from moescope_service.settings import Settings, export, flag, is_enabled, parse_layers, parse_size, variable
+from moescope_service.settings import (
+    Settings,
+    export,
+    flag,
+    is_enabled,
+    parse_layers,
+    parse_size,
+    variable,
+)
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
 
@@ -32,7 +40,13 @@ def test_what_is_no_size(text):
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("0", (0,)), ("0,5-7", (0, 5, 6, 7)), (" 3 - 4 , 1", (3, 4, 1)), ("2,2,1-3", (2, 1, 3)), ("5-5", (5,))],
+    [
+        ("0", (0,)),
+        ("0,5-7", (0, 5, 6, 7)),
+        (" 3 - 4 , 1", (3, 4, 1)),
+        ("2,2,1-3", (2, 1, 3)),
+        ("5-5", (5,)),
+    ],
 )
 def test_layers(text, layers):
     assert parse_layers(text) == layers
@@ -55,7 +69,11 @@ def test_defaults():
 
 def test_variables_are_read_and_empty_ones_are_not():
     found = Settings.from_env(
-        {"MOESCOPE_ROUTES_MEMORY": "1MiB", "MOESCOPE_ROUTES_DEFAULT": "off", "MOESCOPE_ROUTES_QUEUE": ""}
+        {
+            "MOESCOPE_ROUTES_MEMORY": "1MiB",
+            "MOESCOPE_ROUTES_DEFAULT": "off",
+            "MOESCOPE_ROUTES_QUEUE": "",
+        }
     )
     assert (found.memory, found.default, found.queue) == (2**20, "off", 64 * 2**20)
 
@@ -79,7 +97,7 @@ def test_an_error_names_the_variable_and_the_value(name, value):
 
 
 def test_an_error_names_the_older_variable_where_that_was_given():
-    with pytest.raises(ValueError, match="^VLLM_LOG_MOE_LAYER: 'x'"):
+    with pytest.raises(ValueError, match=r"^VLLM_LOG_MOE_LAYER: 'x'"):
         Settings.from_env({"VLLM_LOG_MOE_LAYER": "x"})
 
 
@@ -111,14 +129,19 @@ def test_flags_are_written_to_the_environment():
 
 def test_an_error_names_the_flag_and_nothing_is_written():
     env: dict[str, str] = {}
-    with pytest.raises(ValueError, match="^--routes-memory: 'lots'"):
+    with pytest.raises(ValueError, match=r"^--routes-memory: 'lots'"):
         export(parse("--routes-memory", "lots"), env)
     assert env == {}
 
 
 @pytest.mark.parametrize(
-    ("env", "enabled"), [({}, False), ({"MOESCOPE_ENABLE": "0"}, False), ({"MOESCOPE_ENABLE": ""}, False),
-                         ({"MOESCOPE_ENABLE": "1"}, True)],
-)  # fmt: skip
+    ("env", "enabled"),
+    [
+        ({}, False),
+        ({"MOESCOPE_ENABLE": "0"}, False),
+        ({"MOESCOPE_ENABLE": ""}, False),
+        ({"MOESCOPE_ENABLE": "1"}, True),
+    ],
+)
 def test_enabled(env, enabled):
     assert is_enabled(env) is enabled

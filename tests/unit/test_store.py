@@ -42,7 +42,13 @@ def test_every_id_finds_a_trace():
 
 def test_the_newest_request_comes_first_and_its_choices_in_order():
     store = TraceStore(10 * SIZE)
-    for uid, created_s, index in ((1, 10.0, 1), (2, 10.0, 0), (3, 20.0, 2), (4, 20.0, 1), (5, 20.0, 0)):
+    for uid, created_s, index in (
+        (1, 10.0, 1),
+        (2, 10.0, 0),
+        (3, 20.0, 2),
+        (4, 20.0, 1),
+        (5, 20.0, 0),
+    ):
         store.add(make_kept(uid, "a", created_s=created_s, index=index))
     assert uids(store.find("a")) == [5, 4, 3, 2, 1]
 

@@ -54,11 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; the process's own where None.
 
     Returns:
-        1 after an error of moescope's, told in one line; otherwise typer exits itself.
+        1 after an error, told in one line; otherwise typer exits itself.
     """
     try:
         app(None if argv is None else list(argv), prog_name="moescope")
     except MoescopeError as error:
-        print(f"moescope: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
+    except OSError as error:  # a file or directory that was named
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"moescope: {message}", file=sys.stderr)
+    return 1

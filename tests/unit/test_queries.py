@@ -1,0 +1,122 @@
+"""What the collector answers about all requests: the list, the capture's state, the counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import orjson
+import pytest
+from builders import WORKER, Bench, make_hello, trace_size
+
+from moescope.trace import Source
+from moescope_service.collector.sequences import WORKER_TIMEOUT_S
+from moescope_service.messages import pack_dataclass
+
+
+@pytest.fixture
+def bench():
+    return Bench()
+
+
+def capture_messages(bench, peer=WORKER):
+    sent = [orjson.loads(frames[0]) for to, frames in bench.collector.outbox if to == peer]
+    return [message["on"] for message in sent if message["kind"] == "capture"]
+
+
+class TestRecent:
+    def test_newest_first_running_ones_too(self, bench):
+        bench.run("a")
+        bench.start("b")
+        first, second = bench.answered("recent").values["sequences"]
+        assert (first["request_id"], first["status"], first["complete"]) == ("b", "running", None)
+        assert (second["request_id"], second["status"], second["complete"]) == (
+            "a",
+            "finished",
+            True,
+        )
+        assert (second["ids"], second["num_tokens"], second["coverage"]) == (["a", "a-i"], 6, 1.0)
+        assert second["size_bytes"] == trace_size()
+        assert first.keys() == second.keys()
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8])
+    def test_pages_hold_every_sequence_once(self, bench, limit):
+        for name in "abcdefg":
+            bench.run(name)
+        names, before = [], None
+        for _ in range(10):
+            page = bench.answered("recent", limit=limit, before=before).values
+            assert len(page["sequences"]) <= limit
+            names += [one["request_id"] for one in page["sequences"]]
+            before = page["next_before"]
+            if before is None:
+                break
+        assert names == list("gfedcba")
+
+    def test_nothing_yet(self, bench):
+        assert bench.answered("recent").values["sequences"] == []
+        assert bench.answered("recent").values["next_before"] is None
+
+
+class TestCapture:
+    def test_pause_and_resume_reach_every_worker(self, bench):
+        bench.collector.handle(b"second", pack_dataclass("hello", make_hello()))
+        assert bench.answered("capture", on=False).values["capture"] == "paused"
+        assert bench.answered("info").values["capture"] == "paused"
+        assert bench.answered("capture", on=True).values["capture"] == "on"
+        for peer in (WORKER, b"second"):
+            assert capture_messages(bench, peer) == [True, False, True]
+
+    def test_a_worker_that_says_hello_while_paused_is_told_so(self, bench):
+        bench.answered("capture", on=False)
+        bench.say_hello(b"late")
+        assert capture_messages(bench, b"late") == [False]
+
+    def test_rows_of_a_pause_are_missing_and_counted(self, bench):
+        bench.start("a")
+        bench.step([(0, 5, 1)], lost="paused")
+        bench.step([(0, 6, 1)])
+        bench.finish("a-i", [5, 6, 7, 8])
+        bench.end()
+        (trace,) = bench.traces("a")
+        assert trace.source.tolist() == [0] * 5 + [Source.MISSING, 0]
+        assert (trace.complete, trace.coverage) == (False, pytest.approx(6 / 7))
+        values = bench.answered("metrics").values
+        assert (values["rows_lost"], values["rows_captured"]) == ({"paused": 1}, 6)
+        assert values["traces"] == {"incomplete": 1}
+
+
+class TestGap:
+    def test_running_requests_are_incomplete_and_later_ones_are_not(self, bench):
+        bench.start("a")
+        bench.lose_step()
+        bench.step([(0, 5, 1)])
+        bench.finish("a-i", [5, 6, 7])
+        bench.end()
+        bench.run("b")
+        assert bench.traces("b")[0].complete
+        bench.pass_s(WORKER_TIMEOUT_S)
+        (trace,) = bench.traces("a")
+        assert (trace.complete, trace.coverage) == (False, 0.0)
+
+
+class TestExperts:
+    def test_totals_equal_the_traces(self, bench):
+        bench.run("a")
+        bench.run("b")
+        reply = bench.answered("experts")
+        counts = np.frombuffer(reply.arrays[0], np.int64).reshape(2, 2, 8)
+        want = sum(trace.counts() for name in "ab" for trace in bench.traces(name))
+        np.testing.assert_array_equal(counts.sum(axis=0), want)
+        assert reply.values["rows"] == [8, 2]
+
+    def test_reset(self, bench):
+        bench.run("a")
+        assert bench.answered("reset").values["rows"] == [0, 0]
+        reply = bench.answered("metrics")
+        assert np.frombuffer(reply.arrays[0], np.int64).sum() == 5 * 2 * 2
+
+    def test_before_hello(self):
+        bench = Bench(hello=False)
+        assert bench.answered("experts").values == {"kind": "reply", "number": 1, "ready": False}
+        assert bench.answered("reset").values["ready"] is False
+        assert bench.answered("info").values["hello"] is None
+        assert bench.answered("metrics").arrays == []
