@@ -38,6 +38,8 @@ class RequestScope:
     created_s: float
     internal_ids: list[str] = dataclasses.field(default_factory=list)
     """The engine's sequences that belong to it."""
+    header_id: str | None = None
+    """The ``X-Request-Id`` of the response, once its headers are sent."""
 
     @property
     def headers(self) -> Headers:
@@ -78,12 +80,12 @@ class RequestScopeMiddleware:
 
         async def send_and_look(message: Message) -> None:
             await send(message)
-            # Outer middleware has added its headers by now, to this very list.
-            if message["type"] == "http.response.start" and request.internal_ids:
-                alias = Headers(raw=message["headers"]).get("x-request-id")
+            if message["type"] == "http.response.start":
+                # Outer middleware has added its headers by now, to this very list.
+                request.header_id = Headers(raw=message["headers"]).get("x-request-id")
                 registration = getattr(scope["app"].state, "moescope_registration", None)
-                if alias is not None and registration is not None:
-                    registration.add_alias(request, alias)
+                if registration is not None:
+                    registration.add_header_id(request)
 
         await self._app(scope, receive, send_and_look)
 
@@ -124,9 +126,15 @@ class Registration:
 
         output_processor.add_request = add_and_register
 
-    def add_alias(self, request: RequestScope, alias: str) -> None:
-        """Let one more id find a request's routes."""
-        self._collector.tell("alias", internal_ids=request.internal_ids, alias=alias)
+    def add_header_id(self, request: RequestScope) -> None:
+        """Let the response's ``X-Request-Id`` find a request that is registered already.
+
+        A stream's headers are sent before its request reaches the engine: `_register` adds it.
+        """
+        if request.header_id is not None and request.internal_ids:
+            self._collector.tell(
+                "alias", internal_ids=request.internal_ids, alias=request.header_id
+            )
 
     def _register(self, request: Any, state: Any, parent: Any, sample: int) -> None:
         http = _current.get()
@@ -135,7 +143,7 @@ class Registration:
         ids = {response_id, external_id, request.request_id}
         if http is not None:
             http.internal_ids.append(request.request_id)
-            ids.add(http.headers.get("x-request-id", response_id))
+            ids |= {http.headers.get("x-request-id", response_id), http.header_id or response_id}
         samples = parent.sampling_params.n if parent else 1
         register = Register(
             internal_id=request.request_id,

@@ -72,6 +72,7 @@ class ControlEncoder:
 
     Relies on vLLM 0.32.0, ``v1/core/sched/output.py``: ``SchedulerOutput`` and its parts are new
     objects in each step, so that they can be read after the step. Runs in the link's thread.
+    A sequence whose admission was given up gets a handle that the collector does not know.
 
     Args:
         group: Number of the KV-cache group whose block tables the arena follows.
@@ -100,7 +101,7 @@ class ControlEncoder:
         step.block_copies = [(copy.src_block_id, copy.dst_block_id) for copy in copies]
         if batch is not None:
             request_ids, starts, lengths = batch
-            handles = np.array([self._handles[name] for name in request_ids], np.int32)
+            handles = np.array([self._handle(name) for name in request_ids], np.int32)
             step.spans = np.stack([handles, starts, lengths], axis=1)
 
     def _fill_cached(self, step: Step, cached: Any) -> None:
@@ -111,16 +112,20 @@ class ControlEncoder:
                     self._admission(request_id, 0, cached.num_computed_tokens[i], blocks)
                 )
             elif blocks is not None and blocks[self._group]:
-                step.grown.append((self._handles[request_id], list(blocks[self._group])))
+                step.grown.append((self._handle(request_id), list(blocks[self._group])))
 
     def _admission(
         self, request_id: str, prompt_len: int, num_computed: int, blocks: Any
     ) -> Admission:
+        handle = self._handle(request_id)
+        return Admission(handle, request_id, prompt_len, num_computed, list(blocks[self._group]))
+
+    def _handle(self, request_id: str) -> int:
         handle = self._handles.get(request_id)
         if handle is None:
             handle = self._free.pop() if self._free else len(self._handles)
             self._handles[request_id] = handle
-        return Admission(handle, request_id, prompt_len, num_computed, list(blocks[self._group]))
+        return handle
 
 
 class Recorder:

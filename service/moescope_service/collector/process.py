@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 import zmq
@@ -20,6 +22,8 @@ _TICK_MS = 20
 
 def run(address: str, settings: Settings) -> None:
     """Serve until SIGTERM, or until the process that started this one is gone.
+
+    In the second case it removes the deployment's directory, which nobody else is left to do.
 
     Prints ``ready`` to standard output once the socket is bound. A message that cannot be
     understood is logged and left out: serving goes on.
@@ -52,6 +56,8 @@ def run(address: str, settings: Settings) -> None:
         while socket.poll(0):
             _receive(socket, collector)
         collector.close()
+    if not stopped:
+        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 def _receive(socket: zmq.Socket[bytes], collector: Collector) -> None:

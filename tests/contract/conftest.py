@@ -1,0 +1,38 @@
+"""The contract: the real app, collector process, recorder and client around a fake engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+with warnings.catch_warnings():  # torch's and vLLM's own, at their import
+    warnings.simplefilter("ignore")
+    from .deployment import Deployment
+
+if TYPE_CHECKING:
+    from moescope import Client
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    """One that the tests of a module share; they use ids of their own."""
+    with Deployment().running() as running:
+        yield running
+
+
+@pytest.fixture
+def fresh() -> Iterator[Deployment]:
+    """One of the test's own, to break."""
+    with Deployment().running() as running:
+        yield running
+
+
+@pytest.fixture
+def client(deployment: Deployment) -> Iterator[Client]:
+    from moescope import Client
+
+    with Client(deployment.url) as client:
+        yield client

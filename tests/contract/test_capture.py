@@ -1,0 +1,224 @@
+"""Routers, refusals and the sink, on modules without a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+from moescope_service.capture.install import full_attention_group
+from moescope_service.capture.refusals import check_config
+from moescope_service.capture.routers import check_runner, find_routed_layers, hook
+from moescope_service.capture.sink_cpu import CpuSink
+from moescope_service.errors import RefusedError
+
+
+class Router(torch.nn.Module):
+    """A top-k router with the signature of vLLM's."""
+
+    def __init__(self, top_k=2, num_experts=8):
+        super().__init__()
+        self.top_k, self.global_num_experts = top_k, num_experts
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        weights, ids = torch.topk(torch.softmax(router_logits, -1), self.top_k)
+        return weights, ids.to(indices_type or torch.int32)
+
+    def forward(self, hidden_states, router_logits):
+        return self._compute_routing(hidden_states, router_logits, torch.int32)
+
+
+class Runner(MoERunner):
+    """A `MoERunner` by type alone."""
+
+    layer_id = 0
+    is_monolithic = False
+    enable_dbo = False
+
+    def __init__(self, layer_id, router=None):
+        torch.nn.Module.__init__(self)
+        self.layer_id, self.router = layer_id, router or Router()
+        self.routed_experts = torch.nn.Identity()
+
+
+class Model(torch.nn.Module):
+    def __init__(self, *runners):
+        super().__init__()
+        self.runners = torch.nn.ModuleList(runners)
+
+    def forward(self, x):
+        for runner in self.runners:
+            weights, ids = runner.router(x, x)
+            x = x + weights.sum(-1, keepdim=True) + ids.sum(-1, keepdim=True)
+        return x
+
+
+def test_routed_layers_come_in_the_models_order():
+    found = find_routed_layers(Model(Runner(7), Runner(2), Runner(5)))
+    assert [one.layer for one in found] == [2, 5, 7]
+
+
+def test_a_model_without_experts():
+    with pytest.raises(RefusedError, match=r"Model has no mixture-of-experts layer"):
+        find_routed_layers(Model())
+
+
+def test_layers_that_differ():
+    with pytest.raises(RefusedError, match=r"\(2, 8\), \(4, 8\)"):
+        find_routed_layers(Model(Runner(0), Runner(1, Router(top_k=4))))
+
+
+class Changed(Router):
+    def _compute_routing(self, hidden_states, router_logits, extra):
+        return super()._compute_routing(hidden_states, router_logits, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"is_monolithic": True}, "layer 3 runs a monolithic kernel"),
+        ({"enable_dbo": True}, "--enable-dbo"),
+        ({"router": torch.nn.Identity()}, "router Identity"),
+        ({"router": Changed()}, "router Changed"),
+    ],
+)
+def test_a_layer_whose_routing_cannot_be_seen(change, words, monkeypatch):
+    runner = Runner(3)
+    for name, value in change.items():
+        if name == "router":
+            runner.router = value
+        else:
+            monkeypatch.setattr(Runner, name, value)
+    with pytest.raises(RefusedError, match=words):
+        check_runner(runner)
+
+
+def make_config(**changes):
+    model = {"is_moe": True, "model": "m", "architectures": ["A"], "runner_type": "generate"}
+    parallel = dict.fromkeys(
+        ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+         "prefill_context_parallel_size", "decode_context_parallel_size"], 1,
+    ) | {"enable_dbo": False}  # fmt: skip
+    device = {"device_type": "cpu"}
+    top = {"use_v2_model_runner": False}
+    for name, value in changes.items():
+        next(group for group in (model, parallel, device, top) if name in group)[name] = value
+    groups = {"model_config": model, "parallel_config": parallel, "device_config": device}
+    return SimpleNamespace(**{n: SimpleNamespace(**g) for n, g in groups.items()}, **top)
+
+
+def test_a_configuration_that_can_be_captured():
+    check_config(make_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("is_moe", False, "m (A) is a dense model"),
+        ("runner_type", "pooling", "'pooling'"),
+        ("tensor_parallel_size", 2, "--tensor-parallel-size is 2"),
+        ("pipeline_parallel_size", 4, "--pipeline-parallel-size is 4"),
+        ("data_parallel_size", 2, "--data-parallel-size is 2"),
+        ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size is 2"),
+        ("decode_context_parallel_size", 2, "--decode-context-parallel-size is 2"),
+        ("enable_dbo", True, "--enable-dbo"),
+        ("device_type", "cuda", "'cuda'"),
+        ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
+    ],
+)
+def test_a_configuration_that_cannot_be_captured(name, value, words):
+    with pytest.raises(RefusedError) as caught:
+        check_config(make_config(**{name: value}))
+    assert words in str(caught.value)
+
+
+def test_the_group_that_attends_to_everything():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    shape = {"block_size": 32, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    window, full = SlidingWindowSpec(**shape, sliding_window=64), FullAttentionSpec(**shape)
+
+    def config(*specs):
+        return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=s) for s in specs])
+
+    assert full_attention_group(config(window, full)) == (1, 32)
+    with pytest.raises(RefusedError, match="attends to the whole sequence"):
+        full_attention_group(config(window))
+
+
+@pytest.fixture
+def hooked():
+    model = Model(Runner(4), Runner(1))
+    layers = find_routed_layers(model)
+    sink = CpuSink(max_tokens=16, num_layers=2, top_k=2, id_dtype="uint8", weights_dtype="float16")
+    plain = [one.router._compute_routing for one in layers]
+    hook(layers, sink)
+    return model, sink, plain
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_every_call_fills_each_layers_column(hooked, backend):
+    """Compiled too: a Python side effect would run once, at the trace, and never again."""
+    model, sink, plain = hooked
+    run = torch.compile(model, backend=backend, dynamic=True) if backend else model
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for num_tokens in (5, 3, 16, 2):
+            x = torch.randn(num_tokens, 8)
+            sink.start_step()
+            run(x.clone())
+            ids, weights = sink.take(num_tokens)
+            assert (ids.shape, ids.dtype, weights.dtype) == (
+                (num_tokens, 2, 2),
+                np.uint8,
+                np.float16,
+            )
+            for column in (1, 0):  # the model runs layer 4 first
+                want_weights, want_ids = plain[column](x, x, torch.int32)
+                np.testing.assert_array_equal(ids[:, column], want_ids.numpy())
+                np.testing.assert_allclose(weights[:, column], want_weights.numpy(), atol=1e-3)
+                x = x + want_weights.sum(-1, keepdim=True) + want_ids.sum(-1, keepdim=True)
+
+
+def test_the_model_computes_the_same_with_the_hook(hooked):
+    model, _, _ = hooked
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x), Model(Runner(4), Runner(1))(x))
+
+
+def test_a_layer_that_did_not_write_or_wrote_twice(hooked):
+    model, sink, _ = hooked
+    x = torch.randn(4, 8)
+    sink.start_step()
+    model.runners[0].router(x, x)
+    assert sink.take(4) is None
+    model.runners[1].router(x, x)
+    ids, _ = sink.take(4)
+    model.runners[0].router(x, x)
+    assert sink.take(4) is None
+    sink.start_step()
+    assert sink.take(4) is None
+    before = ids.copy()
+    model(torch.randn(4, 8))
+    np.testing.assert_array_equal(ids, before)  # what was taken is a copy
+
+
+def test_only_the_instances_found_are_hooked(hooked):
+    other = Router()
+    assert "_compute_routing" not in vars(other)
+    assert "_compute_routing" in vars(hooked[0].runners[0].router)
+
+
+def test_two_sinks_do_not_mix(hooked):
+    _, sink, _ = hooked
+    other_model = Model(Runner(0))
+    other = CpuSink(max_tokens=4, num_layers=1, top_k=2, id_dtype="uint8", weights_dtype="float32")
+    hook(find_routed_layers(other_model), other)
+    sink.start_step()
+    other.start_step()
+    other_model(torch.randn(2, 8))
+    assert sink.take(2) is None
+    assert other.take(2)[1].dtype == np.float32

@@ -1,0 +1,139 @@
+"""The thread that carries messages never blocks and never holds more than it may."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+
+import pytest
+import zmq
+
+from moescope_service.link import Link
+
+from .deployment import DEADLINE_S, wait_until
+
+
+@dataclasses.dataclass
+class Message:
+    body: bytes
+    encoded_in: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def size_bytes(self):
+        return len(self.body)
+
+    def encode(self):
+        self.encoded_in.append(threading.current_thread().name)
+        return [self.body]
+
+
+@pytest.fixture
+def address(tmp_path_factory):
+    path = tmp_path_factory.mktemp("z") / "s"
+    assert len(str(path)) < 100, "too long for a socket"
+    return f"ipc://{path}"
+
+
+@pytest.fixture
+def router(address):
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(address)
+        yield socket
+
+
+def receive(router):
+    assert router.poll(DEADLINE_S * 1000), "no message came"
+    return router.recv_multipart()
+
+
+def make_link(address, on_message=lambda frames: None, max_bytes=2**20):
+    return Link(address, on_message, max_bytes=max_bytes, name="a-link")
+
+
+def test_messages_arrive_in_order_and_answers_come_back(address, router):
+    got, arrived = [], threading.Event()
+
+    def on_message(frames):
+        got.append(frames)
+        arrived.set()
+
+    link = make_link(address, on_message)
+    messages = [Message(bytes([number])) for number in range(100)]
+    for message in messages:
+        link.put(message)
+    received = [receive(router) for _ in messages]
+    assert [body for _, body in received] == [message.body for message in messages]
+    assert {name for message in messages for name in message.encoded_in} == {"a-link"}
+    router.send_multipart([received[0][0], b"answer"])
+    assert arrived.wait(DEADLINE_S)
+    assert got == [[b"answer"]]
+    wait_until(lambda: link.waiting_bytes == 0, "nothing waits")
+    link.close()
+
+
+def test_what_waits_is_sent_once_somebody_listens(address):
+    link = make_link(address)
+    for number in range(200):
+        link.put(Message(b"%d" % number))
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.bind(address)
+        assert [receive(socket)[1] for _ in range(200)] == [b"%d" % n for n in range(200)]
+    link.close()
+
+
+def test_put_does_not_block_and_gives_up_beyond_its_bytes(address, caplog):
+    link = make_link(address, max_bytes=1000 * 100)
+    with caplog.at_level(logging.ERROR, "moescope.link"):
+        started_s = time.perf_counter()
+        for _ in range(500):
+            link.put(Message(bytes(1000)))
+        assert time.perf_counter() - started_s < 1.0
+        wait_until(lambda: link.waiting_bytes <= 1000 * 100, "it gives up")
+    assert "gave up" in caplog.text
+    link.put(Message(b"after"))
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.bind(address)
+        bodies = [receive(socket)[1]]
+        while bodies[-1] != b"after":
+            bodies.append(receive(socket)[1])
+    assert len(bodies) <= 102
+    link.close()
+
+
+def test_close_sends_what_waits(address, router):
+    link = make_link(address)
+    for _ in range(50):
+        link.put(Message(b"x"))
+    link.close()
+    assert not link._thread.is_alive()
+    assert [receive(router)[1] for _ in range(50)] == [b"x"] * 50
+
+
+def test_close_without_a_listener_takes_no_longer_than_told(address):
+    link = make_link(address)
+    for _ in range(50):
+        link.put(Message(b"x"))
+    started_s = time.perf_counter()
+    link.close(timeout_s=0.1)
+    assert time.perf_counter() - started_s < 1.0
+
+
+def test_an_error_in_one_message_does_not_end_the_link(address, router, caplog):
+    """Otherwise everything after it would wait for ever, in memory."""
+
+    class Broken(Message):
+        def encode(self):
+            raise KeyError("no such request")
+
+    link = make_link(address)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda args: None)
+        link.put(Broken(b"x"))
+        link.put(Message(b"after"))
+        assert router.poll(3000), "the link's thread is dead"
+    assert router.recv_multipart()[1] == b"after"
+    link.close()

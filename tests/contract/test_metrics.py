@@ -1,0 +1,186 @@
+"""``/metrics``, ``/experts`` and ``/moescope/info``."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from moescope_service.api.collector_client import Reply
+from moescope_service.api.metrics import MAX_EXPERT_SERIES, METRICS, Snapshot
+
+from .deployment import wait_until
+from .fake_engine import HELLO, OUTPUT, PROMPT
+
+NUM_ROWS = len(PROMPT) + len(OUTPUT) - 1
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
+def scrape(deployment, accept="text/plain"):
+    answer = deployment.http.get("/metrics", headers={"Accept": accept})
+    assert answer.status_code == 200
+    is_open = accept.startswith("application/openmetrics")
+    assert answer.headers["content-type"].startswith(accept.split(";")[0])
+    parse = parse_openmetrics if is_open else parse_text
+    return [sample for family in parse(answer.text) for sample in family.samples]
+
+
+def ours(samples):
+    return [sample for sample in samples if sample.name.startswith("moescope_")]
+
+
+def value(samples, name, **labels):
+    found = [s.value for s in samples if s.name == name and labels.items() <= s.labels.items()]
+    return sum(found) if found else None
+
+
+@pytest.fixture(scope="module")
+def served(deployment):
+    """Two whole requests, one with a lost row, one opted out; and one that runs."""
+    for name in ("a", "b"):
+        deployment.complete(name)
+        assert deployment.http.get(f"/routes/cmpl-{name}").status_code == 200
+    deployment.complete("c", {"X-Moescope": "off"})
+    (name,) = deployment.frontend.add("lost")
+    running = deployment.engine.start(name)
+    deployment.engine.step([(running, 1)], hooked=False)
+    deployment.frontend.put(name, [1, 2], None)
+    deployment.frontend.output_processor.request_states[name].make_request_output(
+        [], None, "stop", None
+    )
+    deployment.engine.step(finished=[running])
+    assert deployment.http.get("/routes/lost?wait_s=5").json()["traces"][0]["complete"] is False
+    deployment.frontend.add("running")
+    wait_until(lambda: value(scrape(deployment), "moescope_sequences_running") == 1, "one runs")
+    return deployment
+
+
+@pytest.mark.parametrize("accept", ["text/plain", OPENMETRICS])
+def test_one_scrape_holds_both_and_the_totals_are_those_of_experts(served, accept):
+    samples = scrape(served, accept)
+    assert any(sample.name.startswith(("python_", "process_", "vllm")) for sample in samples)
+    assert not [s.name for s in ours(samples) if s.name.endswith("_created")]
+    rows = 3 * NUM_ROWS + len(PROMPT)
+    assert value(samples, "moescope_collector_up") == 1
+    assert value(samples, "moescope_rows_captured_total", model_name="tiny") == rows
+    assert value(samples, "moescope_rows_lost_total", reason="hook_missed") == 1
+    assert value(samples, "moescope_traces_total", status="complete") == 2
+    assert value(samples, "moescope_traces_total", status="incomplete") == 1
+    assert value(samples, "moescope_traces_kept") == 3
+    assert value(samples, "moescope_capture_on") == 1
+    assert value(samples, "moescope_sequences_running") == 1
+    assert value(samples, "moescope_steps_total") > 0
+    assert value(samples, "moescope_hook_seconds_total") > 0
+    experts = served.http.get("/experts").json()
+    assert value(samples, "moescope_expert_tokens_total") == np.sum(experts["counts"]) == rows * 4
+    for phase in ("prefill", "decode"):
+        counts = served.http.get("/experts", params={"phase": phase}).json()["counts"]
+        for column, layer in enumerate(HELLO.layers):
+            for expert in range(HELLO.num_experts):
+                labels = {"layer": str(layer), "expert": str(expert), "phase": phase}
+                found = value(samples, "moescope_expert_tokens_total", **labels)
+                assert found == counts[column][expert], labels
+
+
+def test_every_metric_is_in_the_table_and_the_table_in_the_metrics(served):
+    families = {
+        family.name for family in parse_openmetrics(
+            served.http.get("/metrics", headers={"Accept": OPENMETRICS}).text
+        ) if family.name.startswith("moescope_")
+    }  # fmt: skip
+    assert families == set(METRICS)
+
+
+def test_experts(served):
+    body = served.http.get("/experts").json()
+    assert (body["model"], body["phase"], body["layers"]) == ("tiny", "all", [1, 3])
+    assert body["num_rows"] == 3 * NUM_ROWS + len(PROMPT)
+    assert np.shape(body["counts"]) == (2, 8)
+    for name in ("entropy", "normalized_entropy", "max_violation", "active_experts", "top_experts"):
+        assert len(body[name]) == 2
+    split = [served.http.get("/experts", params={"phase": p}).json() for p in ("prefill", "decode")]
+    assert sum(one["num_rows"] for one in split) == body["num_rows"]
+    np.testing.assert_array_equal(sum(np.array(one["counts"]) for one in split), body["counts"])
+    answer = served.http.get("/experts", params={"format": "npz", "phase": "decode"})
+    with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["counts"], split[1]["counts"])
+        assert arrays["layers"].tolist() == [1, 3]
+    for params, words in (({"phase": "x"}, "'prefill'"), ({"format": "xml"}, "'npz'")):
+        answer = served.http.get("/experts", params=params)
+        assert answer.status_code == 422
+        assert words in answer.json()["error"]["message"]
+
+
+def test_the_client_reads_experts_and_info(served, client):
+    counts = client.experts("decode")
+    assert (counts.phase, counts.counts.shape) == ("decode", (2, 8))
+    info = client.info()
+    assert (info.model, info.layers, info.num_experts, info.top_k) == ("tiny", (1, 3), 8, 2)
+    assert (info.router_types, info.seed, info.capture) == (("CPURouter",), 7, "on")
+    assert info.store.limit_bytes == 2**30
+
+
+def test_reset_leaves_the_prometheus_counters_alone(served, client):
+    before = value(scrape(served), "moescope_expert_tokens_total")
+    since_s = client.reset()
+    counts = client.experts()
+    assert (counts.num_rows, counts.counts.sum(), counts.since_s) == (0, 0, since_s)
+    body = served.http.get("/experts").json()
+    assert body["entropy"] == [None, None]
+    assert value(scrape(served), "moescope_expert_tokens_total") == before
+
+
+def test_pause_and_resume(served, client):
+    try:
+        assert client.pause() == "paused"
+        assert client.info().capture == "paused"
+        assert value(scrape(served), "moescope_capture_on") == 0
+        recorder = served.engine.recorder
+        wait_until(lambda: not recorder._is_capturing, "the worker pauses")
+        served.complete("paused")
+        (trace,) = client.routes("cmpl-paused")
+        assert (trace.complete, trace.coverage) == (False, 0.0)
+        assert value(scrape(served), "moescope_rows_lost_total", reason="paused") == NUM_ROWS
+    finally:
+        assert client.resume() == "on"
+    wait_until(lambda: recorder._is_capturing, "the worker goes on")
+    served.complete("resumed")
+    assert client.routes("cmpl-resumed")[0].complete
+
+
+def test_openapi_lists_every_endpoint(deployment):
+    paths = deployment.http.get("/openapi.json").json()["paths"]
+    listed = {(path, method) for path, methods in paths.items() for method in methods}
+    assert listed >= {
+        ("/routes", "get"), ("/routes/{request_id}", "get"), ("/routes/{request_id}", "delete"),
+        ("/routes/pause", "post"), ("/routes/resume", "post"), ("/routes/reset", "post"),
+        ("/experts", "get"), ("/moescope/info", "get"), ("/metrics", "get"),
+    }  # fmt: skip
+    one = paths["/routes/{request_id}"]["get"]
+    assert {p["name"] for p in one["parameters"]} == {
+        "request_id", "format", "layers", "index", "weights", "wait_s",
+    }  # fmt: skip
+    assert one["responses"].keys() >= {"200", "202", "404", "410", "422", "503"}
+    assert all(p.get("description") for p in one["parameters"])
+
+
+def test_too_many_experts_are_absent_not_coarser():
+    def families(num_experts):
+        hello = {"model": "m", "layers": [0, 1], "num_experts": num_experts}
+        values = {
+            "hello": hello, "rows_captured": 0, "rows_lost": {}, "steps": 0, "hook_seconds": 0.0,
+            "traces": {}, "store": {"evicted": 0, "traces": 0, "bytes": 0, "limit_bytes": 1},
+            "lag_seconds": 0.0, "running": 0, "capture": "on",
+        }  # fmt: skip
+        registry = CollectorRegistry()
+        registry.register(
+            Snapshot(Reply(values, [np.zeros((2, 2, num_experts), np.int64).tobytes()]))
+        )
+        return {family.name for family in registry.collect()}
+
+    assert families(MAX_EXPERT_SERIES // 2) == set(METRICS)
+    assert families(MAX_EXPERT_SERIES // 2 + 1) == set(METRICS) - {"moescope_expert_tokens"}

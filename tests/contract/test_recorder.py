@@ -1,0 +1,230 @@
+"""The worker's side: every step is told, rows are dropped by name."""
+
+from __future__ import annotations
+
+import random
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zmq
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from moescope_service.capture.layout_v1 import read_batch
+from moescope_service.capture.recorder import ControlEncoder
+from moescope_service.messages import Step, pack, unpack, unpack_step
+from tests.unit.engine_sim import Engine as SimEngine
+from tests.unit.kv_sim import Seq
+from tests.unit.sim_encoder import SimEncoder
+
+from .deployment import DEADLINE_S, wait_until
+from .fake_engine import HELLO, Engine
+
+
+class Collector:
+    """A bound socket: what the recorder sent."""
+
+    def __init__(self, socket):
+        self.socket = socket
+        self.peer = None
+
+    def receive(self):
+        assert self.socket.poll(DEADLINE_S * 1000), "no message came"
+        self.peer, *frames = self.socket.recv_multipart()
+        kind, values = unpack(frames)
+        return kind, unpack_step(values, frames, HELLO) if kind == "step" else values
+
+    def steps(self, number):
+        return [self.receive()[1] for _ in range(number)]
+
+
+@pytest.fixture
+def address(tmp_path_factory):
+    return f"ipc://{tmp_path_factory.mktemp('z') / 's'}"
+
+
+@pytest.fixture
+def collector(address):
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(address)
+        yield Collector(socket)
+
+
+@pytest.fixture
+def engine(address):
+    engine = Engine(address)
+    yield engine
+    engine.recorder.close()
+
+
+def test_hello_comes_first(engine, collector):
+    kind, values = collector.receive()
+    assert (kind, values["layers"], values["model"]) == ("hello", [1, 3], "tiny")
+
+
+def test_steps_are_numbered_and_timed(engine, collector):
+    a = engine.start("a")
+    b = engine.start("b")
+    engine.step([(b, 1), (a, 1)])
+    engine.step([(a, 1)], finished=[b])
+    engine.step(finished=[a])
+    collector.receive()
+    steps = collector.steps(5)
+    assert [step.seq for step in steps] == [0, 1, 2, 3, 4]
+    assert [step.spans.tolist() for step in steps] == [
+        [[0, 0, 5]], [[1, 0, 5]], [[1, 5, 1], [0, 5, 1]], [[0, 6, 1]], [],
+    ]  # fmt: skip
+    assert [step.finished for step in steps] == [[], [], [], [1], [0]]
+    assert all(0 < step.host_s < 1 and step.time_s > 1e9 for step in steps)
+    assert steps[2].topk_ids.shape == (2, 2, 2)
+    assert steps[4].topk_ids is None
+    assert steps[4].lost is None
+
+
+def test_a_layer_that_did_not_write(engine, collector):
+    a = engine.start("a")
+    engine.step([(a, 1)], hooked=False)
+    collector.receive()
+    good, bad = collector.steps(2)
+    assert (good.lost, bad.lost, bad.topk_ids) == (None, "hook_missed", None)
+    assert bad.spans.tolist() == [[0, 5, 1]]
+
+
+def test_pause_and_resume(engine, collector):
+    a = engine.start("a")
+    collector.receive()
+    assert collector.steps(1)[0].lost is None
+    for on, lost in ((False, "paused"), (True, None)):
+        collector.socket.send_multipart([collector.peer, *pack("capture", on=on)])
+        wait_until(lambda on=on: engine.recorder._is_capturing == on, "the message arrives")
+        engine.step([(a, 1)])
+        assert collector.steps(1)[0].lost == lost
+
+
+def test_rows_are_dropped_where_nobody_takes_them_and_control_is_not(address):
+    engine = Engine(address, max_rows_bytes=20_000)  # nobody is bound yet
+    a = engine.start("a")
+    for _ in range(200):
+        engine.step([(a, 1)])
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(address)
+        collector = Collector(socket)
+        collector.receive()
+        steps = collector.steps(201)
+    assert [step.seq for step in steps] == list(range(201))
+    lost = [step.lost for step in steps]
+    assert lost[0] is None
+    assert set(lost) == {None, "queue_full"}
+    assert all((step.topk_ids is None) == (step.lost is not None) for step in steps)
+    assert steps[-1].spans.tolist() == [[0, 204, 1]]
+    engine.recorder.close()
+
+
+def test_the_recorder_outlives_what_its_link_gave_up(address):
+    """Admissions that were given up leave sequences that it does not know: they are left out."""
+    deaths = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", deaths.append)
+        engine = Engine(address, max_rows_bytes=20_000)
+        link = engine.recorder._link
+        wait_until(lambda: link.waiting_bytes == 0, "hello is in the socket")
+        for number in range(40):  # fill the socket's own queue
+            engine.start(f"before-{number}")
+        link._max_bytes = 0  # as if it had waited for minutes
+        a = engine.start("a")
+        wait_until(lambda: link.waiting_bytes == 0, "it gives up")
+        link._max_bytes = 2**30
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(address)
+            collector = Collector(socket)
+            engine.step([(a, 1)])
+            b = engine.start("b")
+            engine.step([(a, 4), (b, 1)], finished=[])
+            last = engine.recorder._seq - 1
+            seqs = []
+            while not seqs or seqs[-1] != last:
+                if not socket.poll(3000):
+                    break
+                kind, step = collector.receive()
+                if kind == "step":
+                    seqs.append(step.seq)
+        engine.recorder.close()
+    assert not deaths, f"the link's thread died: {deaths[0].exc_value!r}"
+    assert seqs[-1] == last
+
+
+def real_output(output):
+    """The simulated engine's step in vLLM's own dataclasses."""
+    real = SchedulerOutput.make_empty()
+    real.finished_req_ids = output.finished_req_ids
+    real.scheduled_new_reqs = [
+        NewRequestData(new.req_id, [0] * new.prompt_len, [], None, None, new.block_ids,
+                       new.num_computed_tokens, None)
+        for new in output.scheduled_new_reqs
+    ]  # fmt: skip
+    cached = output.scheduled_cached_reqs
+    real.scheduled_cached_reqs = CachedRequestData(
+        cached.req_ids, cached.resumed_req_ids, [], {}, cached.new_block_ids,
+        cached.num_computed_tokens, [],
+    )  # fmt: skip
+    copies = output.kv_cache_block_copies
+    real.kv_cache_block_copies = copies and [
+        KVCacheBlockCopy(src_block_id=c.src_block_id, dst_block_id=c.dst_block_id) for c in copies
+    ]
+    return real
+
+
+def test_the_simulated_engine_of_the_unit_tests_speaks_as_the_real_encoder():
+    for seed in range(20):
+        rng = random.Random(seed)
+        hello = HELLO.__class__(
+            **{f: getattr(HELLO, f) for f in HELLO.__slots__} | {"num_blocks": 14}
+        )
+        engine = SimEngine(rng, hello, copies=True)
+        mine, real = SimEncoder(hello), ControlEncoder(0)
+        for number in range(6):
+            prompt = [rng.randrange(2) for _ in range(rng.randint(1, 14))]
+            engine.add(Seq(str(number), prompt, len(prompt), rng.randint(1, 6), surplus=False))
+        while engine.is_busy:
+            output = engine.schedule()
+            want = mine.encode(output)
+            got = Step(seq=want.seq, time_s=0.0, host_s=0.0, spans=np.empty((0, 3), np.int32))
+            batch = None
+            if output.batch:
+                starts, counts = ([one[i] for one in output.batch] for i in (1, 2))
+                batch = ([seq.name for seq, _, _ in output.batch],
+                         np.array(starts, np.int32), np.array(counts, np.int32))  # fmt: skip
+            real.fill(got, real_output(output), batch)
+            for name in (
+                "finished",
+                "finished_unseen",
+                "admitted",
+                "resumed",
+                "grown",
+                "block_copies",
+            ):
+                assert getattr(got, name) == getattr(want, name), (seed, name)
+            np.testing.assert_array_equal(got.spans, want.spans)
+            engine.execute(output, shipped=True)
+            for seq in [*engine.running, *engine.waiting]:
+                if rng.random() < 0.05:
+                    engine.abort(seq)
+
+
+def test_the_batch_of_the_v1_runner():
+    import torch
+
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(num_reqs=2, req_ids=["a", "b", "old"]),
+        query_start_loc=SimpleNamespace(np=np.array([0, 3, 4, 9], np.int32)),
+        positions=torch.tensor([5, 6, 7, 40, 99], dtype=torch.int64),
+    )
+    names, starts, counts = read_batch(runner)
+    assert (names, starts.tolist(), counts.tolist()) == (["a", "b"], [5, 40], [3, 1])
+    assert starts.dtype == counts.dtype == np.int32
