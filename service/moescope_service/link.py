@@ -1,7 +1,7 @@
 """A thread that carries messages between this process and the collector.
 
-`Link.put` never blocks and costs the caller about a microsecond: encoding and sending happen in the
-link's thread. The socket is opened there too, so that a link survives being created before a fork.
+`Link.put` never blocks and costs the caller a few microseconds: encoding and sending happen in the
+link's thread. Make a link in the process that uses it: a thread does not outlive a fork.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ class Link:
         self._closing = True
         self._wake()
         self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it has reasons enough to wake already

@@ -23,7 +23,7 @@ from moescope_service.settings import RUNTIME_DIR
 
 logger = logging.getLogger("moescope")
 
-_START_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
 
 
 def collector_address() -> str:
@@ -44,7 +44,7 @@ def ensure_collector() -> None:
     directory = tempfile.mkdtemp(prefix="moescope-")
     os.environ[RUNTIME_DIR] = directory
     process = subprocess.Popen(
-        [sys.executable, "-m", "moescope_service.collector", collector_address()],
+        [sys.executable, "-m", "moescope_service.collector", collector_address(), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -52,6 +52,7 @@ def ensure_collector() -> None:
     atexit.register(_stop, process, directory, os.getpid())
     if not _is_ready(process):
         process.kill()
+        del os.environ[RUNTIME_DIR]
         raise RefusedError(
             "the collector process did not start; its message stands above "
             f"(exit code {process.wait()})"

@@ -185,7 +185,7 @@ class Deployment:
 
 def start_collector(address: str, **env: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "moescope_service.collector", address],
+        [sys.executable, "-m", "moescope_service.collector", address, str(os.getpid())],
         stdout=subprocess.PIPE, text=True, env={**os.environ, **env},
     )  # fmt: skip
     assert process.stdout is not None

@@ -192,5 +192,8 @@ def prompt_number(external_id: str, response_id: str) -> int:
     vLLM appends ``-0``, ``-1`` … (completions) or ``_0``, ``_1`` … (chat batches, responses) to the
     response's id, which is known here: nothing is guessed from the id alone.
     """
-    suffix = external_id.removeprefix(response_id)[1:]
-    return int(suffix) if external_id.startswith(response_id) and suffix.isdecimal() else 0
+    for separator in "-_":
+        number = external_id.removeprefix(response_id + separator)
+        if number != external_id and number.isdecimal():
+            return int(number)
+    return 0

@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse
 from moescope import formats
 from moescope.errors import LayerNotCapturedError
 from moescope.trace import RouteTrace
-from moescope_service.api.collector_client import CollectorClient, Reply
+from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient, Reply
 from moescope_service.api.responses import MoescopeRoute, encoded
+from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.settings import parse_layers
 
 RequestId = Annotated[str, Path(description="Any id of the request that its client saw.")]
@@ -99,9 +100,8 @@ async def routes(
 ) -> Response:
     """Return which experts every token of a request went to, with which weights, in every layer."""
     chosen = _parse_layers(layers)
-    reply = await collector.ask(
-        "routes", timeout_s=(wait_s or 2.0) + 5.0, request_id=request_id, wait_s=wait_s
-    )
+    longest_s = QUERY_TIMEOUT_S + (FINISHING_WAIT_S if wait_s is None else wait_s)
+    reply = await collector.ask("routes", timeout_s=longest_s, request_id=request_id, wait_s=wait_s)
     if reply.values["status"] == "running":
         return JSONResponse({"request_id": request_id, "status": "running"}, 202)
     _raise_if_gone(reply, request_id)

@@ -20,7 +20,7 @@ logger = logging.getLogger("moescope.collector")
 _TICK_MS = 20
 
 
-def run(address: str, settings: Settings) -> None:
+def run(address: str, settings: Settings, parent: int) -> None:
     """Serve until SIGTERM, or until the process that started this one is gone.
 
     In the second case it removes the deployment's directory, which nobody else is left to do.
@@ -31,6 +31,7 @@ def run(address: str, settings: Settings) -> None:
     Args:
         address: Where to bind, such as ``ipc:///run/…/collector.sock``.
         settings: What is kept, and how much.
+        parent: Id of the process that started this one.
     """
     stopped = False
 
@@ -40,7 +41,6 @@ def run(address: str, settings: Settings) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops us
-    parent = os.getppid()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
@@ -78,7 +78,7 @@ def _send(socket: zmq.Socket[bytes], collector: Collector) -> None:
 
 
 def main() -> None:
-    """Run the collector at the address given as the only argument.
+    """Run the collector for the address and the parent's process id that are given as arguments.
 
     With ``VLLM_LOGGING_LEVEL=DEBUG`` it logs which positions of which sequences each step held.
     """
@@ -87,4 +87,4 @@ def main() -> None:
         level=os.environ.get("VLLM_LOGGING_LEVEL", "INFO"),
         format="%(levelname)s %(asctime)s moescope collector: %(message)s",
     )
-    run(sys.argv[1], Settings.from_env())
+    run(sys.argv[1], Settings.from_env(), int(sys.argv[2]))

@@ -112,7 +112,6 @@ class Reassembler:
         """
         if step.seq != self._next_seq:
             self._give_up()
-        self._next_seq = step.seq + 1
         # Ended sequences first: their blocks may be allocated anew in this very step.
         ended = [(self._running[h].request_id, self._end(h)) for h in step.finished
                  if h in self._running]  # fmt: skip
@@ -132,7 +131,9 @@ class Reassembler:
                 self._append_blocks(handle, block_ids)
         for source, destination in step.block_copies:
             self._arena.copy_block(source, destination)
-        return ended, self._write(step)
+        written = self._write(step)
+        self._next_seq = step.seq + 1  # a step that failed halfway is a gap
+        return ended, written
 
     def describe(self, step: Step) -> list[tuple[str, int, int, int]]:
         """Return (internal id, first position, rows, prompt length) of a step's sequences."""
