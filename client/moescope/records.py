@@ -147,17 +147,17 @@ class SequenceInfo(_Record):
     """``running`` or ``finished``."""
     prompt_len: int
     """Prompt tokens."""
-    num_tokens: int
-    """Prompt and output tokens."""
+    num_tokens: int | None
+    """Prompt and output tokens; None while it runs, like all that only the end tells."""
     finish_reason: str | None
-    """``stop``, ``length``, ``abort`` …; None while it runs."""
-    complete: bool
+    """``stop``, ``length``, ``abort`` …"""
+    complete: bool | None
     """No row is missing."""
-    coverage: float
+    coverage: float | None
     """Share of rows that are not missing, in [0, 1]."""
     created_s: float
     """Unix time at which the request was registered, in seconds."""
-    size_bytes: int
+    size_bytes: int | None
     """Bytes that the trace takes in the store."""
 
     def __post_init__(self) -> None:

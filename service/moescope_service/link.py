@@ -20,8 +20,10 @@ from moescope_service.messages import Frames
 
 logger = logging.getLogger("moescope.link")
 
-_SOCKET_QUEUE = 16
-"""Messages that ZMQ itself may hold; the rest waits here, where it is counted in bytes."""
+SOCKET_QUEUE = 4
+"""Messages that ZMQ itself may hold on either side; the rest waits here, counted in bytes."""
+_FLUSH_MS = 50
+"""How long a message may wait that nobody waits for."""
 _LINGER_MS = 500
 """A worker may be killed soon after it was told to stop."""
 
@@ -43,8 +45,8 @@ class Link:
     Args:
         address: Where the collector is bound.
         on_message: Called in the link's thread with the frames of every message that arrives.
-        max_bytes: What may wait to be sent. Beyond it the collector is taken to be gone and what
-            waits is given up: the collector would notice by the numbers of the steps.
+        max_bytes: What may wait to be sent. Beyond it the collector is taken to be gone and
+            messages are given up; it notices by the numbers of the steps, should it come back.
         name: Name of the thread.
     """
 
@@ -64,7 +66,9 @@ class Link:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self._closing = False
+        self.num_given_up = 0
+        """Messages that were never sent."""
+        self._closing = self._is_ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -73,11 +77,23 @@ class Link:
         """What waits to be sent, in bytes."""
         return self._added_bytes - self._sent_bytes
 
-    def put(self, message: Outgoing) -> None:
-        """Send a message as soon as possible; safe from one thread or under the caller's lock."""
+    def put(self, message: Outgoing, *, at_once: bool = True) -> None:
+        """Send a message; for one thread, or under the caller's lock.
+
+        Args:
+            message: What to send.
+            at_once: Whether to wake the link's thread. It wakes by itself every 50 ms: a wake-up a
+                step takes the interpreter and a core away from the model.
+        """
+        if self._is_ended or self.waiting_bytes > self._max_bytes:
+            if not self.num_given_up:
+                logger.error("the collector takes no messages: they are given up from here on")
+            self.num_given_up += 1
+            return
         self._added_bytes += message.size_bytes
         self._waiting.append(message)
-        self._wake()
+        if at_once:
+            self._wake()
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Send what waits, for at most so long, and end the thread."""
@@ -93,8 +109,15 @@ class Link:
             os.write(self._wake_write, b"\0")
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._is_ended = True
+            self._waiting.clear()
+
+    def _serve(self) -> None:
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-            socket.setsockopt(zmq.SNDHWM, _SOCKET_QUEUE)
+            socket.setsockopt(zmq.SNDHWM, SOCKET_QUEUE)
             socket.setsockopt(zmq.RCVHWM, 0)
             socket.setsockopt(zmq.LINGER, _LINGER_MS)
             socket.connect(self._address)
@@ -103,16 +126,23 @@ class Link:
             poller.register(socket, zmq.POLLIN)
             while self._waiting or not self._closing:
                 poller.modify(socket, zmq.POLLIN | (zmq.POLLOUT if self._waiting else 0))
-                events = dict(poller.poll(1000))
+                events = dict(poller.poll(_FLUSH_MS))
                 if self._wake_read in events:
                     os.read(self._wake_read, 65536)
                 if events.get(socket, 0) & zmq.POLLIN:
-                    self._on_message(socket.recv_multipart())
+                    self._receive(socket.recv_multipart())
                 self._send(socket)
+
+    def _receive(self, frames: Frames) -> None:
+        try:
+            self._on_message(frames)
+        except Exception:
+            logger.exception("left out a message that cannot be understood")
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
         while self._waiting and socket.poll(0, zmq.POLLOUT):
-            message = self._pop()
+            message = self._waiting.popleft()
+            self._sent_bytes += message.size_bytes
             try:
                 frames = message.encode()
             except Exception:
@@ -120,16 +150,3 @@ class Link:
                 logger.exception("left out a message that cannot be encoded")
                 continue
             socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
-        if self.waiting_bytes > self._max_bytes:
-            logger.error(
-                "the collector takes no messages: gave up %d of them (%d bytes)",
-                len(self._waiting),
-                self.waiting_bytes,
-            )
-            while self._waiting:
-                self._pop()
-
-    def _pop(self) -> Outgoing:
-        message = self._waiting.popleft()
-        self._sent_bytes += message.size_bytes
-        return message

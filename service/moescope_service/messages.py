@@ -56,6 +56,11 @@ class Admission:
     block_ids: list[int]
 
 
+LOST_REASONS = ("queue_full", "paused", "hook_missed")
+"""Why a step's rows can be missing: the worker's queue was full, the capture was paused, or a layer
+did not hand over the rows of this step."""
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Step:
     """One engine step of one worker: control, and the rows it routed."""
@@ -77,7 +82,7 @@ class Step:
     block_copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(source block, destination block), copied before the step's rows are written."""
     lost: str | None = None
-    """Why the rows are not here: ``queue_full``, ``paused`` or ``hook_missed``."""
+    """Why the rows are not here, one of `LOST_REASONS`."""
     spans: npt.NDArray[np.int32]
     """(handle, first position, rows) of every sequence in the step, in row order, ``[n, 3]``."""
     topk_ids: npt.NDArray[Any] | None = None

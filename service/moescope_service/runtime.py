@@ -24,6 +24,7 @@ from moescope_service.settings import RUNTIME_DIR
 logger = logging.getLogger("moescope")
 
 _START_TIMEOUT_S = 60.0
+_MAX_DIRECTORY_CHARS = 90
 
 
 def collector_address() -> str:
@@ -42,9 +43,19 @@ def ensure_collector() -> None:
     if RUNTIME_DIR in os.environ:
         return
     directory = tempfile.mkdtemp(prefix="moescope-")
+    if len(directory) > _MAX_DIRECTORY_CHARS:  # a socket's path is at most 107 characters long
+        Path(directory).rmdir()
+        directory = tempfile.mkdtemp(prefix="moescope-", dir="/tmp")
     os.environ[RUNTIME_DIR] = directory
     process = subprocess.Popen(
-        [sys.executable, "-m", "moescope_service.collector", collector_address(), str(os.getpid())],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "moescope_service.collector",
+            collector_address(),
+            str(os.getpid()),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -77,6 +88,8 @@ def _watch(process: subprocess.Popen[str]) -> None:
     code = process.wait()
     if code:
         logger.error("the collector process %d ended with code %d", process.pid, code)
+        with contextlib.suppress(OSError):  # the deployment is ending as well
+            _path("ended").write_text(f"the collector process {process.pid} ended with code {code}")
 
 
 def _stop(process: subprocess.Popen[str], directory: str, owner: int) -> None:
@@ -90,18 +103,28 @@ def _stop(process: subprocess.Popen[str], directory: str, owner: int) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def _path(name: str) -> Path:
+    return Path(os.environ.get(RUNTIME_DIR, os.devnull), name)
+
+
+def collector_end() -> str | None:
+    """Return how the collector ended, if it did."""
+    path = _path("ended")
+    return path.read_text() if path.exists() else None
+
+
 @contextlib.contextmanager
 def reported_refusal() -> Iterator[None]:
     """Leave the reason of a refusal where the first process finds it."""
     try:
         yield
     except RefusedError as error:
-        Path(os.environ[RUNTIME_DIR], "refused").write_text(str(error))
+        with contextlib.suppress(OSError):
+            _path("refused").write_text(str(error))
         raise
 
 
 def reported_reason() -> str | None:
     """Return why a worker refused to capture, if one did."""
-    directory = os.environ.get(RUNTIME_DIR)
-    reason = Path(directory, "refused") if directory else None
-    return reason.read_text() if reason and reason.exists() else None
+    path = _path("refused")
+    return path.read_text() if path.exists() else None

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,19 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code: 0, or 1 after one clear line on standard error.
     """
+    os.environ.pop(settings.RUNTIME_DIR, None)  # another deployment's, if this is its child
     os.environ[settings.ENABLE] = "1"
     os.environ["VLLM_PLUGINS"] = plugin_names(os.environ.get("VLLM_PLUGINS"))
     try:
         check_vllm(settings.Settings.from_env())
         args = parse(argv)
         _serve(args)
-    except RefusedError as error:
-        return _fail(str(error))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _fail(f"port {args.port} is in use: stop its server or choose another --port")
+            where = args.uds or f"port {args.port}"
+            return _fail(f"{where} is in use: stop its server or choose another --port")
         return _fail(_one_line(error))
-    except (ValueError, TypeError) as error:
-        return _fail(_one_line(error))
-    except RuntimeError as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         return _fail(runtime.reported_reason() or _one_line(error))
     return 0
 
@@ -99,6 +98,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         exported = settings.export(args)
     except ValueError as error:
         raise RefusedError(str(error)) from None
+    _check_front_end(args)
     _check_log(exported.log)
     _choose_model(args, argv)
     return args
@@ -116,6 +116,12 @@ def _check_log(path: Path | None) -> None:
 
 def _choose_model(args: argparse.Namespace, argv: list[str]) -> None:
     if args.model_tag is None and not any(re.match(r"--(model|config)\b(?!-)", a) for a in argv):
+        if len(args.served_model_name or ()) > 1:
+            raise RefusedError(
+                f"--served-model-name takes all of {' '.join(args.served_model_name)}: put the "
+                "model first"
+            )
+        print(f"moescope: no model given, serving the bundled one as {DEMO_MODEL_NAME}", flush=True)
         args.model_tag = str(bundled_model.path())
         args.served_model_name = args.served_model_name or [DEMO_MODEL_NAME]
         if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -123,6 +129,20 @@ def _choose_model(args: argparse.Namespace, argv: list[str]) -> None:
     model = args.model_tag or args.model
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
         raise RefusedError(f"there is no model at {model}: give a directory or a hub's name")
+
+
+def _check_front_end(args: argparse.Namespace) -> None:
+    from vllm import envs
+
+    others = {
+        "--grpc": args.grpc,
+        "--headless": args.headless,
+        "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,
+        "--api-server-count above 1": (args.api_server_count or 1) > 1,
+    }
+    for name, is_on in others.items():
+        if is_on:
+            raise RefusedError(f"this version of moescope does not record with {name}")
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -141,5 +161,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
+    if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
+        traceback.print_exc()
     print(f"moescope: {message}", file=sys.stderr, flush=True)
     return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 
 import moescope
 from moescope_service.errors import RefusedError
@@ -33,6 +34,52 @@ def check_vllm(settings: Settings) -> None:
             f"of vLLM {', '.join(TESTED_VLLM)}; install that, or try it with {flag(name)} on "
             f"({variable(name)}=on)"
         )
+
+
+def check_internals() -> None:
+    """Refuse a vLLM whose internals are not those that moescope relies on.
+
+    The version guard can be switched off, and forks keep the number: the names count.
+
+    Raises:
+        RefusedError: An attribute or a parameter is missing; the message names it.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.v1.core.sched import output
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    parameters = {
+        BaseRouter._compute_routing: (
+            "hidden_states",
+            "router_logits",
+            "indices_type",
+            "input_ids",
+        ),
+        EngineArgs.create_engine_config: (),
+        MoERunner.__init__: ("layer_name", "router", "enable_dbo"),
+        OutputProcessor.add_request: ("request", "prompt", "parent_req", "request_index", "queue"),
+        RequestState.make_request_output: ("new_token_ids", "pooling_output", "finish_reason"),
+        WorkerBase.load_model: (),
+        WorkerWrapperBase.init_device: (),
+        output.NewRequestData: ("req_id", "block_ids", "num_computed_tokens"),
+        output.CachedRequestData: (
+            *("req_ids", "resumed_req_ids", "new_block_ids", "num_computed_tokens"),
+        ),
+        output.SchedulerOutput: (
+            *("scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids"),
+            *("total_num_scheduled_tokens", "kv_cache_block_copies"),
+        ),
+    }
+    for owner, names in parameters.items():
+        missing = set(names) - set(inspect.signature(owner).parameters)
+        if missing:
+            raise RefusedError(
+                f"{owner.__module__}.{owner.__qualname__} of this vLLM has no "
+                f"{', '.join(sorted(missing))}, on which moescope {moescope.__version__} relies"
+            )
 
 
 def versions() -> dict[str, str]:

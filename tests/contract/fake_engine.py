@@ -50,6 +50,7 @@ class Running:
 
     internal_id: str
     num_rows: int = 0
+    block_ids: list[int] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -67,10 +68,8 @@ class Engine:
 
     def start(self, internal_id: str, prompt: list[int] = PROMPT) -> Running:
         """Admit a sequence and route its prompt."""
-        running = Running(internal_id)
-        new = NewRequestData(
-            internal_id, prompt, [], None, None, (self._blocks(len(prompt)),), 0, None
-        )
+        running = Running(internal_id, block_ids=self._blocks(len(prompt)))
+        new = NewRequestData(internal_id, prompt, [], None, None, (running.block_ids,), 0, None)
         self.step([(running, len(prompt))], new=[new])
         return running
 
@@ -88,7 +87,9 @@ class Engine:
             if running.internal_id not in known:
                 needed = -(-(running.num_rows + count) // 4) - -(-running.num_rows // 4)
                 cached.req_ids.append(running.internal_id)
-                cached.new_block_ids.append((self._blocks(4 * needed),) if needed else None)
+                blocks = self._blocks(4 * needed)
+                running.block_ids.extend(blocks)  # as vLLM's runner does with the very list
+                cached.new_block_ids.append((blocks,) if blocks else None)
                 cached.num_computed_tokens.append(running.num_rows)
         output.scheduled_cached_reqs = cached
         output.total_num_scheduled_tokens = sum(count for _, count in spans)
@@ -97,7 +98,7 @@ class Engine:
             np.array([running.num_rows for running, _ in spans], np.int32),
             np.array([count for _, count in spans], np.int32),
         )
-        self.recorder.start_step()
+        self.recorder.start_step(output)
         if spans and hooked:
             parts = [rows_of(running.num_rows, count) for running, count in spans]
             self.sink.rows = tuple(np.concatenate(part) for part in zip(*parts, strict=True))

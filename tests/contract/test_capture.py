@@ -102,11 +102,17 @@ def make_config(**changes):
         ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
          "prefill_context_parallel_size", "decode_context_parallel_size"], 1,
     ) | {"enable_dbo": False}  # fmt: skip
-    device = {"device_type": "cpu"}
     top = {"use_v2_model_runner": False}
+    groups = {
+        "model_config": model,
+        "parallel_config": parallel,
+        "device_config": {"device_type": "cpu"},
+        "scheduler_config": {"policy": "fcfs"},
+        "cache_config": {"kv_sharing_fast_prefill": False},
+        "speculative_config": {"enable_adaptive_verification": False},
+    }
     for name, value in changes.items():
-        next(group for group in (model, parallel, device, top) if name in group)[name] = value
-    groups = {"model_config": model, "parallel_config": parallel, "device_config": device}
+        next(group for group in (*groups.values(), top) if name in group)[name] = value
     return SimpleNamespace(**{n: SimpleNamespace(**g) for n, g in groups.items()}, **top)
 
 
@@ -126,6 +132,9 @@ def test_a_configuration_that_can_be_captured():
         ("decode_context_parallel_size", 2, "--decode-context-parallel-size is 2"),
         ("enable_dbo", True, "--enable-dbo"),
         ("device_type", "cuda", "'cuda'"),
+        ("policy", "priority", "--scheduling-policy is 'priority'"),
+        ("kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+        ("enable_adaptive_verification", True, "adaptive verification"),
         ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
@@ -204,6 +213,19 @@ def test_a_layer_that_did_not_write_or_wrote_twice(hooked):
     before = ids.copy()
     model(torch.randn(4, 8))
     np.testing.assert_array_equal(ids, before)  # what was taken is a copy
+
+
+def test_a_layer_that_routed_fewer_tokens_than_the_step_has(hooked):
+    """What stands behind its rows is an earlier step's."""
+    model, sink, _ = hooked
+    sink.start_step()
+    model(torch.randn(4, 8))
+    sink.start_step()
+    for runner, num_tokens in zip(model.runners, (4, 1), strict=True):
+        x = torch.randn(num_tokens, 8)
+        runner.router(x, x)
+    assert sink.take(4) is None
+    assert sink.take(1) is not None
 
 
 def test_only_the_instances_found_are_hooked(hooked):

@@ -174,7 +174,7 @@ def test_too_many_experts_are_absent_not_coarser():
         values = {
             "hello": hello, "rows_captured": 0, "rows_lost": {}, "steps": 0, "hook_seconds": 0.0,
             "traces": {}, "store": {"evicted": 0, "traces": 0, "bytes": 0, "limit_bytes": 1},
-            "lag_seconds": 0.0, "running": 0, "capture": "on",
+            "lag_seconds": 0.0, "running": 0, "capture": "on", "gaps": 0, "unclaimed": 0,
         }  # fmt: skip
         registry = CollectorRegistry()
         registry.register(

@@ -252,7 +252,7 @@ def test_a_bad_wish_is_refused(deployment):
         "/v1/completions", json={"id": "bad"}, headers={"X-Moescope": "maybe"}
     )
     assert answer.status_code == 422
-    assert "'maybe'; allowed: on, off" in answer.json()["error"]["message"]
+    assert "X-Moescope: 'maybe' is not one of on, off" in answer.json()["error"]["message"]
 
 
 def test_evicted():

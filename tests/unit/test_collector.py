@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import orjson
 import pytest
@@ -10,7 +12,7 @@ from builders import API, Bench, admit, make_rows, make_step, trace_size
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_step
+from moescope_service.messages import pack, pack_dataclass, pack_step
 
 
 @pytest.fixture
@@ -233,9 +235,17 @@ def test_token_ids_are_kept_out():
     assert (trace.token_ids, trace.num_tokens) == (None, 6)
 
 
-def test_a_step_of_nobody_is_an_error(bench):
-    with pytest.raises(KeyError):
-        bench.collector.handle(b"stranger", pack_step(make_step(0)))
+def test_a_step_of_nobody_is_left_out(bench):
+    bench.collector.handle(b"stranger", pack_step(make_step(0, [(0, 0, 2)])))
+    assert bench.collector.stats.steps == 0
+
+
+def test_a_worker_with_another_model_is_left_out(bench):
+    other = dataclasses.replace(bench.collector.hello, num_experts=3)
+    bench.collector.outbox.clear()
+    bench.collector.handle(b"stranger", pack_dataclass("hello", other))
+    assert bench.collector.outbox == []
+    assert bench.collector.hello.num_experts == 8
 
 
 @pytest.mark.parametrize("frames", [pack("what"), pack("query", op="what", number=1)])

@@ -28,7 +28,7 @@ def uids(kept):
 
 
 def test_a_trace_costs_its_arrays_and_some_more():
-    assert make_kept(1, "a", num_rows=10).size_bytes == OVERHEAD_BYTES + 10 * (4 + 8 + 1) + 8
+    assert make_kept(1, "a", num_rows=10).size_bytes == OVERHEAD_BYTES + 10 * (4 + 8 + 1) + 8 + 1
 
 
 def test_every_id_finds_a_trace():

@@ -7,12 +7,14 @@ import dataclasses
 import itertools
 from typing import Any
 
+from moescope_service import runtime
 from moescope_service.errors import CollectorGoneError
 from moescope_service.link import Link
 from moescope_service.messages import Frames, pack, unpack
 
 QUERY_TIMEOUT_S = 2.0
 _MAX_BYTES = 256 * 2**20
+_CONSEQUENCE = "serving goes on without routes and counts; restart the server to have them again"
 
 
 @dataclasses.dataclass(slots=True)
@@ -72,6 +74,8 @@ class CollectorClient:
         Raises:
             CollectorGoneError: No answer came in time.
         """
+        if end := runtime.collector_end():
+            raise CollectorGoneError(f"{end}; {_CONSEQUENCE}")
         number = next(self._numbers)
         future = self._open[number] = self._loop.create_future()
         self.tell("query", number=number, op=op, **values)
@@ -79,8 +83,7 @@ class CollectorClient:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise CollectorGoneError(
-                f"the collector process has not answered within {timeout_s:g} s; serving goes on, "
-                "routes and counts are not to be had; the server's log says how it ended"
+                f"the collector process has not answered within {timeout_s:g} s; {_CONSEQUENCE}"
             ) from None
         finally:
             del self._open[number]

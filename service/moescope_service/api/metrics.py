@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from moescope_service.api.collector_client import CollectorClient, Reply
 from moescope_service.collector.counters import PHASES
 from moescope_service.errors import CollectorGoneError
+from moescope_service.messages import LOST_REASONS
 
 SCRAPE_TIMEOUT_S = 0.25
 MAX_EXPERT_SERIES = 2000
@@ -32,12 +33,14 @@ METRICS = {
     "moescope_expert_tokens": "Selections of an expert, by layer and phase.",
     "moescope_rows_captured": "Rows (tokens) that were captured in every layer.",
     "moescope_rows_lost": "Rows that a worker routed and could not ship, by reason.",
+    "moescope_step_gaps": "Times that a worker's steps were lost altogether.",
     "moescope_steps": "Engine steps that were captured.",
     "moescope_hook_seconds": "Seconds the capture spent on the worker's thread after each step.",
     "moescope_collector_lag_seconds": "Age of the newest step when the collector received it.",
     "moescope_traces": "Finished traces, by completeness.",
     "moescope_traces_kept": "Traces in the store.",
     "moescope_traces_evicted": "Traces that made room for newer ones.",
+    "moescope_sequences_unclaimed": "Ended sequences that no API server asked for.",
     "moescope_sequences_running": "Registered sequences that have no trace yet.",
     "moescope_store_bytes": "Memory of the traces in the store, in bytes.",
     "moescope_store_limit_bytes": "Upper bound of the store, in bytes.",
@@ -76,10 +79,20 @@ class Snapshot(PrometheusCollector):
         values = self._values
         return [
             ("moescope_rows_captured", (), {(): values["rows_captured"]}),
-            ("moescope_rows_lost", ("reason",), {(k,): v for k, v in values["rows_lost"].items()}),
+            (
+                "moescope_rows_lost",
+                ("reason",),
+                {(reason,): values["rows_lost"].get(reason, 0) for reason in LOST_REASONS},
+            ),
+            ("moescope_step_gaps", (), {(): values["gaps"]}),
+            ("moescope_sequences_unclaimed", (), {(): values["unclaimed"]}),
             ("moescope_steps", (), {(): values["steps"]}),
             ("moescope_hook_seconds", (), {(): values["hook_seconds"]}),
-            ("moescope_traces", ("status",), {(k,): v for k, v in values["traces"].items()}),
+            (
+                "moescope_traces",
+                ("status",),
+                {(s,): values["traces"].get(s, 0) for s in ("complete", "incomplete")},
+            ),
             ("moescope_traces_evicted", (), {(): values["store"]["evicted"]}),
         ]
 

@@ -30,6 +30,23 @@ XARG = "moescope"
 """The same as an entry of ``vllm_xargs`` in the request's body."""
 
 
+MAX_ID_CHARS = 512
+"""Longer ids find nothing: they come from clients, and the store is bounded."""
+
+
+def parse_wish(text: str | None) -> bool | None:
+    """Return whether a request wants its routes kept; None where it does not say.
+
+    Raises:
+        ValueError: The text is neither ``on`` nor ``off``.
+    """
+    if text is None:
+        return None
+    if text.lower() not in {"on", "off"}:
+        raise ValueError(f"{text!r} is not one of on, off")
+    return text.lower() == "on"
+
+
 @dataclasses.dataclass(slots=True)
 class RequestScope:
     """The HTTP request that is being handled."""
@@ -70,9 +87,10 @@ class RequestScopeMiddleware:
             await self._app(scope, receive, send)
             return
         request = RequestScope(scope, time.time())
-        wish = request.headers.get(HEADER, "on").lower()
-        if wish not in {"on", "off"}:
-            message = f"the header X-Moescope is {wish!r}; allowed: on, off"
+        try:
+            parse_wish(request.headers.get(HEADER))
+        except ValueError as error:
+            message = f"the header X-Moescope: {error}"
             response = JSONResponse({"error": {"message": message, "code": 422}}, 422)
             await response(scope, receive, send)
             return
@@ -118,10 +136,11 @@ class Registration:
             queue: Any = None,
         ) -> None:
             is_update = output_processor.has_request(request.request_id)
+            keep = self._keeps(request)  # before the engine has it: it may be refused
             add_request(request, prompt, parent_req, request_index, queue)
-            if request.sampling_params is not None and not is_update:
+            if request.sampling_params is not None and not request.resumable and not is_update:
                 state = output_processor.request_states[request.request_id]
-                self._register(request, state, parent_req, request_index)
+                self._register(request, state, parent_req, request_index, keep=keep)
                 self._report_end(state)
 
         output_processor.add_request = add_and_register
@@ -131,12 +150,11 @@ class Registration:
 
         A stream's headers are sent before its request reaches the engine: `_register` adds it.
         """
-        if request.header_id is not None and request.internal_ids:
-            self._collector.tell(
-                "alias", internal_ids=request.internal_ids, alias=request.header_id
-            )
+        header_id = request.header_id
+        if header_id is not None and len(header_id) <= MAX_ID_CHARS and request.internal_ids:
+            self._collector.tell("alias", internal_ids=request.internal_ids, alias=header_id)
 
-    def _register(self, request: Any, state: Any, parent: Any, sample: int) -> None:
+    def _register(self, request: Any, state: Any, parent: Any, sample: int, *, keep: bool) -> None:
         http = _current.get()
         external_id = parent.external_req_id if parent else request.external_req_id
         response_id = (http and http.response_id) or external_id
@@ -148,23 +166,28 @@ class Registration:
         register = Register(
             internal_id=request.request_id,
             request_id=response_id,
-            ids=sorted(ids),
+            ids=sorted(one for one in ids if len(one) <= MAX_ID_CHARS),
             index=prompt_number(external_id, response_id) * samples + sample,
             model=self._model,
             lora=state.lora_name,
             prompt_len=state.prompt_len,
             created_s=http.created_s if http else time.time(),
-            keep=self._keeps(http, request.sampling_params),
+            keep=keep,
         )
         prompt_ids = state.prompt_token_ids
         arrays = [] if prompt_ids is None else [np.array(prompt_ids, np.int32)]
         self._collector.tell("register", arrays, **dataclasses.asdict(register))
 
-    def _keeps(self, http: RequestScope | None, sampling_params: Any) -> bool:
-        wish = (sampling_params.extra_args or {}).get(XARG)
-        if wish is None and http is not None:
-            wish = http.headers.get(HEADER)
-        return self._keep_by_default if wish is None else str(wish).lower() == "on"
+    def _keeps(self, request: Any) -> bool:
+        http = _current.get()
+        wish = parse_wish(http.headers.get(HEADER)) if http is not None else None
+        extra = (request.sampling_params and request.sampling_params.extra_args) or {}
+        if XARG in extra:
+            try:
+                wish = parse_wish(str(extra[XARG]))
+            except ValueError as error:
+                raise ValueError(f"vllm_xargs.{XARG}: {error}") from None
+        return self._keep_by_default if wish is None else wish
 
     def _report_end(self, state: Any) -> None:
         make_request_output = state.make_request_output

@@ -115,7 +115,7 @@ class WorkerCapture:
         self._wrap(
             self._runner,
             "execute_model",
-            before=lambda *_, **__: recorder.start_step(),
+            before=lambda scheduler_output, *_, **__: recorder.start_step(scheduler_output),
             after=lambda scheduler_output, *_, **__: recorder.record_step(scheduler_output),
         )
 
@@ -158,12 +158,19 @@ def full_attention_group(kv_cache_config: Any) -> tuple[int, int]:
     Raises:
         RefusedError: No layer of the model attends to the whole sequence.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        MLAAttentionSpec,
+        SinkFullAttentionSpec,
+        UniformTypeKVCacheSpecs,
+    )
 
+    # Not their other subclasses: some of those give blocks back while a sequence runs.
+    whole = {FullAttentionSpec, MLAAttentionSpec, SinkFullAttentionSpec}
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
         first = spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec
-        if isinstance(first, FullAttentionSpec):
+        if type(first) in whole:
             return number, int(spec.block_size)
     raise RefusedError(
         "no layer of the model attends to the whole sequence; moescope keeps a running sequence's "

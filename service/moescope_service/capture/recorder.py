@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,22 +57,32 @@ class _StepMessage:
     """A step as the worker's thread leaves it; `ControlEncoder` makes a message of it."""
 
     encoder: ControlEncoder
-    scheduler_output: Any
-    batch: Batch | None
     step: Step
-    size_bytes: int
+    finished: Iterable[str] = ()
+    """Internal ids of sequences that ended."""
+    new: list[tuple[str, int, int, Any]] = dataclasses.field(default_factory=list)
+    """(internal id, prompt length, computed tokens, block ids by group)."""
+    cached: Any = None
+    """vLLM's ``CachedRequestData``."""
+    block_copies: Any = ()
+    batch: Batch | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it holds while it waits, in bytes."""
+        return self.step.rows_bytes + _CONTROL_BYTES
 
     def encode(self) -> Frames:
-        self.encoder.fill(self.step, self.scheduler_output, self.batch)
+        self.encoder.fill(self)
         return pack_step(self.step)
 
 
 class ControlEncoder:
-    """Reads vLLM's scheduler output; gives each running sequence a small integer handle.
+    """Makes control values of vLLM's scheduler output; gives each sequence a small handle.
 
-    Relies on vLLM 0.32.0, ``v1/core/sched/output.py``: ``SchedulerOutput`` and its parts are new
-    objects in each step, so that they can be read after the step. Runs in the link's thread.
-    A sequence whose admission was given up gets a handle that the collector does not know.
+    Relies on vLLM 0.32.0, ``v1/core/sched/output.py``: ``CachedRequestData`` is a new object in
+    each step, so that it can be read after the step. Runs in the link's thread. A sequence whose
+    admission was given up gets a handle that the collector does not know.
 
     Args:
         group: Number of the KV-cache group whose block tables the arena follows.
@@ -83,24 +93,24 @@ class ControlEncoder:
         self._handles: dict[str, int] = {}
         self._free: list[int] = []
 
-    def fill(self, step: Step, scheduler_output: Any, batch: Batch | None) -> None:
-        """Fill in a step's control values."""
-        for request_id in scheduler_output.finished_req_ids:
+    def fill(self, message: _StepMessage) -> None:
+        """Fill in the control values of a message's step."""
+        step = message.step
+        for request_id in message.finished:
             handle = self._handles.pop(request_id, None)
             if handle is None:
                 step.finished_unseen.append(request_id)
             else:
                 step.finished.append(handle)
         self._free += step.finished
-        for new in scheduler_output.scheduled_new_reqs:
-            step.admitted.append(
-                self._admission(new.req_id, new.prompt_len, new.num_computed_tokens, new.block_ids)
-            )
-        self._fill_cached(step, scheduler_output.scheduled_cached_reqs)
-        copies = scheduler_output.kv_cache_block_copies or ()
-        step.block_copies = [(copy.src_block_id, copy.dst_block_id) for copy in copies]
-        if batch is not None:
-            request_ids, starts, lengths = batch
+        step.admitted = [self._admission(*new) for new in message.new]
+        if message.cached is not None:
+            self._fill_cached(step, message.cached)
+        step.block_copies = [
+            (copy.src_block_id, copy.dst_block_id) for copy in message.block_copies
+        ]
+        if message.batch is not None:
+            request_ids, starts, lengths = message.batch
             handles = np.array([self._handle(name) for name in request_ids], np.int32)
             step.spans = np.stack([handles, starts, lengths], axis=1)
 
@@ -126,6 +136,10 @@ class ControlEncoder:
             handle = self._free.pop() if self._free else len(self._handles)
             self._handles[request_id] = handle
         return handle
+
+
+def _copied(block_ids: tuple[list[int], ...]) -> tuple[list[int], ...]:
+    return tuple(map(list, block_ids))
 
 
 class Recorder:
@@ -164,24 +178,47 @@ class Recorder:
         )
         self._link.put(_HelloMessage(hello))
 
-    def start_step(self) -> None:
-        """Prepare for a step; called on the worker's thread before the model runs."""
+    def start_step(self, scheduler_output: Any) -> None:
+        """Prepare for a step; called on the worker's thread before the model runs.
+
+        Tells at once which sequences have ended: all their rows are on their way, and the step
+        that begins may take long.
+        """
         self._sink.start_step()
+        if scheduler_output.finished_req_ids:
+            message = self._message()
+            message.finished = scheduler_output.finished_req_ids
+            self._link.put(message)
 
     def record_step(self, scheduler_output: Any) -> None:
         """Take the rows of the step that just ran; called on the worker's thread."""
-        started_s = time.perf_counter()
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        batch = self._read_batch() if num_tokens else None
-        step = Step(seq=self._seq, time_s=time.time(), host_s=0.0, spans=np.empty((0, 3), np.int32))
+        if not num_tokens:
+            return
+        started_s = time.perf_counter()
+        message = self._message()
+        message.batch = self._read_batch()
+        # Only what control needs: a scheduler output also holds prompts and images. Block tables
+        # are copied: the model runner keeps these very lists and lets them grow.
+        message.new = [
+            (new.req_id, new.prompt_len, new.num_computed_tokens, _copied(new.block_ids))
+            for new in scheduler_output.scheduled_new_reqs
+        ]
+        message.cached = cached = scheduler_output.scheduled_cached_reqs
+        if cached.resumed_req_ids:
+            blocks = [ids and _copied(ids) for ids in cached.new_block_ids]
+            message.cached = dataclasses.replace(cached, new_block_ids=blocks)
+        message.block_copies = scheduler_output.kv_cache_block_copies or ()
+        self._take_rows(message.step, num_tokens)
+        is_large = self._link.waiting_bytes > self._max_rows_bytes // 4
+        message.step.host_s = time.perf_counter() - started_s
+        self._link.put(message, at_once=is_large)
+
+    def _message(self) -> _StepMessage:
+        spans = np.empty((0, 3), np.int32)
+        step = Step(seq=self._seq, time_s=time.time(), host_s=0.0, spans=spans)
         self._seq += 1
-        if batch is not None:
-            self._take_rows(step, num_tokens)
-        message = _StepMessage(
-            self._encoder, scheduler_output, batch, step, step.rows_bytes + _CONTROL_BYTES
-        )
-        step.host_s = time.perf_counter() - started_s
-        self._link.put(message)
+        return _StepMessage(self._encoder, step)
 
     def close(self) -> None:
         """Send what waits and stop."""

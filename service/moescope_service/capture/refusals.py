@@ -51,12 +51,25 @@ def _parallel(config: Any) -> str | None:
     for option, size in sizes.items():
         if size > 1:
             return f"{option} is {size}; this version of moescope records one worker: set it to 1"
+    if config.scheduler_config.policy != "fcfs":
+        return (
+            f"--scheduling-policy is {config.scheduler_config.policy!r}, under which vLLM hands on "
+            "blocks unseen; this version of moescope records 'fcfs' alone"
+        )
     if parallel.enable_dbo:
         return "dual batch overlap routes halves of a step; start without --enable-dbo"
     return None
 
 
 def _runner(config: Any) -> str | None:
+    speculative = config.speculative_config
+    if speculative is not None and getattr(speculative, "enable_adaptive_verification", False):
+        return "adaptive verification hides which drafts were routed; switch it off"
+    if config.cache_config.kv_sharing_fast_prefill:
+        return (
+            "fast prefill routes only the last tokens of a prompt in some layers; start without "
+            "--kv-sharing-fast-prefill"
+        )
     device = config.device_config.device_type
     if device != "cpu":
         return f"the device is {device!r}; this version of moescope records on the CPU only"

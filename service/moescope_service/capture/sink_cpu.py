@@ -62,10 +62,11 @@ class CpuSink:
         if not _sinks:
             _register_op()
         shape = (max_tokens, num_layers, top_k)
-        self._topk_ids = torch.from_numpy(np.zeros(shape, id_dtype))
-        self._topk_weights = torch.from_numpy(np.zeros(shape, weights_dtype))
-        self._num_layers = num_layers
-        self._num_writes = 0
+        self._topk_ids = np.zeros(shape, id_dtype)
+        self._topk_weights = np.zeros(shape, weights_dtype)
+        self._id_columns = torch.from_numpy(self._topk_ids).unbind(1)
+        self._weight_columns = torch.from_numpy(self._topk_weights).unbind(1)
+        self._rows = [0] * num_layers
         self._number = len(_sinks)
         _sinks.append(self)
 
@@ -76,24 +77,22 @@ class CpuSink:
     def write(self, column: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """Write one layer's column; called by the op."""
         num_tokens = topk_ids.shape[0]
-        self._topk_ids[:num_tokens, column] = topk_ids
-        self._topk_weights[:num_tokens, column] = topk_weights
-        self._num_writes += 1
+        self._id_columns[column][:num_tokens].copy_(topk_ids)
+        self._weight_columns[column][:num_tokens].copy_(topk_weights)
+        # A second write in one step would be of other tokens: the column is then worth nothing.
+        self._rows[column] = -1 if self._rows[column] else num_tokens
 
     def start_step(self) -> None:
         """Forget earlier writes."""
-        self._num_writes = 0
+        self._rows = [0] * len(self._rows)
 
     def take(self, num_tokens: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
         """Return copies of a step's rows, ``[num_tokens, num_layers, top_k]`` each.
 
         Returns:
-            (ids, weights), or None where not every layer wrote exactly once: the rows would be
-            partly another step's.
+            (ids, weights), or None where not every layer wrote every row exactly once: the rows
+            would be partly another step's.
         """
-        if self._num_writes != self._num_layers:
+        if min(self._rows) < num_tokens:
             return None
-        return (
-            self._topk_ids[:num_tokens].numpy().copy(),
-            self._topk_weights[:num_tokens].numpy().copy(),
-        )
+        return self._topk_ids[:num_tokens].copy(), self._topk_weights[:num_tokens].copy()

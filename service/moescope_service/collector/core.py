@@ -83,6 +83,11 @@ class Collector:
             self._settle(sequence, timed_out=True)
         self._queries.expire()
 
+    @property
+    def num_gaps(self) -> int:
+        """Times that a worker's steps were lost altogether, and its running routes with them."""
+        return sum(worker.gaps for worker in self._workers.values())
+
     def set_capturing(self, on: bool) -> None:
         """Tell every worker to ship rows, or to hold them back."""
         self.is_capturing = on
@@ -94,6 +99,9 @@ class Collector:
             self._log.close()
 
     def _on_hello(self, peer: Peer, hello: Hello) -> None:
+        if self.hello is not None and _shape(hello) != _shape(self.hello):
+            logger.error("a worker with another model said hello; its routes are left out")
+            return
         self._workers[peer] = Reassembler(hello)
         if self.hello is None:
             self.hello = hello
@@ -103,7 +111,9 @@ class Collector:
         self.outbox.append((peer, pack("capture", on=self.is_capturing)))
 
     def _on_step(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
-        worker = self._workers[peer]
+        worker = self._workers.get(peer)
+        if worker is None:
+            return
         step = unpack_step(values, frames, worker.hello)
         self.stats.add_step(step)
         ended, written = worker.apply(step)
@@ -136,3 +146,7 @@ class Collector:
                 self._log.write(trace)
             self.store.add(Kept(sequence.uid, trace, ids))
         self._queries.retry(ids)
+
+
+def _shape(hello: Hello) -> tuple[list[int], int, int]:
+    return hello.layers, hello.num_experts, hello.top_k

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 import zmq
 
 from moescope_service.collector.core import Collector
+from moescope_service.link import SOCKET_QUEUE
 from moescope_service.settings import Settings
 
 logger = logging.getLogger("moescope.collector")
@@ -43,28 +45,38 @@ def run(address: str, settings: Settings, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops us
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, SOCKET_QUEUE)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.bind(address)
         collector = Collector(settings)
         print("ready", flush=True)
+        next_tick_s = 0.0
         while not stopped and os.getppid() == parent:
             if socket.poll(_TICK_MS):
                 _receive(socket, collector)
-            collector.tick()
+            if time.monotonic() >= next_tick_s:
+                collector.tick()
+                next_tick_s = time.monotonic() + _TICK_MS / 1000
             _send(socket, collector)
         while socket.poll(0):
             _receive(socket, collector)
         collector.close()
     if not stopped:
-        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
+        _remove(Path(address.removeprefix("ipc://")))
+
+
+def _remove(socket: Path) -> None:
+    for left in (socket, socket.with_name("refused")):
+        left.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files are not ours to remove
+        socket.parent.rmdir()
 
 
 def _receive(socket: zmq.Socket[bytes], collector: Collector) -> None:
     peer, *frames = socket.recv_multipart(copy=False)
     try:
         collector.handle(peer.bytes, [frame.buffer for frame in frames])
-    except (KeyError, TypeError, ValueError, IndexError):
+    except Exception:
         logger.exception("left out a message of %s that cannot be understood", peer.bytes)
 
 
@@ -84,7 +96,7 @@ def main() -> None:
     """
     logging.basicConfig(
         stream=sys.stderr,
-        level=os.environ.get("VLLM_LOGGING_LEVEL", "INFO"),
+        level=os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper(),
         format="%(levelname)s %(asctime)s moescope collector: %(message)s",
     )
     run(sys.argv[1], Settings.from_env(), int(sys.argv[2]))

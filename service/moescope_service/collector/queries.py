@@ -171,6 +171,8 @@ class Queries:
             "traces": dict(stats.traces),
             "lag_seconds": stats.lag_seconds,
             "running": len(self._collector.sequences),
+            "gaps": self._collector.num_gaps,
+            "unclaimed": self._collector.sequences.num_unclaimed,
         }
         return values, [] if counters is None else [counters.totals]
 

@@ -129,8 +129,7 @@ class Reassembler:
         for handle, block_ids in step.grown:
             if handle in self._running:
                 self._append_blocks(handle, block_ids)
-        for source, destination in step.block_copies:
-            self._arena.copy_block(source, destination)
+        self._copy_blocks(step)
         written = self._write(step)
         self._next_seq = step.seq + 1  # a step that failed halfway is a gap
         return ended, written
@@ -185,8 +184,20 @@ class Reassembler:
         self._num_rows[handle] = max(known, cached)
         self._set_blocks(admission)
 
+    def _copy_blocks(self, step: Step) -> None:
+        # vLLM lists the copies of all KV-cache groups: ours go to blocks allocated in this step.
+        if not step.block_copies:
+            return
+        fresh = {block for _, block_ids in step.grown for block in block_ids}
+        for admission in (*step.admitted, *step.resumed):
+            fresh.update(admission.block_ids[self._num_hits(admission) :])
+        for source, destination in step.block_copies:
+            if destination in fresh:
+                self._arena.copy_block(source, destination)
+
     def _set_blocks(self, admission: Admission) -> None:
         self._num_blocks[admission.handle] = 0
+        self._blocks[admission.handle] = 0  # vLLM's null block, whose rows nobody reads
         self._generations[admission.handle] = _STALE
         self._append_blocks(admission.handle, admission.block_ids)
         if not self.hello.trust_prefix_hits:

@@ -70,6 +70,6 @@ class RoutesLog:
             try:
                 self._file.writelines(formats.route_lines(trace.select(layers=self._layers)))
                 self._file.flush()
-            except (OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - a dead thread would stop the collector
                 failed = True
                 print(f"moescope: the route log ends here: {error}", file=sys.stderr, flush=True)

@@ -20,8 +20,11 @@ from moescope_service.messages import Hello, Register
 
 Tokens = npt.NDArray[np.int32]
 
-WORKER_TIMEOUT_S = 10.0
-"""How long a finished request waits for its worker's end: an end follows within milliseconds."""
+WORKER_TIMEOUT_S = 300.0
+"""How long a finished request waits for its worker's end.
+
+It follows within milliseconds, but for an abort in the middle of a step that takes long.
+"""
 API_TIMEOUT_S = 60.0
 """How long ended rows wait for their API server to say who they are or how they finished."""
 

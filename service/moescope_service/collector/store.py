@@ -27,7 +27,7 @@ class Kept:
     @property
     def size_bytes(self) -> int:
         """Bytes that count against the store's limit."""
-        return self.trace.size_bytes + OVERHEAD_BYTES
+        return self.trace.size_bytes + OVERHEAD_BYTES + sum(map(len, self.ids))
 
 
 class TraceStore:
@@ -43,7 +43,7 @@ class TraceStore:
         self.num_evicted = 0
         self._kept: collections.OrderedDict[int, Kept] = collections.OrderedDict()
         self._uids: dict[str, list[int]] = {}
-        self._evicted_ids: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._evicted_ids: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -74,6 +74,7 @@ class TraceStore:
         """Let one more id find a trace."""
         if request_id not in kept.ids:
             self._kept[kept.uid] = dataclasses.replace(kept, ids=(*kept.ids, request_id))
+            self.size_bytes += len(request_id)
             self._uids.setdefault(request_id, []).append(kept.uid)
 
     def remove(self, kept: Kept) -> None:
@@ -88,10 +89,10 @@ class TraceStore:
 
     def was_evicted(self, request_id: str) -> bool:
         """Whether a trace with this id was evicted, as far as that is still known."""
-        return request_id in self._evicted_ids
+        return hash(request_id) in self._evicted_ids
 
     def _note_eviction(self, kept: Kept) -> None:
         self.num_evicted += 1
-        self._evicted_ids.update(dict.fromkeys(kept.ids))
+        self._evicted_ids.update(dict.fromkeys(map(hash, kept.ids)))
         while len(self._evicted_ids) > _REMEMBERED_IDS:
             self._evicted_ids.popitem(last=False)
