@@ -20,7 +20,7 @@ from moescope_service.messages import Frames
 
 logger = logging.getLogger("moescope.link")
 
-SOCKET_QUEUE = 4
+SOCKET_QUEUE = 32
 """Messages that ZMQ itself may hold on either side; the rest waits here, counted in bytes."""
 _FLUSH_MS = 50
 """How long a message may wait that nobody waits for."""
@@ -116,6 +116,9 @@ class Link:
             self._waiting.clear()
 
     def _serve(self) -> None:
+        # vLLM's CPU worker binds the thread that made this one to a core, which the model needs.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.SNDHWM, SOCKET_QUEUE)
             socket.setsockopt(zmq.RCVHWM, 0)
