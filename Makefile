@@ -33,10 +33,10 @@ $(LIGHT)/.done: requirements/light.txt pyproject.toml
 setup: $(VENV)/.done ## Make .venv with everything, for the CPU
 setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
 
-demo: setup ## Serve the bundled model, replay, fetch, draw, measure: about 6 minutes
+demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 2 to 4 minutes
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
 
-test: test-unit test-contract test-e2e ## Run every test: about 15 minutes
+test: test-unit test-contract test-e2e ## Run every test: about 5 minutes
 
 test-unit: setup-light ## Unit tests, with the light base alone
 	$(LIGHT)/bin/python -m pytest tests/unit
