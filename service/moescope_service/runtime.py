@@ -107,10 +107,14 @@ def _path(name: str) -> Path:
     return Path(os.environ.get(RUNTIME_DIR, os.devnull), name)
 
 
+def _read(name: str) -> str | None:
+    path = _path(name)
+    return path.read_text() if path.exists() else None
+
+
 def collector_end() -> str | None:
     """Return how the collector ended, if it did."""
-    path = _path("ended")
-    return path.read_text() if path.exists() else None
+    return _read("ended")
 
 
 @contextlib.contextmanager
@@ -126,5 +130,4 @@ def reported_refusal() -> Iterator[None]:
 
 def reported_reason() -> str | None:
     """Return why a worker refused to capture, if one did."""
-    path = _path("refused")
-    return path.read_text() if path.exists() else None
+    return _read("refused")

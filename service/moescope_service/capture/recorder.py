@@ -122,13 +122,13 @@ class ControlEncoder:
                     self._admission(request_id, 0, cached.num_computed_tokens[i], blocks)
                 )
             elif blocks is not None and blocks[self._group]:
-                step.grown.append((self._handle(request_id), list(blocks[self._group])))
+                step.grown.append((self._handle(request_id), blocks[self._group]))
 
     def _admission(
         self, request_id: str, prompt_len: int, num_computed: int, blocks: Any
     ) -> Admission:
         handle = self._handle(request_id)
-        return Admission(handle, request_id, prompt_len, num_computed, list(blocks[self._group]))
+        return Admission(handle, request_id, prompt_len, num_computed, blocks[self._group])
 
     def _handle(self, request_id: str) -> int:
         handle = self._handles.get(request_id)

@@ -118,10 +118,9 @@ class Reassembler:
         ended += [(request_id, Rows.nothing(self.hello)) for request_id in step.finished_unseen]
         # All allocations before any table: a sequence may share a block that another one of this
         # very step fills.
-        for admission in (*step.admitted, *step.resumed):
-            self._arena.allocate(admission.block_ids[self._num_hits(admission) :])
-        for _, block_ids in step.grown:
-            self._arena.allocate(block_ids)
+        fresh = self._fresh_blocks(step)
+        if fresh:
+            self._arena.allocate(fresh)
         for admission in step.admitted:
             self._admit(admission)
         for admission in step.resumed:
@@ -129,7 +128,10 @@ class Reassembler:
         for handle, block_ids in step.grown:
             if handle in self._running:
                 self._append_blocks(handle, block_ids)
-        self._copy_blocks(step)
+        # vLLM lists the copies of all KV-cache groups: ours go to blocks allocated in this step.
+        for source, destination in step.block_copies:
+            if destination in fresh:
+                self._arena.copy_block(source, destination)
         written = self._write(step)
         self._next_seq = step.seq + 1  # a step that failed halfway is a gap
         return ended, written
@@ -184,16 +186,11 @@ class Reassembler:
         self._num_rows[handle] = max(known, cached)
         self._set_blocks(admission)
 
-    def _copy_blocks(self, step: Step) -> None:
-        # vLLM lists the copies of all KV-cache groups: ours go to blocks allocated in this step.
-        if not step.block_copies:
-            return
-        fresh = {block for _, block_ids in step.grown for block in block_ids}
+    def _fresh_blocks(self, step: Step) -> list[int]:
+        fresh = [block for _, block_ids in step.grown for block in block_ids]
         for admission in (*step.admitted, *step.resumed):
-            fresh.update(admission.block_ids[self._num_hits(admission) :])
-        for source, destination in step.block_copies:
-            if destination in fresh:
-                self._arena.copy_block(source, destination)
+            fresh += admission.block_ids[self._num_hits(admission) :]
+        return fresh
 
     def _set_blocks(self, admission: Admission) -> None:
         self._num_blocks[admission.handle] = 0
