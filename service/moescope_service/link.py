@@ -77,23 +77,27 @@ class Link:
         """What waits to be sent, in bytes."""
         return self._added_bytes - self._sent_bytes
 
-    def put(self, message: Outgoing, *, at_once: bool = True) -> None:
+    def put(self, message: Outgoing, *, at_once: bool = True) -> bool:
         """Send a message; for one thread, or under the caller's lock.
 
         Args:
             message: What to send.
             at_once: Whether to wake the link's thread. It wakes by itself every 50 ms: a wake-up a
                 step takes the interpreter and a core away from the model.
+
+        Returns:
+            False where the message was given up.
         """
         if self._is_ended or self.waiting_bytes > self._max_bytes:
             if not self.num_given_up:
                 logger.error("the collector takes no messages: they are given up from here on")
             self.num_given_up += 1
-            return
+            return False
         self._added_bytes += message.size_bytes
         self._waiting.append(message)
         if at_once:
             self._wake()
+        return True
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Send what waits, for at most so long, and end the thread."""

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from moescope_service.capture.control import ControlEncoder
 from moescope_service.capture.recorder import Recorder
+from moescope_service.capture.rows import Batch, StepRows
 from moescope_service.messages import Hello
 
 PROMPT, OUTPUT = [11, 12, 13, 14, 15], [21, 22, 23]
@@ -33,15 +35,15 @@ class Sink:
     """Rows as the hook would leave them; `rows` None: a layer did not write."""
 
     def __init__(self) -> None:
-        self.rows: tuple[Any, Any] | None = None
+        self.rows: tuple[Any, Any, Any] | None = None
 
     def start_step(self) -> None:
         self.rows = None
 
-    def take(self, num_tokens: int) -> tuple[Any, Any] | None:
-        return (
-            None if self.rows is None else tuple(array[:num_tokens].copy() for array in self.rows)
-        )
+    def take(self, num_rows: int) -> StepRows | str:
+        if self.rows is None:
+            return "hook_missed"
+        return StepRows(*(array[:num_rows].copy() for array in self.rows))
 
 
 @dataclasses.dataclass
@@ -62,8 +64,8 @@ class Engine:
         self.batch: Any = None
         self._next_block = 1
         self.recorder = Recorder(
-            address, hello, sink=self.sink, read_batch=lambda: self.batch, group=0,
-            max_rows_bytes=max_rows_bytes,
+            address, hello, sink=self.sink, read_batch=lambda: self.batch,
+            encoder=ControlEncoder(group=0), max_rows_bytes=max_rows_bytes,
         )  # fmt: skip
 
     def start(self, internal_id: str, prompt: list[int] = PROMPT) -> Running:
@@ -93,14 +95,18 @@ class Engine:
                 cached.num_computed_tokens.append(running.num_rows)
         output.scheduled_cached_reqs = cached
         output.total_num_scheduled_tokens = sum(count for _, count in spans)
-        self.batch = (
+        self.batch = Batch(
             [running.internal_id for running, _ in spans],
+            np.cumsum([0, *(count for _, count in spans)]).astype(np.int32),
             np.array([running.num_rows for running, _ in spans], np.int32),
-            np.array([count for _, count in spans], np.int32),
         )
         self.recorder.start_step(output)
         if spans and hooked:
-            parts = [rows_of(running.num_rows, count) for running, count in spans]
+            parts = [
+                (np.arange(running.num_rows, running.num_rows + count),
+                 *rows_of(running.num_rows, count))
+                for running, count in spans
+            ]  # fmt: skip
             self.sink.rows = tuple(np.concatenate(part) for part in zip(*parts, strict=True))
         self.recorder.record_step(output)
         for running, count in spans:

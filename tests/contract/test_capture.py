@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from moescope_service.capture.install import full_attention_group
 from moescope_service.capture.refusals import check_config
-from moescope_service.capture.routers import check_runner, find_routed_layers, hook
+from moescope_service.capture.routers import check_runner, find_routed_layers
 from moescope_service.capture.sink_cpu import CpuSink
 from moescope_service.errors import RefusedError
 
@@ -42,6 +42,7 @@ class Runner(MoERunner):
         torch.nn.Module.__init__(self)
         self.layer_id, self.router = layer_id, router or Router()
         self.routed_experts = torch.nn.Identity()
+        self.routed_experts.quant_method = SimpleNamespace(topk_indices_dtype=None)
 
 
 class Model(torch.nn.Module):
@@ -96,12 +97,23 @@ def test_a_layer_whose_routing_cannot_be_seen(change, words, monkeypatch):
         check_runner(runner)
 
 
+def make_sink(max_tokens=16, num_layers=2, weights_dtype="float16"):
+    positions = torch.arange(max_tokens)
+    return CpuSink(positions=positions, num_layers=num_layers, top_k=2, id_dtype="uint8",
+                   weights_dtype=weights_dtype)  # fmt: skip
+
+
+def hook(layers, sink):
+    for column, found in enumerate(layers):
+        sink.hook(column, found.router)
+
+
 def make_config(**changes):
     model = {"is_moe": True, "model": "m", "architectures": ["A"], "runner_type": "generate"}
     parallel = dict.fromkeys(
         ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
          "prefill_context_parallel_size", "decode_context_parallel_size"], 1,
-    ) | {"enable_dbo": False}  # fmt: skip
+    ) | {"use_ubatching": False}  # fmt: skip
     top = {"use_v2_model_runner": False}
     groups = {
         "model_config": model,
@@ -130,8 +142,8 @@ def test_a_configuration_that_can_be_captured():
         ("data_parallel_size", 2, "--data-parallel-size is 2"),
         ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size is 2"),
         ("decode_context_parallel_size", 2, "--decode-context-parallel-size is 2"),
-        ("enable_dbo", True, "--enable-dbo"),
-        ("device_type", "cuda", "'cuda'"),
+        ("use_ubatching", True, "--enable-dbo"),
+        ("device_type", "xpu", "'xpu'"),
         ("policy", "priority", "--scheduling-policy is 'priority'"),
         ("kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
         ("enable_adaptive_verification", True, "adaptive verification"),
@@ -162,7 +174,7 @@ def test_the_group_that_attends_to_everything():
 def hooked():
     model = Model(Runner(4), Runner(1))
     layers = find_routed_layers(model)
-    sink = CpuSink(max_tokens=16, num_layers=2, top_k=2, id_dtype="uint8", weights_dtype="float16")
+    sink = make_sink()
     plain = [one.router._compute_routing for one in layers]
     hook(layers, sink)
     return model, sink, plain
@@ -179,7 +191,9 @@ def test_every_call_fills_each_layers_column(hooked, backend):
             x = torch.randn(num_tokens, 8)
             sink.start_step()
             run(x.clone())
-            ids, weights = sink.take(num_tokens)
+            rows = sink.take(num_tokens)
+            ids, weights = rows.topk_ids, rows.topk_weights
+            assert rows.positions.tolist() == list(range(num_tokens))
             assert (ids.shape, ids.dtype, weights.dtype) == (
                 (num_tokens, 2, 2),
                 np.uint8,
@@ -203,13 +217,13 @@ def test_a_layer_that_did_not_write_or_wrote_twice(hooked):
     x = torch.randn(4, 8)
     sink.start_step()
     model.runners[0].router(x, x)
-    assert sink.take(4) is None
+    assert sink.take(4) == "hook_missed"
     model.runners[1].router(x, x)
-    ids, _ = sink.take(4)
+    ids = sink.take(4).topk_ids
     model.runners[0].router(x, x)
-    assert sink.take(4) is None
+    assert sink.take(4) == "hook_missed"
     sink.start_step()
-    assert sink.take(4) is None
+    assert sink.take(4) == "hook_missed"
     before = ids.copy()
     model(torch.randn(4, 8))
     np.testing.assert_array_equal(ids, before)  # what was taken is a copy
@@ -224,8 +238,8 @@ def test_a_layer_that_routed_fewer_tokens_than_the_step_has(hooked):
     for runner, num_tokens in zip(model.runners, (4, 1), strict=True):
         x = torch.randn(num_tokens, 8)
         runner.router(x, x)
-    assert sink.take(4) is None
-    assert sink.take(1) is not None
+    assert sink.take(4) == "hook_missed"
+    assert len(sink.take(1).positions) == 1
 
 
 def test_only_the_instances_found_are_hooked(hooked):
@@ -237,10 +251,10 @@ def test_only_the_instances_found_are_hooked(hooked):
 def test_two_sinks_do_not_mix(hooked):
     _, sink, _ = hooked
     other_model = Model(Runner(0))
-    other = CpuSink(max_tokens=4, num_layers=1, top_k=2, id_dtype="uint8", weights_dtype="float32")
+    other = make_sink(max_tokens=4, num_layers=1, weights_dtype="float32")
     hook(find_routed_layers(other_model), other)
     sink.start_step()
     other.start_step()
     other_model(torch.randn(2, 8))
-    assert sink.take(2) is None
-    assert other.take(2)[1].dtype == np.float32
+    assert sink.take(2) == "hook_missed"
+    assert other.take(2).topk_weights.dtype == np.float32

@@ -12,15 +12,16 @@ import zmq
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from moescope_service.capture.layout_v1 import read_batch
-from moescope_service.capture.recorder import ControlEncoder, _StepMessage
-from moescope_service.messages import Step, pack, unpack, unpack_step
+from moescope_service.capture import layout_v1, layout_v2
+from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
+from moescope_service.capture.rows import Batch, StepRows
+from moescope_service.messages import pack, unpack, unpack_step
 from tests.unit.engine_sim import Engine as SimEngine
 from tests.unit.kv_sim import Seq
 from tests.unit.sim_encoder import SimEncoder
 
 from .deployment import DEADLINE_S, wait_until
-from .fake_engine import HELLO, Engine
+from .fake_engine import HELLO, Engine, rows_of
 
 
 class Collector:
@@ -208,16 +209,16 @@ def test_the_simulated_engine_of_the_unit_tests_speaks_as_the_real_encoder():
         while engine.is_busy:
             output = engine.schedule()
             want = mine.encode(output)
-            got = Step(seq=want.seq, time_s=0.0, host_s=0.0, spans=np.empty((0, 3), np.int32))
             batch = None
             if output.batch:
                 starts, counts = ([one[i] for one in output.batch] for i in (1, 2))
-                batch = ([seq.name for seq, _, _ in output.batch],
-                         np.array(starts, np.int32), np.array(counts, np.int32))  # fmt: skip
+                batch = Batch([seq.name for seq, _, _ in output.batch],
+                              np.cumsum([0, *counts]).astype(np.int32),
+                              np.array(starts, np.int32))  # fmt: skip
             vllm_output = real_output(output)
-            real.fill(_StepMessage(
-                real, got, vllm_output.finished_req_ids,
-                [(new.req_id, new.prompt_len, new.num_computed_tokens, new.block_ids)
+            got = real.encode(StepMessage(
+                real, want.seq, 0.0, 0.0, vllm_output.finished_req_ids,
+                [NewSequence(new.req_id, new.prompt_len, new.num_computed_tokens, new.block_ids)
                  for new in vllm_output.scheduled_new_reqs],
                 vllm_output.scheduled_cached_reqs, vllm_output.kv_cache_block_copies or (), batch,
             ))  # fmt: skip
@@ -238,13 +239,63 @@ def test_the_simulated_engine_of_the_unit_tests_speaks_as_the_real_encoder():
 
 
 def test_the_batch_of_the_v1_runner():
-    import torch
-
     runner = SimpleNamespace(
-        input_batch=SimpleNamespace(num_reqs=2, req_ids=["a", "b", "old"]),
+        input_batch=SimpleNamespace(
+            num_reqs=2, req_ids=["a", "b", "old"], num_computed_tokens_cpu=np.array([5, 40, 7])
+        ),
         query_start_loc=SimpleNamespace(np=np.array([0, 3, 4, 9], np.int32)),
-        positions=torch.tensor([5, 6, 7, 40, 99], dtype=torch.int64),
     )
-    names, starts, counts = read_batch(runner)
-    assert (names, starts.tolist(), counts.tolist()) == (["a", "b"], [5, 40], [3, 1])
-    assert starts.dtype == counts.dtype == np.int32
+    batch = layout_v1.read_batch(runner)
+    runner.query_start_loc.np[:] = runner.input_batch.num_computed_tokens_cpu[:] = 0  # next step
+    assert batch.request_ids == ["a", "b"]
+    assert batch.first_row.tolist() == [0, 3, 4]
+    assert batch.scheduled_position.tolist() == [5, 40]
+
+
+def test_the_batch_of_the_v2_runner():
+    batch = SimpleNamespace(
+        num_reqs=2, req_ids=["a", "b"], query_start_loc_np=np.array([0, 3, 4, 4, 4], np.int32),
+        num_computed_tokens_np=np.array([5, 40], np.int32),
+    )  # fmt: skip
+    runner = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
+    found = layout_v2.read_batch(runner)
+    assert found.request_ids == ["a", "b"]
+    assert found.first_row.tolist() == [0, 3, 4]
+    assert found.scheduled_position.tolist() == [5, 40]
+    runner.execute_model_state = None
+    assert layout_v2.read_batch(runner) is None
+
+
+def message_of(rows, overshoot=0):
+    batch = Batch(["a", "b"], np.array([0, 3, 4], np.int32), np.array([1, 40], np.int32))
+    encoder = ControlEncoder(0, overshoot)
+    return encoder.encode(StepMessage(encoder, 0, 0.0, 0.0, batch=batch, rows=rows))
+
+
+def test_positions_are_the_devices():
+    """Speculation makes the host's positions too high."""
+    rows = StepRows(np.array([0, 1, 2, 38]), *rows_of(0, 4))
+    assert message_of(rows).spans.tolist() == [[0, 0, 3], [1, 38, 1]]
+
+
+def test_lost_rows_are_taken_to_be_wherever_they_may_be():
+    """A position that is too high would leave a rejected draft's row in place."""
+    step = message_of("queue_full", overshoot=4)
+    assert step.lost == "queue_full"
+    assert step.spans.tolist() == [[0, 0, 4], [1, 36, 5]]
+
+
+def test_rows_that_turn_out_to_be_of_another_step():
+    rows = SimpleNamespace(read=lambda: None, size_bytes=0)
+    step = message_of(rows)
+    assert (step.lost, step.topk_ids) == ("hook_missed", None)
+    assert step.spans.tolist() == [[0, 1, 3], [1, 40, 1]]
+
+
+def test_rows_that_the_link_does_not_take_are_given_up(engine):
+    given_up = []
+    rows = SimpleNamespace(size_bytes=8, discard=lambda: given_up.append(1))
+    engine.sink.take = lambda num_rows: rows
+    engine.recorder._link._max_bytes = -1
+    engine.start("a")
+    assert given_up == [1]

@@ -3,7 +3,8 @@
 ``WorkerWrapperBase.init_device`` is wrapped once (it runs in every worker: in-process,
 multiprocess, Ray); from there on only *instances* are wrapped. Relies on vLLM 0.32.0,
 ``v1/worker/worker_base.py`` and ``gpu_worker.py``: ``load_model`` comes before the warm-up,
-``initialize_from_config`` after it, ``execute_model`` is called once a step.
+``initialize_from_config`` knows the KV cache, ``compile_or_warm_up_model`` ends the start;
+``execute_model`` is called once a step.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import numpy as np
 
 from moescope import formats
 from moescope_service import runtime
-from moescope_service.capture import layout_v1
+from moescope_service.capture import layout_v1, layout_v2
+from moescope_service.capture.control import ControlEncoder
 from moescope_service.capture.recorder import Recorder
-from moescope_service.capture.routers import RoutedLayer, find_routed_layers, hook
+from moescope_service.capture.routers import RoutedLayer, find_routed_layers
+from moescope_service.capture.rows import StepSink
 from moescope_service.errors import RefusedError
 from moescope_service.messages import Hello
 from moescope_service.settings import Settings, flag
@@ -57,8 +60,14 @@ class WorkerCapture:
         self._layers: list[RoutedLayer] = []
         self._sink: Any = None
         self._recorder: Recorder | None = None
+        self._read_batch, self._positions = (
+            (layout_v2.read_batch, layout_v2.positions)
+            if worker.vllm_config.use_v2_model_runner
+            else (layout_v1.read_batch, layout_v1.positions)
+        )
         self._wrap(worker, "load_model", after=self._hook_routers)
         self._wrap(worker, "initialize_from_config", after=self._start)
+        self._wrap(worker, "compile_or_warm_up_model", after=self._record)
         self._wrap(worker, "shutdown", before=self._stop)
 
     @staticmethod
@@ -77,20 +86,38 @@ class WorkerCapture:
         setattr(target, name, wrapped)
 
     def _hook_routers(self, *_: Any, **__: Any) -> None:
-        from moescope_service.capture.sink_cpu import CpuSink
-
         with runtime.reported_refusal():
             self._layers = find_routed_layers(self._runner.get_model())
             self._check_log_layers()
-        router = self._layers[0].router
-        self._sink = CpuSink(
-            max_tokens=self._runner.max_num_tokens,
-            num_layers=len(self._layers),
-            top_k=router.top_k,
-            id_dtype=formats.id_dtype(router.global_num_experts),
-            weights_dtype=self._settings.weights_dtype,
+        self._sink = self._make_sink()
+        for column, found in enumerate(self._layers):
+            self._sink.hook(column, found.router)
+
+    def _make_sink(self) -> StepSink:
+        first = self._layers[0]
+        shape: dict[str, Any] = {
+            "positions": self._positions(self._runner),
+            "num_layers": len(self._layers),
+            "top_k": first.router.top_k,
+            "id_dtype": self._id_dtype,
+            "weights_dtype": self._settings.weights_dtype,
+        }
+        if self._worker.device.type == "cpu":
+            from moescope_service.capture.sink_cpu import CpuSink
+
+            return CpuSink(**shape)
+        from moescope_service.capture.sink_cuda import CudaSink
+
+        return CudaSink(
+            **shape,
+            num_experts=first.router.global_num_experts,
+            index_dtype=first.index_dtype,
+            queue_bytes=self._settings.queue,
         )
-        hook(self._layers, self._sink)
+
+    @property
+    def _id_dtype(self) -> str:
+        return np.dtype(formats.id_dtype(self._layers[0].router.global_num_experts)).name
 
     def _check_log_layers(self) -> None:
         captured = [found.layer for found in self._layers]
@@ -104,20 +131,36 @@ class WorkerCapture:
     def _start(self, kv_cache_config: Any) -> None:
         with runtime.reported_refusal():
             group, block_size = full_attention_group(kv_cache_config)
-        recorder = self._recorder = Recorder(
+        config = self._worker.vllm_config
+        overshoot = config.num_speculative_tokens * config.max_concurrent_batches
+        self._recorder = Recorder(
             runtime.collector_address(),
             self._hello(kv_cache_config.num_blocks, block_size),
             sink=self._sink,
-            read_batch=functools.partial(layout_v1.read_batch, self._runner),
-            group=group,
+            read_batch=functools.partial(self._read_batch, self._runner),
+            encoder=ControlEncoder(group, overshoot),
             max_rows_bytes=self._settings.queue,
         )
-        self._wrap(
-            self._runner,
-            "execute_model",
-            before=lambda scheduler_output, *_, **__: recorder.start_step(scheduler_output),
-            after=lambda scheduler_output, *_, **__: recorder.record_step(scheduler_output),
-        )
+
+    def _record(self) -> None:
+        """Record from here on; the steps of the warm-up are nobody's."""
+        recorder = self._recorder
+        if recorder is None:
+            return
+        execute_model = self._runner.execute_model
+
+        @functools.wraps(execute_model)
+        def execute_and_record(
+            scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any
+        ) -> Any:
+            if dummy_run:
+                return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+            recorder.start_step(scheduler_output)
+            result = execute_model(scheduler_output, *args, **kwargs)
+            recorder.record_step(scheduler_output)
+            return result
+
+        self._runner.execute_model = execute_and_record
 
     def _stop(self, *_: Any, **__: Any) -> None:
         if self._recorder is not None:
@@ -133,7 +176,7 @@ class WorkerCapture:
             layers=[found.layer for found in self._layers],
             num_experts=router.global_num_experts,
             top_k=router.top_k,
-            id_dtype=np.dtype(formats.id_dtype(router.global_num_experts)).name,
+            id_dtype=self._id_dtype,
             weights_dtype=self._settings.weights_dtype,
             router_types=sorted({type(found.router).__name__ for found in self._layers}),
             block_size=block_size,

@@ -2,8 +2,9 @@
 
 Relies on vLLM 0.32.0, ``v1/worker/gpu_model_runner.py`` (``cpu_model_runner.py`` is its subclass):
 after ``execute_model`` returns, ``input_batch.req_ids[:num_reqs]`` are the step's requests in row
-order, ``query_start_loc.np`` their first rows, and ``positions`` (on the device) the position of
-each row, also where speculation makes the host's counts optimistic.
+order, ``query_start_loc.np`` their first rows, ``num_computed_tokens_cpu`` their first positions as
+the host has them, and ``positions`` (on the device, always the same tensor) the position of each
+row. All but the last are changed in place by the next step.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from moescope_service.capture.rows import Batch
 
 
-def read_batch(runner: Any) -> tuple[list[str], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def positions(runner: Any) -> Any:
+    """Return the tensor that holds each row's position, ``[max_num_tokens]``, int64."""
+    return runner.positions
+
+
+def read_batch(runner: Any) -> Batch | None:
     """Return who has which rows in the step that just ran.
 
     Args:
-        runner: A ``CPUModelRunner``, right after ``execute_model``.
-
-    Returns:
-        Internal request ids in row order, each one's first position ``[num_reqs]``, each one's
-        number of rows ``[num_reqs]``.
+        runner: A ``GPUModelRunner`` of V1 or a ``CPUModelRunner``, right after ``execute_model``.
     """
     batch = runner.input_batch
     num_reqs = batch.num_reqs
-    first_row = runner.query_start_loc.np[: num_reqs + 1]
-    first_position = runner.positions.numpy()[first_row[:-1]].astype(np.int32)
-    return batch.req_ids[:num_reqs], first_position, np.diff(first_row).astype(np.int32)
+    return Batch(
+        batch.req_ids[:num_reqs],
+        runner.query_start_loc.np[: num_reqs + 1].copy(),
+        batch.num_computed_tokens_cpu[:num_reqs].astype(np.int32),
+    )

@@ -56,8 +56,8 @@ def _parallel(config: Any) -> str | None:
             f"--scheduling-policy is {config.scheduler_config.policy!r}, under which vLLM hands on "
             "blocks unseen; this version of moescope records 'fcfs' alone"
         )
-    if parallel.enable_dbo:
-        return "dual batch overlap routes halves of a step; start without --enable-dbo"
+    if parallel.use_ubatching:
+        return "micro-batches route parts of a step; start without --enable-dbo and --ubatch-size"
     return None
 
 
@@ -70,12 +70,18 @@ def _runner(config: Any) -> str | None:
             "fast prefill routes only the last tokens of a prompt in some layers; start without "
             "--kv-sharing-fast-prefill"
         )
-    device = config.device_config.device_type
-    if device != "cpu":
-        return f"the device is {device!r}; this version of moescope records on the CPU only"
-    if config.use_v2_model_runner:
+    return _device(config)
+
+
+def _device(config: Any) -> str | None:
+    from vllm.platforms import current_platform
+
+    device = "rocm" if current_platform.is_rocm() else config.device_config.device_type
+    if device not in {"cpu", "cuda"}:
+        return f"the device is {device!r}; this version of moescope records on CPUs and NVIDIA GPUs"
+    if device == "cpu" and config.use_v2_model_runner:
         return (
-            "vLLM's V2 model runner is on, which this version of moescope does not record; "
+            "vLLM's V2 model runner is on, which moescope does not record on the CPU; "
             "set VLLM_USE_V2_MODEL_RUNNER=0"
         )
     return None

@@ -1,36 +1,21 @@
-"""Finds the model's routers and hooks them.
+"""Finds the model's routers.
 
 Relies on vLLM 0.32.0: ``model_executor/layers/fused_moe/runner/moe_runner.py`` (``MoERunner``:
-``layer_id``, ``router``, ``is_monolithic``, ``enable_dbo``) and ``…/router/base_router.py``
-(``BaseRouter._compute_routing`` returns ``(topk_weights, topk_ids)``, ids logical, before the
-expert-parallel load balancer's map; ``top_k``, ``global_num_experts``).
+``layer_id``, ``router``, ``is_monolithic``, ``enable_dbo``, ``_quant_method``) and
+``…/router/base_router.py`` (``BaseRouter._compute_routing`` returns
+``(topk_weights, topk_ids)``, ids logical, before the expert-parallel load balancer's map;
+``top_k``, ``global_num_experts``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, Protocol
+from typing import Any
 
 from moescope_service.errors import RefusedError
 
 _PARAMETERS = ["hidden_states", "router_logits", "indices_type", "input_ids"]
-
-
-class Sink(Protocol):
-    """Takes one layer's routing of a step while the model runs."""
-
-    def record(self, column: int, topk_weights: Any, topk_ids: Any) -> Any:
-        """Keep a layer's routing.
-
-        Args:
-            column: The layer's column in the rows.
-            topk_weights: ``[num_tokens, top_k]``, on the model's device.
-            topk_ids: ``[num_tokens, top_k]``, integer, on the model's device.
-
-        Returns:
-            The ids that the model goes on with.
-        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +25,8 @@ class RoutedLayer:
     layer: int
     """The model's own layer number."""
     router: Any
+    index_dtype: Any
+    """``torch.dtype`` that the layer's MoE kernel wants ids to be; None where it does not care."""
 
 
 def find_routed_layers(model: Any) -> list[RoutedLayer]:
@@ -51,9 +38,20 @@ def find_routed_layers(model: Any) -> list[RoutedLayer]:
     Raises:
         RefusedError: The model has no routed layer, or one whose routing cannot be seen.
     """
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+        RoutedExpertsCaptureSource,
+    )
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    runners = [module for module in model.modules() if isinstance(module, MoERunner)]
+    runners = []
+    for module in model.modules():
+        if isinstance(module, MoERunner):
+            runners.append(module)
+        elif isinstance(module, RoutedExpertsCaptureSource):
+            raise RefusedError(
+                f"layer {module.layer_id} is a {type(module).__name__}, which routes without "
+                "vLLM's MoERunner; choose another MoE backend (--moe-backend)"
+            )
     layers = sorted((check_runner(runner) for runner in runners), key=lambda found: found.layer)
     if not layers:
         raise RefusedError(
@@ -79,7 +77,8 @@ def check_runner(runner: Any) -> RoutedLayer:
     if runner.is_monolithic:
         raise RefusedError(
             f"layer {layer} runs a monolithic kernel ({type(runner.routed_experts).__name__}) that "
-            "routes inside and never calls its router; choose another MoE backend"
+            "routes inside and never calls its router; choose a MoE backend that does, such as "
+            "--moe-backend triton"
         )
     if runner.enable_dbo:
         raise RefusedError("dual batch overlap routes halves of a step; start without --enable-dbo")
@@ -89,27 +88,4 @@ def check_runner(runner: Any) -> RoutedLayer:
             f"layer {layer} has the router {type(router).__name__}, whose _compute_routing"
             f"({', '.join(_PARAMETERS)}) moescope does not find"
         )
-    return RoutedLayer(layer, router)
-
-
-def hook(layers: list[RoutedLayer], sink: Sink) -> None:
-    """Let every router hand its results to a sink; per instance: drafts have routers of their own.
-
-    Call it after the weights are loaded and before the model is compiled or warmed up.
-    """
-    for column, found in enumerate(layers):
-        _hook_one(found.router, column, sink)
-
-
-def _hook_one(router: Any, column: int, sink: Sink) -> None:
-    compute_routing = router._compute_routing
-
-    def compute_and_record(
-        hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
-    ) -> tuple[Any, Any]:
-        topk_weights, topk_ids = compute_routing(
-            hidden_states, router_logits, indices_type, input_ids=input_ids
-        )
-        return topk_weights, sink.record(column, topk_weights, topk_ids)
-
-    router._compute_routing = compute_and_record
+    return RoutedLayer(layer, router, runner._quant_method.topk_indices_dtype)

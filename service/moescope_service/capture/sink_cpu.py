@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moescope_service.capture.rows import StepRows
+
 _sinks: list[CpuSink] = []
 """By the number that is compiled into the graph. The op has no other way to find its sink."""
 
@@ -48,12 +50,19 @@ class CpuSink:
     """Static buffers ``[max_tokens, num_layers, top_k]`` that each layer writes its column of.
 
     Lives in the worker and is written by the thread that runs the model.
+
+    Args:
+        positions: The model runner's tensor of each row's position, ``[max_tokens]``.
+        num_layers: Columns of the rows.
+        top_k: Experts a token and layer.
+        id_dtype: numpy's dtype of the shipped ids.
+        weights_dtype: numpy's dtype of the shipped weights.
     """
 
     def __init__(
         self,
         *,
-        max_tokens: int,
+        positions: torch.Tensor,
         num_layers: int,
         top_k: int,
         id_dtype: npt.DTypeLike,
@@ -61,7 +70,8 @@ class CpuSink:
     ) -> None:
         if not _sinks:
             _register_op()
-        shape = (max_tokens, num_layers, top_k)
+        self._positions = positions.numpy()
+        shape = (len(positions), num_layers, top_k)
         self._topk_ids = np.zeros(shape, id_dtype)
         self._topk_weights = np.zeros(shape, weights_dtype)
         self._id_columns = torch.from_numpy(self._topk_ids).unbind(1)
@@ -70,9 +80,24 @@ class CpuSink:
         self._number = len(_sinks)
         _sinks.append(self)
 
-    def record(self, column: int, topk_weights: Any, topk_ids: Any) -> Any:
-        """Keep a layer's routing; see `moescope_service.capture.routers.Sink`."""
-        return torch.ops.moescope.record_routing(topk_ids, topk_weights, self._number, column)
+    def hook(self, column: int, router: Any) -> None:
+        """Let a router hand over its results; see `moescope_service.capture.rows.StepSink`.
+
+        Call it after the weights are loaded and before the model is compiled or warmed up.
+        """
+        compute_routing = router._compute_routing
+        number = self._number
+
+        def compute_and_record(
+            hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
+        ) -> tuple[Any, Any]:
+            topk_weights, topk_ids = compute_routing(
+                hidden_states, router_logits, indices_type, input_ids=input_ids
+            )
+            ids = torch.ops.moescope.record_routing(topk_ids, topk_weights, number, column)
+            return topk_weights, ids
+
+        router._compute_routing = compute_and_record
 
     def write(self, column: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """Write one layer's column; called by the op."""
@@ -86,13 +111,17 @@ class CpuSink:
         """Forget earlier writes."""
         self._rows = [0] * len(self._rows)
 
-    def take(self, num_tokens: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-        """Return copies of a step's rows, ``[num_tokens, num_layers, top_k]`` each.
+    def take(self, num_rows: int) -> StepRows | str:
+        """Return copies of a step's rows.
 
         Returns:
-            (ids, weights), or None where not every layer wrote every row exactly once: the rows
+            The rows, or ``hook_missed`` where not every layer wrote every row exactly once: they
             would be partly another step's.
         """
-        if min(self._rows) < num_tokens:
-            return None
-        return self._topk_ids[:num_tokens].copy(), self._topk_weights[:num_tokens].copy()
+        if min(self._rows) < num_rows:
+            return "hook_missed"
+        return StepRows(
+            self._positions[:num_rows].copy(),
+            self._topk_ids[:num_rows].copy(),
+            self._topk_weights[:num_rows].copy(),
+        )

@@ -1,0 +1,130 @@
+"""Triton kernels of the capture on NVIDIA GPUs.
+
+Both move routing without arithmetic: ids are narrowed to the shipped dtype, weights rounded to it.
+Under ``TRITON_INTERPRET=1`` they run on the CPU, which is how they are tested there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+RECORD_BLOCK = 1024
+"""Entries (token, k) that one program of `record_routing` copies."""
+_PACK_TILE = 1024
+"""Entries (row, layer, k) that one program of `pack_rows` moves, at least one row."""
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "ids_row", "ids_column", "weights_row", "weights_column"]
+)
+def record_routing(
+    topk_ids: Any,
+    topk_weights: Any,
+    to_ids: Any,
+    to_weights: Any,
+    num_tokens: Any,
+    ids_row: Any,
+    ids_column: Any,
+    weights_row: Any,
+    weights_column: Any,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Copy one layer's ids and weights into their static buffers, ``[max_tokens, TOP_K]`` each.
+
+    Args:
+        topk_ids: ``[num_tokens, >= TOP_K]``, any integer type; further columns are left out.
+        topk_weights: ``[num_tokens, >= TOP_K]``, any floating type.
+        to_ids: Contiguous.
+        to_weights: Contiguous.
+        num_tokens: Rows to copy.
+        ids_row: Stride of the ids' rows, in elements; likewise the other three.
+        ids_column: …
+        weights_row: …
+        weights_column: …
+        TOP_K: Columns to copy.
+        BLOCK: Entries a program copies.
+    """
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = entry < num_tokens * TOP_K
+    row = (entry // TOP_K).to(tl.int64)
+    column = entry % TOP_K
+    ids = tl.load(topk_ids + row * ids_row + column * ids_column, mask=mask, other=0)
+    tl.store(to_ids + entry, ids.to(to_ids.dtype.element_ty), mask=mask)
+    weights = tl.load(
+        topk_weights + row * weights_row + column * weights_column, mask=mask, other=0.0
+    )
+    tl.store(to_weights + entry, weights.to(to_weights.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_slot", "num_rows", "layer_stride", "num_experts"])
+def pack_rows(
+    topk_ids: Any,
+    topk_weights: Any,
+    positions: Any,
+    to_ids: Any,
+    to_weights: Any,
+    to_positions: Any,
+    first_slot: Any,
+    num_rows: Any,
+    layer_stride: Any,
+    num_experts: Any,
+    TOP_K: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+) -> None:
+    """Turn the layers' buffers into rows, and mark what was read.
+
+    A row whose ids are not all in ``[0, num_experts)`` gets position -1. What was read is
+    overwritten with -1, so that a layer that does not write in the next step is noticed.
+
+    Args:
+        topk_ids: Static buffer ``[num_layers, max_tokens, TOP_K]``, integer.
+        topk_weights: Static buffer of the same shape, float32.
+        positions: ``[max_tokens]``, int64.
+        to_ids: ``[num_slots, ENTRIES]``, uint8 or uint16.
+        to_weights: ``[num_slots, ENTRIES]``, float16 or float32.
+        to_positions: ``[num_slots]``, int32.
+        first_slot: Where the first row goes.
+        num_rows: Rows to pack.
+        layer_stride: ``max_tokens * TOP_K``.
+        num_experts: Ids are below it.
+        TOP_K: Experts a token and layer.
+        ENTRIES: ``num_layers * TOP_K``.
+        BLOCK_ROWS: Rows a program packs.
+        BLOCK_ENTRIES: ``ENTRIES``, rounded up to a power of two.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    entry = tl.arange(0, BLOCK_ENTRIES)[None, :]
+    row_mask = row < num_rows
+    mask = row_mask[:, None] & (entry < ENTRIES)
+    layer = (entry // TOP_K).to(tl.int64)
+    source = layer * layer_stride + row[:, None] * TOP_K + entry % TOP_K
+    ids = tl.load(topk_ids + source, mask=mask, other=0)
+    weights = tl.load(topk_weights + source, mask=mask, other=0.0)
+    is_wrong = (ids < 0) | (ids >= num_experts)
+    num_wrong = tl.sum(is_wrong.to(tl.int32), axis=1)
+    slot = (first_slot + row).to(tl.int64)
+    target = slot[:, None] * ENTRIES + entry
+    tl.store(to_ids + target, ids.to(to_ids.dtype.element_ty), mask=mask)
+    tl.store(to_weights + target, weights.to(to_weights.dtype.element_ty), mask=mask)
+    position = tl.load(positions + row, mask=row_mask, other=0)
+    position = tl.where(num_wrong == 0, position, -1)
+    tl.store(to_positions + slot, position.to(tl.int32), mask=row_mask)
+    tl.store(topk_ids + source, tl.full(source.shape, -1, topk_ids.dtype.element_ty), mask=mask)
+
+
+def pack_blocks(num_layers: int, top_k: int) -> dict[str, int]:
+    """Return the constants of `pack_rows` for a model."""
+    entries = num_layers * top_k
+    block_entries = triton.next_power_of_2(entries)
+    return {
+        "TOP_K": top_k,
+        "ENTRIES": entries,
+        "BLOCK_ROWS": max(1, _PACK_TILE // block_entries),
+        "BLOCK_ENTRIES": block_entries,
+    }

@@ -1,0 +1,106 @@
+"""Pinned host memory in which the GPU leaves packed rows for the link's thread.
+
+The worker's thread reserves room and launches the kernel that fills it; the link's thread waits
+for the step's event, copies the rows out and gives the room back. Nothing is ever overwritten
+before it was read: a full ring means that a step's rows are dropped, and counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import torch
+
+from moescope_service.capture.rows import StepRows
+
+
+class RowRing:
+    """A ring of rows; a step's rows stand one after the other.
+
+    Args:
+        num_slots: Rows that fit, at least twice those of the largest step.
+        num_layers: Layers of a row.
+        top_k: Experts a token and layer.
+        id_dtype: ``torch.uint8`` or ``torch.uint16``.
+        weights_dtype: ``torch.float16`` or ``torch.float32``.
+        pin: Whether the GPU can write to it; False only where there is none.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_layers: int,
+        top_k: int,
+        id_dtype: torch.dtype,
+        weights_dtype: torch.dtype,
+        *,
+        pin: bool = True,
+    ) -> None:
+        shape = (num_slots, num_layers, top_k)
+        self.num_slots = num_slots
+        self.topk_ids = torch.zeros(shape, dtype=id_dtype, pin_memory=pin)
+        self.topk_weights = torch.zeros(shape, dtype=weights_dtype, pin_memory=pin)
+        self.positions = torch.zeros(num_slots, dtype=torch.int32, pin_memory=pin)
+        self.row_bytes = num_layers * top_k * (id_dtype.itemsize + weights_dtype.itemsize)
+        self._views = (self.positions.numpy(), self.topk_ids.numpy(), self.topk_weights.numpy())
+        # Rows ever reserved and ever released; each is written by one thread alone.
+        self._head = self._tail = 0
+        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+
+    def reserve(self, num_rows: int) -> ReservedRows | None:
+        """Reserve room for a step; None where there is not enough."""
+        start = self._head
+        offset = start % self.num_slots
+        if offset + num_rows > self.num_slots:  # the rest of the ring stays empty
+            start += self.num_slots - offset
+            offset = 0
+        if start + num_rows - self._tail > self.num_slots:
+            return None
+        event = self._events.pop() if self._events else torch.cuda.Event(blocking=True)
+        reserved = ReservedRows(self, event, self._head, offset, num_rows, start + num_rows)
+        self._head = start + num_rows
+        return reserved
+
+    def undo(self, reserved: ReservedRows) -> None:
+        """Take the last reservation back; the GPU may write to it until the next one is filled."""
+        self._head = reserved.previous_head
+        self._events.append(reserved.event)
+
+    def copy_out(self, reserved: ReservedRows) -> StepRows:
+        """Return copies of a step's rows, and give their room back."""
+        slots = slice(reserved.offset, reserved.offset + reserved.num_rows)
+        rows = StepRows(*(view[slots].copy() for view in self._views))
+        self._tail = reserved.end
+        self._events.append(reserved.event)
+        return rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReservedRows:
+    """Room for the rows of one step; see `moescope_service.capture.rows.PendingRows`."""
+
+    ring: RowRing
+    event: torch.cuda.Event
+    """Recorded behind the kernel that fills the room."""
+    previous_head: int
+    offset: int
+    """The first row's slot."""
+    num_rows: int
+    end: int
+    """Rows ever reserved, these included."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the rows hold while they wait."""
+        return self.num_rows * self.ring.row_bytes
+
+    def read(self) -> StepRows | None:
+        """Wait for the GPU and return copies; None where a layer did not write its part."""
+        self.event.synchronize()
+        rows = self.ring.copy_out(self)
+        return None if (rows.positions < 0).any() else rows
+
+    def discard(self) -> None:
+        """Give the room back unread."""
+        self.ring.undo(self)

@@ -1,0 +1,86 @@
+"""What the parts of the capture hand each other: which rows a step has, and what is in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Batch(NamedTuple):
+    """Who has which rows in a step; the arrays and the list belong to the holder."""
+
+    request_ids: list[str]
+    """The engine's internal ids, in row order."""
+    first_row: npt.NDArray[np.int32]
+    """Each one's first row, and the number of all rows behind the last, ``[num_reqs + 1]``."""
+    scheduled_position: npt.NDArray[np.int32]
+    """Each one's first position as the host has it, ``[num_reqs]``; speculation makes it too high.
+
+    The device has the truth: see `StepRows.positions`.
+    """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of one step, in host memory."""
+
+    positions: npt.NDArray[Any]
+    """Each row's position in its sequence, ``[num_rows]``."""
+    topk_ids: npt.NDArray[Any]
+    """``[num_rows, num_layers, top_k]``."""
+    topk_weights: npt.NDArray[Any]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what is shipped."""
+        return self.topk_ids.nbytes + self.topk_weights.nbytes
+
+    def read(self) -> StepRows:
+        """Return itself: the rows are here."""
+        return self
+
+    def discard(self) -> None:
+        """Forget them."""
+
+
+class PendingRows(Protocol):
+    """Rows that may still be on their way to host memory."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that they hold while they wait."""
+
+    def read(self) -> StepRows | None:
+        """Wait for the rows and return copies; called once, in the link's thread.
+
+        Returns:
+            None where a layer did not write its part: the rows would be partly another step's.
+        """
+
+    def discard(self) -> None:
+        """Give up rows that were the last to be taken; called on the worker's thread."""
+
+
+class StepSink(Protocol):
+    """Holds the rows of the step that runs, and hooks the routers that write them."""
+
+    def hook(self, column: int, router: Any) -> None:
+        """Let one router hand over its results, per instance: drafts have routers of their own.
+
+        Args:
+            column: The layer's column in the rows.
+            router: A ``BaseRouter`` of the target model.
+        """
+
+    def start_step(self) -> None:
+        """Forget earlier rows."""
+
+    def take(self, num_rows: int) -> PendingRows | str:
+        """Take the rows of the step that just ran; called on the worker's thread.
+
+        Returns:
+            The rows, or why there are none: one of `moescope_service.messages.LOST_REASONS`.
+        """

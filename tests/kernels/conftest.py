@@ -1,0 +1,13 @@
+"""The capture's Triton kernels: on the GPU where there is one, else under Triton's interpreter.
+
+Run them in a process of their own: the interpreter is chosen when the kernels are imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

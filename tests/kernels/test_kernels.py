@@ -1,0 +1,128 @@
+"""Rows and layers that come out of the kernels are those that went in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moescope_service.capture import kernels
+from moescope_service.capture.sink_cuda import record_routing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_routing(num_tokens, top_k, num_experts, dtype=torch.int32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_tokens, num_experts, generator=generator)
+    weights, ids = logits.softmax(-1).topk(top_k)
+    return weights.to(DEVICE), ids.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 700])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_a_layers_routing_is_copied(num_tokens, dtype, weights_dtype):
+    weights, ids = random_routing(num_tokens, 6, 40, dtype)
+    weights = weights.to(weights_dtype)
+    to_ids = torch.full((1024, 6), -7, dtype=torch.int32, device=DEVICE)
+    to_weights = torch.full((1024, 6), -7.0, device=DEVICE)
+    record_routing(ids, weights, to_ids, to_weights, 6)
+    torch.testing.assert_close(to_ids[:num_tokens], ids.int(), rtol=0, atol=0)
+    torch.testing.assert_close(to_weights[:num_tokens], weights.float(), rtol=0, atol=0)
+    assert (to_ids[num_tokens:] == -7).all()
+    assert (to_weights[num_tokens:] == -7.0).all()
+
+
+def test_strides_and_further_columns_are_minded():
+    """Some routers return transposed tensors, or columns of fused shared experts."""
+    weights, ids = random_routing(50, 8, 40)
+    to_ids = torch.zeros((64, 4), dtype=torch.int64, device=DEVICE)
+    to_weights = torch.zeros((64, 4), device=DEVICE)
+    record_routing(ids.t().contiguous().t(), weights[:, ::2], to_ids, to_weights, 4)
+    torch.testing.assert_close(to_ids[:50], ids[:, :4].long(), rtol=0, atol=0)
+    torch.testing.assert_close(to_weights[:50], weights[:, ::2][:, :4], rtol=0, atol=0)
+
+
+def test_more_tokens_than_fit_are_left_out():
+    weights, ids = random_routing(9, 2, 8)
+    to_ids = torch.full((4, 2), -7, dtype=torch.int32, device=DEVICE)
+    to_weights = torch.zeros((4, 2), device=DEVICE)
+    record_routing(ids, weights, to_ids, to_weights, 2)
+    torch.testing.assert_close(to_ids, ids[:4], rtol=0, atol=0)
+
+
+class Buffers:
+    """Static buffers of a model, filled with a step's routing, and where it is packed to."""
+
+    def __init__(self, num_layers, top_k, num_experts, id_dtype, weights_dtype, max_tokens=128):
+        self.num_experts = num_experts
+        routing = [
+            random_routing(max_tokens, top_k, num_experts, seed=seed) for seed in range(num_layers)
+        ]
+        self.weights, self.ids = (
+            torch.stack([layer[i] for layer in routing]).contiguous() for i in (0, 1)
+        )
+        self.positions = torch.randint(0, 1 << 20, (max_tokens,)).to(DEVICE)
+        self.to_ids = torch.full((200, num_layers, top_k), 99, dtype=id_dtype, device=DEVICE)
+        self.to_weights = torch.zeros(200, num_layers, top_k, dtype=weights_dtype, device=DEVICE)
+        self.to_positions = torch.full((200,), -7, dtype=torch.int32, device=DEVICE)
+
+    def pack(self, first_slot, num_rows):
+        num_layers, max_tokens, top_k = self.ids.shape
+        constants = kernels.pack_blocks(num_layers, top_k)
+        kernels.pack_rows[(-(-num_rows // constants["BLOCK_ROWS"]),)](
+            self.ids, self.weights, self.positions, self.to_ids, self.to_weights,
+            self.to_positions, first_slot, num_rows, max_tokens * top_k, self.num_experts,
+            **constants,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "top_k", "num_experts", "id_dtype", "weights_dtype"),
+    [
+        (24, 4, 60, torch.uint8, torch.float16),
+        (5, 3, 256, torch.uint8, torch.float32),
+        (58, 8, 512, torch.uint16, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("num_rows", [1, 16, 77])
+def test_rows_are_packed(num_layers, top_k, num_experts, id_dtype, weights_dtype, num_rows):
+    buffers = Buffers(num_layers, top_k, num_experts, id_dtype, weights_dtype)
+    ids, weights = buffers.ids.clone(), buffers.weights.clone()
+    buffers.pack(50, num_rows)
+    there = slice(50, 50 + num_rows)
+    want = ids[:, :num_rows].transpose(0, 1).cpu().numpy()
+    np.testing.assert_array_equal(buffers.to_ids[there].cpu().numpy(), want)
+    torch.testing.assert_close(
+        buffers.to_weights[there],
+        weights[:, :num_rows].transpose(0, 1).to(weights_dtype), rtol=0, atol=0,
+    )  # fmt: skip
+    assert buffers.to_positions[there].tolist() == buffers.positions[:num_rows].tolist()
+    # Nothing beside them, and the next step finds no old rows.
+    assert (buffers.to_positions[:50] == -7).all()
+    assert (buffers.to_positions[50 + num_rows :] == -7).all()
+    assert (buffers.ids[:, :num_rows] == -1).all()
+    torch.testing.assert_close(buffers.ids[:, num_rows:], ids[:, num_rows:], rtol=0, atol=0)
+    torch.testing.assert_close(buffers.weights, weights, rtol=0, atol=0)
+
+
+def test_a_row_of_a_layer_that_did_not_write_has_no_position():
+    buffers = Buffers(5, 3, 60, torch.uint8, torch.float16)
+    positions = buffers.positions.clone()
+    buffers.pack(0, 40)
+    for layer in (0, 1, 2, 4):  # the next step, in which layer 3 writes three rows only
+        buffers.ids[layer, :40] = layer
+    buffers.ids[3, :3] = 59
+    buffers.pack(100, 40)
+    assert buffers.to_positions[100:103].tolist() == positions[:3].tolist()
+    assert (buffers.to_positions[103:140] == -1).all()
+
+
+def test_an_id_that_is_no_expert_has_no_position():
+    buffers = Buffers(2, 2, 8, torch.uint8, torch.float16)
+    buffers.ids[1, 2, 1] = 8
+    buffers.pack(0, 4)
+    assert buffers.to_positions[:4].tolist() == [
+        *buffers.positions[:2].tolist(), -1, int(buffers.positions[3]),
+    ]  # fmt: skip
