@@ -1,0 +1,168 @@
+"""Repeats everything that is claimed of the GPU, and writes the result file as it goes.
+
+On a machine with an NVIDIA GPU, vLLM 0.32.0 and moescope::
+
+    python -m tests.gpu.measure --model Qwen/Qwen1.5-MoE-A2.7B-Chat --gsm8k test.jsonl \
+        --out result.json [-- VLLM FLAGS]
+
+Each part replaces its entry in the file as soon as it is done: what was measured stays where the
+run is cut off. ``--part`` runs one part, ``--scale 0.2`` a shorter version of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime as dt
+import importlib.metadata
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from moescope import Client, datasets, environment
+from moescope.servers import Server, captured_command, stock_command, stock_env, wait_ready
+from tests.gpu import fidelity, tap, throughput
+
+START_TIMEOUT_S = 420.0
+TAP_ROWS = 12_000
+
+
+class Result:
+    """The result file; every change is written at once."""
+
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        self._path = path
+        self.values: dict[str, Any] = orjson.loads(path.read_bytes()) if path.exists() else {}
+        self["date"] = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        self["command"] = shlex.join(["python", "-m", "tests.gpu.measure", *sys.argv[1:]])
+        self["hardware"] = {**environment.hardware(), "gpu": gpu()}
+        self["versions"] = {**environment.system(), **packages()}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.values[key] = value
+        options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+        self._path.write_bytes(orjson.dumps(self.values, option=options))
+
+
+def gpu() -> str:
+    """Return the GPU's name, memory and driver."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of what the result depends on."""
+    return {
+        name: importlib.metadata.version(name) for name in ("moescope", "vllm", "torch", "triton")
+    }
+
+
+@contextlib.contextmanager
+def servers(
+    args: argparse.Namespace, arms: Sequence[tuple[str, list[str], dict[str, str]]]
+) -> Iterator[dict[str, Server]]:
+    """Start servers side by side: (name, command without address, environment)."""
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for name, command, env in arms:
+            port = free_port()
+            address = ["--host", "127.0.0.1", "--port", str(port)]
+            log = args.out.with_name(f"{args.out.stem}_{name}.log")
+            server = Server(name, [*command, *address], f"http://127.0.0.1:{port}", log, env)
+            started[name] = stack.enter_context(server)
+        wait_ready(list(started.values()), START_TIMEOUT_S)
+        yield started
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str) -> dict[str, Any]:
+    """Serve with both captures on and compare them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tap.install(Path(scratch))
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([scratch, str(Path.cwd()), *sys.path]),
+            tap.DIRECTORY: scratch,
+            tap.MAX_ROWS: str(TAP_ROWS),
+            "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
+        }
+        command = captured_command([args.model, *args.vllm, "--enable-return-routed-experts"])
+        with servers(args, [(f"fidelity_{runner}", command, env)]) as started:
+            (server,) = started.values()
+            answers = asyncio.run(fidelity.ask_all(server.url, questions, concurrency=128))
+            with Client(server.url) as client:
+                info = client.info()
+            return {
+                "model_runner": runner,
+                "command": shlex.join(server.command),
+                "router_types": info.router_types,
+                "ids": fidelity.compare_ids(answers),
+                "coverage": fidelity.coverage(server.url, answers),
+                "weights": fidelity.compare_weights(server.url, Path(scratch)),
+            }
+
+
+def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: Result) -> None:
+    """Alternate loads between stock vLLM, stock vLLM again, and moescope."""
+    share = ["--gpu-memory-utilization", str(args.memory)]
+    stock = stock_command(["--model", args.model, *args.vllm, *share])
+    arms = [
+        (throughput.STOCK, stock, stock_env(os.environ)),
+        (throughput.STOCK_AGAIN, stock, stock_env(os.environ)),
+        (throughput.MOESCOPE, captured_command([args.model, *args.vllm, *share]), dict(os.environ)),
+    ]
+    measured: list[dict[str, Any]] = []
+    with servers(args, arms) as started:
+        urls = {name: server.url for name, server in started.items()}
+        for load in throughput.loads(questions, args.scale):
+            measured.append(asyncio.run(throughput.measure(load, urls)))
+            result["throughput"] = measured
+            print(orjson.dumps({k: v for k, v in measured[-1].items() if k != "seconds"}).decode())
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="The model's directory or name.")
+    parser.add_argument("--gsm8k", type=Path, help="GSM8K's test.jsonl; the hub by default.")
+    parser.add_argument("--out", type=Path, required=True, help="The result file.")
+    parser.add_argument("--part", choices=["fidelity", "throughput"], action="append")
+    parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
+    parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")
+    parser.add_argument("--memory", type=float, default=0.31, help="Share of the GPU a server.")
+    parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags for every server.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    args = parse()
+    questions = [item.question for item in datasets.load("gsm8k", args.gsm8k)]
+    result = Result(args.out, args)
+    parts = args.part or ["fidelity", "throughput"]
+    if "fidelity" in parts:
+        for runner in ("v2",):
+            key = f"fidelity_{runner}"
+            result[key] = run_fidelity(args, questions[: args.limit], runner)
+            print(orjson.dumps(result.values[key]).decode(), flush=True)
+    if "throughput" in parts:
+        run_throughput(args, questions, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""A vLLM plugin of the GPU tests: keeps router logits beside the routing that moescope captures.
+
+It is found by a ``dist-info`` directory that `install` writes, and wraps moescope's CUDA sink in
+the worker: each hooked router also copies its logits to a static buffer (a kernel that CUDA graphs
+replay, like any other), and after a step the logits of some rows are saved with the request ids
+and positions they belong to. So weights can be computed again from what the router was given.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+DIRECTORY = "MOESCOPE_TAP_DIR"
+MAX_ROWS = "MOESCOPE_TAP_ROWS"
+ROWS_A_STEP = 400
+
+_METADATA = "Metadata-Version: 2.1\nName: moescope-tap\nVersion: 0\n"
+_ENTRY_POINTS = "[vllm.general_plugins]\nmoescope_tap = tests.gpu.tap:register\n"
+
+
+def install(directory: Path) -> None:
+    """Write the metadata by which vLLM finds the plugin; put ``directory`` on ``PYTHONPATH``."""
+    info = directory / "moescope_tap-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(_METADATA)
+    (info / "entry_points.txt").write_text(_ENTRY_POINTS)
+
+
+def register() -> None:
+    """Wrap the CUDA sink; vLLM calls it in every process."""
+    if DIRECTORY not in os.environ:
+        return
+    from moescope_service.capture import layout_v2
+    from moescope_service.capture.sink_cuda import CudaSink
+
+    if hasattr(CudaSink, "tap"):
+        return
+    CudaSink.tap = tap = Tap(Path(os.environ[DIRECTORY]), int(os.environ[MAX_ROWS]))
+    hook, take, read_batch = CudaSink.hook, CudaSink.take, layout_v2.read_batch
+
+    def hook_and_tap(sink: Any, column: int, router: Any) -> None:
+        hook(sink, column, router)
+        tap.hook(sink, column, router)
+
+    def read_and_keep(runner: Any) -> Any:
+        tap.batch, tap.positions = read_batch(runner), layout_v2.positions(runner)
+        return tap.batch
+
+    def save_and_take(sink: Any, num_rows: int) -> Any:
+        tap.save(num_rows)
+        return take(sink, num_rows)
+
+    CudaSink.hook, CudaSink.take, layout_v2.read_batch = hook_and_tap, save_and_take, read_and_keep
+
+
+class Tap:
+    """Static buffers of router logits, and the rows that are saved."""
+
+    def __init__(self, directory: Path, max_rows: int) -> None:
+        self.batch: Any = None
+        self.positions: Any = None
+        self._directory, self._rows_left = directory, max_rows
+        self._numbers = itertools.count()
+        self._logits: torch.Tensor | None = None
+
+    def hook(self, sink: Any, column: int, router: Any) -> None:
+        """Let a hooked router also leave its logits."""
+        compute_routing = router._compute_routing
+        if self._logits is None:
+            num_layers, max_tokens, _ = sink._topk_ids.shape
+            shape = (num_layers, max_tokens, router.global_num_experts)
+            self._logits = torch.zeros(shape, dtype=torch.float32, device=sink._topk_ids.device)
+        layer = self._logits[column]
+
+        @functools.wraps(compute_routing)
+        def compute_and_tap(hidden_states: Any, router_logits: Any, *args: Any, **kw: Any) -> Any:
+            layer[: len(router_logits)].copy_(router_logits)
+            return compute_routing(hidden_states, router_logits, *args, **kw)
+
+        router._compute_routing = compute_and_tap
+
+    def save(self, num_rows: int) -> None:
+        """Save some rows of the step that was just launched."""
+        if self._rows_left <= 0 or self.batch is None or self._logits is None:
+            return
+        rows = torch.arange(0, num_rows, -(-num_rows // ROWS_A_STEP))[: self._rows_left]
+        self._rows_left -= len(rows)
+        owner = np.searchsorted(self.batch.first_row, rows.numpy(), side="right") - 1
+        on_device = rows.to(self._logits.device)
+        np.savez(
+            self._directory / f"{next(self._numbers):05d}.npz",
+            request_ids=np.array([self.batch.request_ids[i] for i in owner]),
+            positions=self.positions[on_device].cpu().numpy(),
+            logits=self._logits[:, on_device].transpose(0, 1).cpu().numpy(),
+        )
