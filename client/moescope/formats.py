@@ -1,4 +1,4 @@
-"""The formats of traces: JSON, ``.npz`` and JSON Lines in the schema of ``VLLM_LOG_MOE``.
+"""The formats of traces: JSON, ``.npz``, vLLM's ``.npy``, and JSON Lines as ``VLLM_LOG_MOE`` has.
 
 ``.npz`` holds any number of traces ragged: the rows of all of them one after the other in
 ``topk_ids``, ``topk_weights`` and ``source``, their tokens in ``token_ids``; trace ``i`` has rows
@@ -173,6 +173,33 @@ def _read_npz(data: bytes) -> dict[str, npt.NDArray[Any]]:
     except Exception as error:
         # Damaged bytes make zipfile, zlib and numpy raise whatever they meet first.
         raise FormatError(f"not an .npz: {error!r}") from error
+
+
+def dump_npy(trace: RouteTrace) -> bytes:
+    """Write the expert ids as vLLM's own ``routed_experts``, byte for byte: a ``.npy``.
+
+    The array is ``[num_tokens - 1, num_hidden_layers, top_k]``, uint8 up to 256 experts, else
+    uint16. A layer that the trace does not hold is zero: one without experts, as in vLLM, and one
+    that `RouteTrace.select` left out.
+
+    Source: vLLM 0.32.0, ``utils/serial_utils.py`` (``numpy2base64``) and
+    ``model_executor/layers/fused_moe/routed_experts_capturer.py``.
+
+    Raises:
+        FormatError: The trace is incomplete, which a plain array cannot say.
+    """
+    if not trace.complete:
+        raise FormatError(
+            f"the trace of {trace.request_id!r}, index {trace.index}, is incomplete (coverage "
+            f"{trace.coverage:.3f}), and a .npy cannot mark the rows that are missing: every other "
+            "format can, such as .npz"
+        )
+    shape = (trace.num_rows, trace.num_hidden_layers, trace.top_k)
+    array = np.zeros(shape, id_dtype(trace.num_experts))
+    array[:, trace.layers] = trace.topk_ids
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def meta_line(

@@ -50,6 +50,8 @@ class ServerInfo(_Record):
     """The served model's name."""
     layers: tuple[int, ...]
     """Global numbers of the layers with experts."""
+    num_hidden_layers: int
+    """Layers of the model, those without experts included."""
     num_experts: int
     """Routed experts a layer."""
     top_k: int

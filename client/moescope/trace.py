@@ -44,6 +44,8 @@ class RouteTrace:
     """The name of the LoRA adapter, if any."""
     num_experts: int
     """Routed experts a layer."""
+    num_hidden_layers: int
+    """Layers of the model, those without experts included."""
     layers: npt.NDArray[np.int32]
     """Global layer numbers, ``[num_layers]``."""
     topk_ids: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]

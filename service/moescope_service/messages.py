@@ -26,6 +26,8 @@ class Hello:
     sender: str
     """Unique name of the sender: one a pipeline stage and data-parallel engine."""
     layers: list[int]
+    num_hidden_layers: int
+    """Layers of the model, those without experts included."""
     num_experts: int
     top_k: int
     id_dtype: str

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 
 import numpy as np
 import orjson
 import pytest
+from vllm.utils.serial_utils import numpy2base64
 
 import moescope
 from moescope import errors, formats
@@ -85,6 +87,7 @@ class TestFormats:
             (0, True, NUM_ROWS), (1, True, NUM_ROWS),
         ]  # fmt: skip
         assert body["traces"][0]["coverage"] == 1.0
+        assert body["traces"][0]["num_hidden_layers"] == 5
         assert set(body["traces"][0]["source"]) == {"computed"}
 
     def test_jsonl(self, deployment):
@@ -107,6 +110,13 @@ class TestFormats:
         assert [trace.index for trace in formats.load_npz(answer.content)] == [0, 1]
         with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
             assert arrays["topk_ids"].shape == (2 * NUM_ROWS, 2, 2)
+
+    def test_npy_is_vllms_own_routed_experts(self, deployment):
+        answer = self.get(deployment, format="npy", index=1)
+        assert answer.headers["content-type"] == "application/x-npy"
+        expected = np.zeros((NUM_ROWS, 5, 2), np.uint8)
+        expected[:, [1, 3]] = rows_of(0, NUM_ROWS)[0]
+        assert answer.content == base64.b64decode(numpy2base64(expected))
 
     @pytest.mark.parametrize("form", ["json", "jsonl", "npz"])
     def test_a_part(self, deployment, form):
@@ -147,6 +157,9 @@ class TestFormats:
             ({"index": "-1"}, ["index", "-1", "greater"]),
             ({"weights": "maybe"}, ["weights", "'maybe'"]),
             ({"wait_s": "61"}, ["wait_s", "60", "'61'"]),
+            ({"format": "npy"}, ["index", "one sequence", "[0, 1]"]),
+            ({"format": "npy", "layers": "3", "index": 0}, ["layers", "every layer"]),
+            ({"format": "npy", "weights": "true", "index": 0}, ["weights", "ids alone"]),
         ],
     )
     def test_a_bad_parameter(self, deployment, params, words):
@@ -191,6 +204,9 @@ def test_an_aborted_request_is_kept_with_its_true_coverage(deployment, client):
     (trace,) = client.routes("aborted-0", wait_s=5)
     assert (trace.finish_reason, trace.complete, trace.num_rows) == ("abort", False, 4)
     assert trace.source.tolist() == [0, 0, 0, Source.MISSING]
+    answer = deployment.http.get("/routes/aborted-0", params={"format": "npy"})
+    assert answer.status_code == 409
+    assert "coverage 0.750" in answer.json()["error"]["message"]
 
 
 class Queue:

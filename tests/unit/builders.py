@@ -29,6 +29,7 @@ def make_hello(**changes: Any) -> Hello:
     values: dict[str, Any] = {
         "sender": "worker-0",
         "layers": [1, 3],
+        "num_hidden_layers": 5,
         "num_experts": 8,
         "top_k": 2,
         "id_dtype": "uint8",

@@ -32,6 +32,7 @@ def make_trace(
         index=index,
         model="demo",
         num_experts=num_experts,
+        num_hidden_layers=8,
         layers=np.array(layers, np.int32),
         topk_ids=ids.astype(formats.id_dtype(num_experts)),
         topk_weights=random.random((*shape, top_k)).astype(np.float16) if weights else None,
@@ -62,6 +63,7 @@ def same(a: RouteTrace, b: RouteTrace) -> bool:
 INFO = {
     "model": "demo",
     "layers": [0, 1, 3],
+    "num_hidden_layers": 8,
     "num_experts": 60,
     "top_k": 4,
     "router_types": ["CPURouter"],

@@ -171,7 +171,7 @@ def test_an_answer_that_is_no_trace_is_a_format_error():
 
 def test_info():
     info = client({"GET /moescope/info": {**INFO, "new_field": 1}}).info()
-    assert info.layers == (0, 1, 3)
+    assert (info.layers, info.num_hidden_layers) == ((0, 1, 3), 8)
     assert info.versions["vllm"] == "0.32.0"
     assert info.store.limit_bytes == 100
 

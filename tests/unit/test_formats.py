@@ -75,6 +75,25 @@ def test_npz_with_a_split_too_few_is_refused():
         formats.load_npz(buffer.getvalue())
 
 
+@pytest.mark.parametrize(("num_experts", "dtype"), [(256, "|u1"), (257, "<u2")])
+def test_npy_holds_every_layer_of_the_model(num_experts, dtype):
+    trace = make_trace(num_experts=num_experts, layers=(5, 2))
+    array = np.load(io.BytesIO(formats.dump_npy(trace)), allow_pickle=False)
+    assert (array.shape, array.dtype.str) == ((12, 8, 4), dtype)
+    assert np.array_equal(array[:, [5, 2]], trace.topk_ids)
+    assert not array[:, [0, 1, 3, 4, 6, 7]].any()
+
+
+def test_npy_of_a_trace_without_rows():
+    array = np.load(io.BytesIO(formats.dump_npy(make_trace(num_rows=0))))
+    assert array.shape == (0, 8, 4)
+
+
+def test_npy_refuses_an_incomplete_trace():
+    with pytest.raises(FormatError, match=r"'chatcmpl-1', index 0, .*coverage 0\.\d.*\.npz"):
+        formats.dump_npy(make_trace(num_rows=30, missing=0.5))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_json_gives_the_trace_back(case):
     trace = make_trace(5, **case)

@@ -11,7 +11,7 @@ from moescope_service.collector.store import OVERHEAD_BYTES, Kept, TraceStore
 
 def make_kept(uid, *ids, num_rows=3, created_s=0.0, index=0):
     trace = RouteTrace(
-        request_id=ids[0], index=index, model="tiny", num_experts=8,
+        request_id=ids[0], index=index, model="tiny", num_experts=8, num_hidden_layers=4,
         layers=np.array([1, 3], np.int32), topk_ids=np.zeros((num_rows, 2, 2), np.uint8),
         topk_weights=np.zeros((num_rows, 2, 2), np.float16), source=np.zeros(num_rows, np.uint8),
         token_ids=None, prompt_len=1, num_tokens=num_rows + 1, cached_len=0, finish_reason="stop",

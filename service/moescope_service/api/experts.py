@@ -85,8 +85,8 @@ async def info(collector: Collector) -> dict[str, Any]:
     if hello is None:
         raise HTTPException(503, "no worker has said what it captures yet")
     settings = Settings.from_env()
-    shown = ("model", "layers", "num_experts", "top_k", "router_types", "id_dtype",
-             "weights_dtype", "device", "seed", "versions")  # fmt: skip
+    shown = ("model", "layers", "num_hidden_layers", "num_experts", "top_k", "router_types",
+             "id_dtype", "weights_dtype", "device", "seed", "versions")  # fmt: skip
     return {
         **{name: hello[name] for name in shown},
         "capture": values["capture"],

@@ -20,6 +20,7 @@ MEDIA_TYPES = {
     "json": "application/json",
     "jsonl": "application/jsonl",
     "npz": "application/x-npz",
+    "npy": "application/x-npy",
 }
 
 

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Res
 from fastapi.responses import JSONResponse
 
 from moescope import formats
-from moescope.errors import LayerNotCapturedError
+from moescope.errors import FormatError, LayerNotCapturedError
 from moescope.trace import RouteTrace
 from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient, Reply
-from moescope_service.api.responses import MoescopeRoute, encoded
+from moescope_service.api.responses import MEDIA_TYPES, MoescopeRoute, encoded
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.settings import parse_layers
 
@@ -67,10 +67,11 @@ async def reset(collector: Collector) -> dict[str, Any]:
         200: {
             "description": "The traces of every choice of the request; newest request first where "
             "an id was used again.",
-            "content": {"application/json": {}, "application/jsonl": {}, "application/x-npz": {}},
+            "content": {media_type: {} for media_type in MEDIA_TYPES.values()},
         },
         202: {"description": "The request is still running."},
         404: {"description": "No request with this id was recorded."},
+        409: {"description": "The trace is incomplete, which ``npy`` cannot say."},
         410: {"description": "The trace made room for newer ones (--routes-memory)."},
         422: {"description": "A parameter is malformed; the message says what is allowed."},
         503: {"description": "The collector process does not answer."},
@@ -81,7 +82,11 @@ async def routes(
     request_id: RequestId,
     collector: Collector,
     form: Annotated[
-        Literal["json", "jsonl", "npz"], Query(alias="format", description="Format of the body.")
+        Literal["json", "jsonl", "npz", "npy"],
+        Query(
+            alias="format",
+            description="Format of the body; ``npy`` is vLLM's ``routed_experts`` of one choice.",
+        ),
     ] = "json",
     layers: Annotated[
         str | None, Query(description="Layers to return, such as ``0,5-7``; all by default.")
@@ -100,6 +105,8 @@ async def routes(
 ) -> Response:
     """Return which experts every token of a request went to, with which weights, in every layer."""
     chosen = _parse_layers(layers)
+    if form == "npy":
+        _check_npy_query(request)
     longest_s = QUERY_TIMEOUT_S + (FINISHING_WAIT_S if wait_s is None else wait_s)
     reply = await collector.ask("routes", timeout_s=longest_s, request_id=request_id, wait_s=wait_s)
     if reply.values["status"] == "running":
@@ -113,7 +120,9 @@ async def routes(
         traces = _select(formats.load_npz(reply.arrays[0]), request_id, chosen, index, weights)
         if form == "json":
             return formats.dump_json(request_id, traces)
-        return formats.dump_npz(traces) if form == "npz" else _jsonl(traces, hello)
+        if form == "npz":
+            return formats.dump_npz(traces)
+        return _npy(traces, request_id) if form == "npy" else _jsonl(traces, hello)
 
     return await encoded(request, form, make)
 
@@ -163,6 +172,28 @@ def _select(
         return [trace.select(layers=layers, weights=weights) for trace in traces]
     except LayerNotCapturedError as error:
         raise HTTPException(422, f"layers: {error}") from None
+
+
+def _check_npy_query(request: Request) -> None:
+    """Refuse what would be silently untrue of vLLM's array: a layer left out would look dense."""
+    if "layers" in request.query_params:
+        raise HTTPException(422, "layers: npy holds every layer of the model; leave layers out")
+    if "weights" in request.query_params:
+        raise HTTPException(422, "weights: npy holds expert ids alone; leave weights out")
+
+
+def _npy(traces: list[RouteTrace], request_id: str) -> bytes:
+    if len(traces) > 1:
+        indices = [trace.index for trace in traces]
+        raise HTTPException(
+            422,
+            f"index: npy holds one sequence and {request_id!r} has {indices}; name one with index, "
+            "and use the id of a response where an index repeats",
+        )
+    try:
+        return formats.dump_npy(traces[0])
+    except FormatError as error:
+        raise HTTPException(409, str(error)) from None
 
 
 def _jsonl(traces: list[RouteTrace], hello: dict[str, Any]) -> bytes:

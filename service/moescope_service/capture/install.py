@@ -174,6 +174,7 @@ class WorkerCapture:
         return Hello(
             sender="worker-0",
             layers=[found.layer for found in self._layers],
+            num_hidden_layers=config.model_config.get_total_num_hidden_layers(),
             num_experts=router.global_num_experts,
             top_k=router.top_k,
             id_dtype=self._id_dtype,

@@ -68,6 +68,7 @@ class Sequence:
             model=register.model,
             lora=register.lora,
             num_experts=hello.num_experts,
+            num_hidden_layers=hello.num_hidden_layers,
             layers=np.array(rows.layers, np.int32),
             topk_ids=rows.topk_ids,
             topk_weights=rows.topk_weights,
