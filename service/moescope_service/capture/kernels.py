@@ -21,18 +21,18 @@ _PACK_TILE = 1024
     do_not_specialize=["num_tokens", "ids_row", "ids_column", "weights_row", "weights_column"]
 )
 def record_routing(
-    topk_ids: Any,
-    topk_weights: Any,
-    to_ids: Any,
-    to_weights: Any,
-    num_tokens: Any,
-    ids_row: Any,
-    ids_column: Any,
-    weights_row: Any,
-    weights_column: Any,
+    topk_ids,
+    topk_weights,
+    to_ids,
+    to_weights,
+    num_tokens,
+    ids_row,
+    ids_column,
+    weights_row,
+    weights_column,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """Copy one layer's ids and weights into their static buffers, ``[max_tokens, TOP_K]`` each.
 
     Args:
@@ -62,21 +62,21 @@ def record_routing(
 
 @triton.jit(do_not_specialize=["first_slot", "num_rows", "layer_stride", "num_experts"])
 def pack_rows(
-    topk_ids: Any,
-    topk_weights: Any,
-    positions: Any,
-    to_ids: Any,
-    to_weights: Any,
-    to_positions: Any,
-    first_slot: Any,
-    num_rows: Any,
-    layer_stride: Any,
-    num_experts: Any,
+    topk_ids,
+    topk_weights,
+    positions,
+    to_ids,
+    to_weights,
+    to_positions,
+    first_slot,
+    num_rows,
+    layer_stride,
+    num_experts,
     TOP_K: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
-) -> None:
+):
     """Turn the layers' buffers into rows, and mark what was read.
 
     A row whose ids are not all in ``[0, num_experts)`` gets position -1. What was read is
