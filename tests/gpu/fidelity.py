@@ -13,9 +13,14 @@ import httpx
 import numpy as np
 
 from moescope import Client, RouteTrace
-from moescope.errors import MoescopeError
+from moescope.errors import RequestNotFoundError
 
 TIMEOUT_S = 300.0
+
+
+def runner_env(runner: str) -> dict[str, str]:
+    """Return the variable that chooses vLLM's model runner: ``v1`` or ``v2``."""
+    return {"VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0"}
 
 
 @dataclasses.dataclass
@@ -24,8 +29,8 @@ class Answer:
 
     request_id: str
     num_tokens: int
-    vllm_npy: bytes
-    """vLLM's ``choices[].routed_experts``."""
+    vllm_npy: bytes | None
+    """vLLM's ``choices[].routed_experts``; None where the server does not return them."""
     our_npy: bytes
     """``GET /routes/{id}?format=npy``."""
 
@@ -49,8 +54,13 @@ async def ask_all(url: str, questions: Sequence[str], *, concurrency: int) -> li
                 values = reply.json()
                 route = await http.get(f"/routes/{values['id']}", params={"format": "npy"})
                 route.raise_for_status()
-            vllm_npy = base64.b64decode(values["choices"][0]["routed_experts"])
-            return Answer(values["id"], values["usage"]["total_tokens"], vllm_npy, route.content)
+            experts = values["choices"][0].get("routed_experts")
+            return Answer(
+                values["id"],
+                values["usage"]["total_tokens"],
+                experts and base64.b64decode(experts),
+                route.content,
+            )
 
         return list(await asyncio.gather(*map(ask, questions)))
 
@@ -84,51 +94,64 @@ def coverage(url: str, answers: Sequence[Answer]) -> dict[str, Any]:
     return {"traces": len(values), "coverage_1": sum(value == 1.0 for value in values)}
 
 
-def compare_weights(url: str, tapped: Path) -> dict[str, Any]:
-    """Compute weights again, in float64, from the logits that the routers were given.
+@dataclasses.dataclass
+class Agreement:
+    """How a route agrees with the logits that the routers were given."""
 
-    Returns:
-        Rows compared, and the largest difference in units of the last place of float16.
-    """
+    rows: int = 0
+    requests: int = 0
+    not_top_k: int = 0
+    """(Row, layer) pairs in which an expert with a smaller logit was selected."""
+    largest_error: float = 0.0
+    """Of a weight, against the softmax in float64."""
+    largest_error_in_spacings: float = 0.0
+    """The same in units of the weights' dtype: up to 0.5 is rounding alone."""
+
+    def add(self, trace: RouteTrace, position: int, logits: np.ndarray) -> None:
+        """Compare one row.
+
+        Args:
+            trace: A trace whose weights are a softmax over all experts.
+            position: The row.
+            logits: ``[num_layers, num_experts]``.
+        """
+        ids = trace.topk_ids[position].astype(np.int64)
+        scores = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        want = np.take_along_axis(scores, ids, -1)
+        others = logits.copy()
+        np.put_along_axis(others, ids, -np.inf, -1)
+        selected = np.take_along_axis(logits, ids, -1)
+        self.not_top_k += int((selected.min(-1) < others.max(-1)).sum())
+        assert trace.topk_weights is not None
+        error = np.abs(trace.topk_weights[position].astype(np.float64) - want)
+        spacing = np.spacing(want.astype(trace.topk_weights.dtype)).astype(np.float64)
+        self.rows += 1
+        self.largest_error = max(self.largest_error, float(error.max()))
+        in_spacings = float((error / spacing).max())
+        self.largest_error_in_spacings = max(self.largest_error_in_spacings, in_spacings)
+
+
+def compare_logits(url: str, tapped: Path) -> Agreement:
+    """Compare routes with the softmax and top-k of the logits that `tests.gpu.tap` saved."""
     traces: dict[str, RouteTrace | None] = {}
-    rows, outside, largest, worst = 0, 0, 0.0, 0.0
+    agreement = Agreement()
     with Client(url) as client:
         for path in sorted(tapped.glob("*.npz")):
             with np.load(path) as saved:
-                names, positions, logits = (
-                    saved[key] for key in ("request_ids", "positions", "logits")
-                )
-            for name, position, row in zip(names.tolist(), positions.tolist(), logits, strict=True):
-                trace = traces.get(name) or traces.setdefault(name, _trace(client, name))
-                if trace is None or position >= trace.num_rows:
-                    continue
-                error, spacing = _error(trace, position, row)
-                rows += 1
-                largest = max(largest, float(error.max()))
-                worst = max(worst, float((error / spacing).max()))
-                outside += int((error > spacing).sum())
-    return {
-        "rows": rows,
-        "requests": len(traces),
-        "largest_error": largest,
-        "largest_error_in_float16_spacings": worst,
-        "values_beyond_one_spacing": outside,
-    }
+                columns = [saved[key] for key in ("request_ids", "positions", "logits")]
+            for name, position, logits in zip(*columns, strict=True):
+                if name not in traces:
+                    traces[name] = _trace(client, str(name))
+                trace = traces[name]
+                if trace is not None and position < trace.num_rows:
+                    agreement.add(trace, int(position), logits)
+    agreement.requests = sum(trace is not None for trace in traces.values())
+    return agreement
 
 
 def _trace(client: Client, name: str) -> RouteTrace | None:
     try:
         return client.routes(name)[0]
-    except MoescopeError:
+    except RequestNotFoundError:  # the server's own warm-up
         return None
-
-
-def _error(trace: RouteTrace, position: int, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    scores /= scores.sum(-1, keepdims=True)
-    ids = trace.topk_ids[position].astype(np.int64)
-    want = np.take_along_axis(scores, ids, -1)
-    assert trace.topk_weights is not None
-    got = trace.topk_weights[position]
-    spacing = np.spacing(want.astype(np.float16)).astype(np.float64)
-    return np.abs(got.astype(np.float64) - want), spacing

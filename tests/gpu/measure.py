@@ -32,6 +32,7 @@ from moescope import Client, datasets, environment
 from moescope.servers import Server, captured_command, stock_command, stock_env, wait_ready
 from tests.gpu import fidelity, tap, throughput
 
+PARTS = ("fidelity_v2", "fidelity_v1", "throughput")
 START_TIMEOUT_S = 420.0
 TAP_ROWS = 12_000
 
@@ -96,12 +97,12 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
         tap.install(Path(scratch))
         env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([scratch, str(Path.cwd()), *sys.path]),
-            tap.DIRECTORY: scratch,
-            tap.MAX_ROWS: str(TAP_ROWS),
-            "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
+            **tap.environment(Path(scratch), TAP_ROWS),
+            **fidelity.runner_env(runner),
         }
-        command = captured_command([args.model, *args.vllm, "--enable-return-routed-experts"])
+        command = captured_command([args.model, *args.vllm])
+        if runner == "v2":  # vLLM's own capture needs it
+            command.append("--enable-return-routed-experts")
         with servers(args, [(f"fidelity_{runner}", command, env)]) as started:
             (server,) = started.values()
             answers = asyncio.run(fidelity.ask_all(server.url, questions, concurrency=128))
@@ -111,9 +112,9 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
                 "model_runner": runner,
                 "command": shlex.join(server.command),
                 "router_types": info.router_types,
-                "ids": fidelity.compare_ids(answers),
+                "ids_against_vllm": fidelity.compare_ids(answers) if runner == "v2" else None,
                 "coverage": fidelity.coverage(server.url, answers),
-                "weights": fidelity.compare_weights(server.url, Path(scratch)),
+                "against_router_logits": fidelity.compare_logits(server.url, Path(scratch)),
             }
 
 
@@ -141,7 +142,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="The model's directory or name.")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's test.jsonl; the hub by default.")
     parser.add_argument("--out", type=Path, required=True, help="The result file.")
-    parser.add_argument("--part", choices=["fidelity", "throughput"], action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")
     parser.add_argument("--memory", type=float, default=0.31, help="Share of the GPU a server.")
@@ -154,14 +155,12 @@ def main() -> None:
     args = parse()
     questions = [item.question for item in datasets.load("gsm8k", args.gsm8k)]
     result = Result(args.out, args)
-    parts = args.part or ["fidelity", "throughput"]
-    if "fidelity" in parts:
-        for runner in ("v2",):
-            key = f"fidelity_{runner}"
-            result[key] = run_fidelity(args, questions[: args.limit], runner)
-            print(orjson.dumps(result.values[key]).decode(), flush=True)
-    if "throughput" in parts:
-        run_throughput(args, questions, result)
+    for part in args.part or PARTS:
+        if part == "throughput":
+            run_throughput(args, questions, result)
+        else:
+            result[part] = run_fidelity(args, questions[: args.limit], part[-2:])
+            print(orjson.dumps(result.values[part]).decode(), flush=True)
 
 
 if __name__ == "__main__":

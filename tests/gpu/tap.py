@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +34,46 @@ def install(directory: Path) -> None:
     (info / "entry_points.txt").write_text(_ENTRY_POINTS)
 
 
+def environment(directory: Path, max_rows: int) -> dict[str, str]:
+    """Return the variables of a server in which the plugin saves rows to ``directory``."""
+    return {
+        "PYTHONPATH": os.pathsep.join([str(directory), str(Path.cwd()), *filter(None, sys.path)]),
+        DIRECTORY: str(directory),
+        MAX_ROWS: str(max_rows),
+    }
+
+
 def register() -> None:
     """Wrap the CUDA sink; vLLM calls it in every process."""
     if DIRECTORY not in os.environ:
         return
-    from moescope_service.capture import layout_v2
+    from moescope_service.capture import layout_v1, layout_v2
     from moescope_service.capture.sink_cuda import CudaSink
 
     if hasattr(CudaSink, "tap"):
         return
     CudaSink.tap = tap = Tap(Path(os.environ[DIRECTORY]), int(os.environ[MAX_ROWS]))
-    hook, take, read_batch = CudaSink.hook, CudaSink.take, layout_v2.read_batch
+    hook, take = CudaSink.hook, CudaSink.take
 
     def hook_and_tap(sink: Any, column: int, router: Any) -> None:
         hook(sink, column, router)
         tap.hook(sink, column, router)
 
-    def read_and_keep(runner: Any) -> Any:
-        tap.batch, tap.positions = read_batch(runner), layout_v2.positions(runner)
-        return tap.batch
-
     def save_and_take(sink: Any, num_rows: int) -> Any:
         tap.save(num_rows)
         return take(sink, num_rows)
 
-    CudaSink.hook, CudaSink.take, layout_v2.read_batch = hook_and_tap, save_and_take, read_and_keep
+    CudaSink.hook, CudaSink.take = hook_and_tap, save_and_take
+    for layout in (layout_v1, layout_v2):
+        layout.read_batch = _keeping(tap, layout.read_batch, layout.positions)
+
+
+def _keeping(tap: Tap, read_batch: Any, positions: Any) -> Any:
+    def read_and_keep(runner: Any) -> Any:
+        tap.batch, tap.positions = read_batch(runner), positions(runner)
+        return tap.batch
+
+    return read_and_keep
 
 
 class Tap:
@@ -74,9 +90,11 @@ class Tap:
         """Let a hooked router also leave its logits."""
         compute_routing = router._compute_routing
         if self._logits is None:
-            num_layers, max_tokens, _ = sink._topk_ids.shape
+            num_layers, max_tokens, _ = sink.buffers.topk_ids.shape
             shape = (num_layers, max_tokens, router.global_num_experts)
-            self._logits = torch.zeros(shape, dtype=torch.float32, device=sink._topk_ids.device)
+            self._logits = torch.zeros(
+                shape, dtype=torch.float32, device=sink.buffers.topk_ids.device
+            )
         layer = self._logits[column]
 
         @functools.wraps(compute_routing)

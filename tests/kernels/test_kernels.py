@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from moescope_service.capture import kernels
-from moescope_service.capture.sink_cuda import record_routing
+from moescope_service.capture.buffers import copy_routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,7 +31,7 @@ def test_a_layers_routing_is_copied(num_tokens, dtype, weights_dtype):
     weights = weights.to(weights_dtype)
     to_ids = torch.full((1024, 6), -7, dtype=torch.int32, device=DEVICE)
     to_weights = torch.full((1024, 6), -7.0, device=DEVICE)
-    record_routing(ids, weights, to_ids, to_weights, 6)
+    copy_routing(ids, weights, to_ids, to_weights)
     torch.testing.assert_close(to_ids[:num_tokens], ids.int(), rtol=0, atol=0)
     torch.testing.assert_close(to_weights[:num_tokens], weights.float(), rtol=0, atol=0)
     assert (to_ids[num_tokens:] == -7).all()
@@ -39,7 +43,7 @@ def test_strides_and_further_columns_are_minded():
     weights, ids = random_routing(50, 8, 40)
     to_ids = torch.zeros((64, 4), dtype=torch.int64, device=DEVICE)
     to_weights = torch.zeros((64, 4), device=DEVICE)
-    record_routing(ids.t().contiguous().t(), weights[:, ::2], to_ids, to_weights, 4)
+    copy_routing(ids.t().contiguous().t(), weights[:, ::2], to_ids, to_weights)
     torch.testing.assert_close(to_ids[:50], ids[:, :4].long(), rtol=0, atol=0)
     torch.testing.assert_close(to_weights[:50], weights[:, ::2][:, :4], rtol=0, atol=0)
 
@@ -48,7 +52,7 @@ def test_more_tokens_than_fit_are_left_out():
     weights, ids = random_routing(9, 2, 8)
     to_ids = torch.full((4, 2), -7, dtype=torch.int32, device=DEVICE)
     to_weights = torch.zeros((4, 2), device=DEVICE)
-    record_routing(ids, weights, to_ids, to_weights, 2)
+    copy_routing(ids, weights, to_ids, to_weights)
     torch.testing.assert_close(to_ids, ids[:4], rtol=0, atol=0)
 
 
@@ -126,3 +130,38 @@ def test_an_id_that_is_no_expert_has_no_position():
     assert buffers.to_positions[:4].tolist() == [
         *buffers.positions[:2].tolist(), -1, int(buffers.positions[3]),
     ]  # fmt: skip
+
+
+SIGNATURES = {
+    "pack_rows": (
+        ["*i32", "*fp32", "*i64", "*u8", "*fp16", "*i32", "i32", "i32", "i32", "i32"],
+        kernels.pack_blocks(24, 4),
+    ),
+    "copy_routing": (
+        ["*i64", "*bf16", "*i32", "*fp32", *["i32"] * 5],
+        {"TOP_K": 4, "BLOCK": kernels.COPY_BLOCK},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_they_compile_for_hopper(name):
+    """The interpreter takes Python that the compiler does not; compiling needs no GPU."""
+    types, constants = SIGNATURES[name]
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from moescope_service.capture import kernels
+kernel = kernels.{name}
+signature = dict(zip(kernel.arg_names, {types!r})) | dict.fromkeys({list(constants)!r}, "constexpr")
+source = ASTSource(fn=kernel, signature=signature, constexprs={constants!r})
+print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, check=False, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0

@@ -6,13 +6,11 @@ Under ``TRITON_INTERPRET=1`` they run on the CPU, which is how they are tested t
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-RECORD_BLOCK = 1024
-"""Entries (token, k) that one program of `record_routing` copies."""
+COPY_BLOCK = 1024
+"""Entries (token, k) that one program of `copy_routing` copies."""
 _PACK_TILE = 1024
 """Entries (row, layer, k) that one program of `pack_rows` moves, at least one row."""
 
@@ -20,7 +18,7 @@ _PACK_TILE = 1024
 @triton.jit(
     do_not_specialize=["num_tokens", "ids_row", "ids_column", "weights_row", "weights_column"]
 )
-def record_routing(
+def copy_routing(
     topk_ids,
     topk_weights,
     to_ids,

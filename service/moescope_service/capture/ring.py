@@ -9,10 +9,27 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from moescope_service.capture.rows import StepRows
+
+
+class Event(Protocol):
+    """What of ``torch.cuda.Event`` is used."""
+
+    def record(self, stream: torch.cuda.Stream) -> None:
+        """Happen when the stream has come here."""
+
+    def synchronize(self) -> None:
+        """Wait until it has happened."""
+
+
+# Waiting must not spin: the model needs the cores.
+_cuda_event: Callable[[], Event] = functools.partial(torch.cuda.Event, blocking=True)
 
 
 class RowRing:
@@ -24,7 +41,8 @@ class RowRing:
         top_k: Experts a token and layer.
         id_dtype: ``torch.uint8`` or ``torch.uint16``.
         weights_dtype: ``torch.float16`` or ``torch.float32``.
-        pin: Whether the GPU can write to it; False only where there is none.
+        pin: Whether the memory is pinned, so that the GPU can write to it.
+        make_event: Makes what says that a step's rows are there.
     """
 
     def __init__(
@@ -36,17 +54,22 @@ class RowRing:
         weights_dtype: torch.dtype,
         *,
         pin: bool = True,
+        make_event: Callable[[], Event] = _cuda_event,
     ) -> None:
         shape = (num_slots, num_layers, top_k)
         self.num_slots = num_slots
-        self.topk_ids = torch.zeros(shape, dtype=id_dtype, pin_memory=pin)
-        self.topk_weights = torch.zeros(shape, dtype=weights_dtype, pin_memory=pin)
-        self.positions = torch.zeros(num_slots, dtype=torch.int32, pin_memory=pin)
+        self.tensors = (
+            torch.zeros(shape, dtype=id_dtype, pin_memory=pin),
+            torch.zeros(shape, dtype=weights_dtype, pin_memory=pin),
+            torch.zeros(num_slots, dtype=torch.int32, pin_memory=pin),
+        )
+        """Ids and weights ``[num_slots, num_layers, top_k]``, positions ``[num_slots]``."""
         self.row_bytes = num_layers * top_k * (id_dtype.itemsize + weights_dtype.itemsize)
-        self._views = (self.positions.numpy(), self.topk_ids.numpy(), self.topk_weights.numpy())
+        self._views = tuple(tensor.numpy() for tensor in self.tensors)
         # Rows ever reserved and ever released; each is written by one thread alone.
         self._head = self._tail = 0
-        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+        self._make_event = make_event
+        self._events: collections.deque[Event] = collections.deque()
 
     def reserve(self, num_rows: int) -> ReservedRows | None:
         """Reserve room for a step; None where there is not enough."""
@@ -57,7 +80,7 @@ class RowRing:
             offset = 0
         if start + num_rows - self._tail > self.num_slots:
             return None
-        event = self._events.pop() if self._events else torch.cuda.Event(blocking=True)
+        event = self._events.pop() if self._events else self._make_event()
         reserved = ReservedRows(self, event, self._head, offset, num_rows, start + num_rows)
         self._head = start + num_rows
         return reserved
@@ -70,10 +93,10 @@ class RowRing:
     def copy_out(self, reserved: ReservedRows) -> StepRows:
         """Return copies of a step's rows, and give their room back."""
         slots = slice(reserved.offset, reserved.offset + reserved.num_rows)
-        rows = StepRows(*(view[slots].copy() for view in self._views))
+        topk_ids, topk_weights, positions = (view[slots].copy() for view in self._views)
         self._tail = reserved.end
         self._events.append(reserved.event)
-        return rows
+        return StepRows(positions, topk_ids, topk_weights)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +104,7 @@ class ReservedRows:
     """Room for the rows of one step; see `moescope_service.capture.rows.PendingRows`."""
 
     ring: RowRing
-    event: torch.cuda.Event
+    event: Event
     """Recorded behind the kernel that fills the room."""
     previous_head: int
     offset: int
