@@ -120,7 +120,9 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
 
 def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: Result) -> None:
     """Alternate loads between stock vLLM, stock vLLM again, and moescope."""
-    share = ["--gpu-memory-utilization", str(args.memory)]
+    # Given, not profiled: servers that start side by side would count each other's memory.
+    share = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
+    share += ["--gpu-memory-utilization", "0.2"]
     stock = stock_command(["--model", args.model, *args.vllm, *share])
     arms = [
         (throughput.STOCK, stock, stock_env(os.environ)),
@@ -145,7 +147,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")
-    parser.add_argument("--memory", type=float, default=0.31, help="Share of the GPU a server.")
+    parser.add_argument(
+        "--kv-cache-bytes", type=int, default=13 * 2**30, help="KV cache of each of three servers."
+    )
     parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags for every server.")
     return parser.parse_args()
 

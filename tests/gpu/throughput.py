@@ -16,6 +16,8 @@ from moescope.overhead import bootstrap_interval
 
 STOCK, STOCK_AGAIN, MOESCOPE = "stock", "stock_again", "moescope"
 TIMEOUT_S = 300.0
+RANDOM_TOKENS = (50, 450)
+"""Range of the random tokens: ordinary ones in every vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Load:
             return [f"({round_number}) {text}" for text in self.texts[: self.num_requests]]
         generator = np.random.default_rng(round_number)
         shape = (self.num_requests, self.prompt_len)
-        return generator.integers(1000, 100_000, shape).tolist()
+        return generator.integers(*RANDOM_TOKENS, shape).tolist()
 
 
 def loads(gsm8k: Sequence[str], scale: float) -> list[Load]:
@@ -96,7 +98,7 @@ async def measure(load: Load, urls: Mapping[str, str]) -> dict[str, Any]:
     }
     try:
         for name in urls:
-            await run_load(clients[name], load, -1)
+            await run_load(clients[name], load, load.rounds)
         before = await _host_counters(clients.get(MOESCOPE))
         for number in range(load.rounds):
             names = list(urls)

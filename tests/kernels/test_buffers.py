@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from moescope_service.capture.buffers import RoutingBuffers
 
 TOKENS, EXPERTS, TOP_K = 12, 8, 2
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def torch_topk(activation):
@@ -43,12 +44,12 @@ def make_router(scoring_func="softmax", renormalize=True):
 
 
 def make_buffers(index_dtype=None):
-    return RoutingBuffers(3, TOKENS, TOP_K, index_dtype, torch.device("cpu"))
+    return RoutingBuffers(3, TOKENS, TOP_K, index_dtype, DEVICE)
 
 
 def route(router, num_tokens=5, indices_type=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_tokens, EXPERTS, generator=generator)
+    logits = torch.randn(num_tokens, EXPERTS, generator=generator).to(DEVICE)
     return router._compute_routing(torch.zeros(num_tokens, 4), logits, indices_type)
 
 
