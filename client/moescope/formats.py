@@ -23,10 +23,35 @@ from moescope.trace import RouteTrace, Source
 
 _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 _ARRAY_FIELDS = frozenset({"layers", "topk_ids", "topk_weights", "source", "token_ids"})
-_SOURCE_NAMES = tuple(source.name.lower() for source in Source)
+SOURCE_NAMES = tuple(source.name.lower() for source in Source)
+"""The names of `Source`, as every format but ``.npz`` spells them."""
 _META_FIELDS = tuple(
     field.name for field in dataclasses.fields(RouteTrace) if field.name not in _ARRAY_FIELDS
 )
+
+
+def check_alike(traces: Sequence[RouteTrace]) -> None:
+    """Check that traces fit into one file.
+
+    Raises:
+        FormatError: Their layers, top-k or weights differ.
+    """
+    for trace in traces[1:]:
+        first = traces[0]
+        if (
+            not np.array_equal(trace.layers, first.layers)
+            or trace.top_k != first.top_k
+            or (trace.topk_weights is None) != (first.topk_weights is None)
+        ):
+            raise FormatError(
+                "traces in one file must share layers, top-k and weights: those of "
+                f"{trace.request_id!r} are not those of {first.request_id!r}"
+            )
+
+
+def meta_of(traces: Sequence[RouteTrace]) -> list[dict[str, Any]]:
+    """Return all that is no array, and whether there are token ids, for JSON."""
+    return [{**_meta(trace), "has_token_ids": trace.token_ids is not None} for trace in traces]
 
 
 def _meta(trace: RouteTrace) -> dict[str, Any]:
@@ -44,7 +69,7 @@ def to_dict(trace: RouteTrace) -> dict[str, Any]:
         "top_k": trace.top_k,
         "layers": trace.layers,
         "token_ids": trace.token_ids,
-        "source": [_SOURCE_NAMES[value] for value in trace.source.tolist()],
+        "source": [SOURCE_NAMES[value] for value in trace.source.tolist()],
         "topk_ids": _rows(trace.topk_ids, trace.present),
         "topk_weights": _rows(trace.topk_weights, trace.present),
     }
@@ -107,21 +132,11 @@ def dump_npz(traces: Sequence[RouteTrace]) -> bytes:
     """
     if not traces:
         raise FormatError("an .npz needs at least one trace")
-    first = traces[0]
-    for trace in traces:
-        if (
-            not np.array_equal(trace.layers, first.layers)
-            or trace.top_k != first.top_k
-            or (trace.topk_weights is None) != (first.topk_weights is None)
-        ):
-            raise FormatError("traces in one .npz must share layers, top-k and weights")
+    check_alike(traces)
     tokens = [np.empty(0, np.int32) if t.token_ids is None else t.token_ids for t in traces]
     arrays: dict[str, npt.NDArray[Any]] = {
-        "meta": np.frombuffer(
-            orjson.dumps([{**_meta(t), "has_token_ids": t.token_ids is not None} for t in traces]),
-            np.uint8,
-        ),
-        "layers": first.layers,
+        "meta": np.frombuffer(orjson.dumps(meta_of(traces)), np.uint8),
+        "layers": traces[0].layers,
         "topk_ids": np.concatenate([t.topk_ids for t in traces]),
         "source": np.concatenate([t.source for t in traces]),
         "row_splits": np.cumsum([0, *(t.num_rows for t in traces)]),

@@ -241,7 +241,7 @@ def test_bad_input(chat: openai.OpenAI, eager: Client, eager_server: Server) -> 
     for query, says in {
         "layers=0,x": "'0,x' is no list of layers",
         "layers=99": "captured layers: 0, 1, 2, 3",
-        "format=xml": "'json', 'jsonl' or 'npz'",
+        "format=xml": "'json', 'jsonl', 'npz', 'npy', 'arrow' or 'parquet'",
         "wait_s=-1": "wait_s",
         "index=5": "index",
     }.items():

@@ -21,6 +21,8 @@ MEDIA_TYPES = {
     "jsonl": "application/jsonl",
     "npz": "application/x-npz",
     "npy": "application/x-npy",
+    "arrow": "application/vnd.apache.arrow.stream",
+    "parquet": "application/vnd.apache.parquet",
 }
 
 

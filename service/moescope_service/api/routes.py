@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from moescope import formats
-from moescope.errors import FormatError, LayerNotCapturedError
+from moescope.errors import LayerNotCapturedError
 from moescope.trace import RouteTrace
+from moescope_service.api.bodies import Format, make_body
 from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient, Reply
 from moescope_service.api.responses import MEDIA_TYPES, MoescopeRoute, encoded
 from moescope_service.collector.queries import FINISHING_WAIT_S
@@ -74,6 +75,7 @@ async def reset(collector: Collector) -> dict[str, Any]:
         409: {"description": "The trace is incomplete, which ``npy`` cannot say."},
         410: {"description": "The trace made room for newer ones (--routes-memory)."},
         422: {"description": "A parameter is malformed; the message says what is allowed."},
+        501: {"description": "``arrow`` and ``parquet``: the server has no pyarrow."},
         503: {"description": "The collector process does not answer."},
     },
 )
@@ -82,10 +84,11 @@ async def routes(
     request_id: RequestId,
     collector: Collector,
     form: Annotated[
-        Literal["json", "jsonl", "npz", "npy"],
+        Format,
         Query(
             alias="format",
-            description="Format of the body; ``npy`` is vLLM's ``routed_experts`` of one choice.",
+            description="Format of the body. ``npy``: vLLM's ``routed_experts`` of one choice; "
+            "``arrow``: an IPC stream; ``arrow`` and ``parquet``: one row a token.",
         ),
     ] = "json",
     layers: Annotated[
@@ -118,11 +121,7 @@ async def routes(
 
     def make() -> bytes:
         traces = _select(formats.load_npz(reply.arrays[0]), request_id, chosen, index, weights)
-        if form == "json":
-            return formats.dump_json(request_id, traces)
-        if form == "npz":
-            return formats.dump_npz(traces)
-        return _npy(traces, request_id) if form == "npy" else _jsonl(traces, hello)
+        return make_body(form, request_id, traces, hello)
 
     return await encoded(request, form, make)
 
@@ -180,30 +179,3 @@ def _check_npy_query(request: Request) -> None:
         raise HTTPException(422, "layers: npy holds every layer of the model; leave layers out")
     if "weights" in request.query_params:
         raise HTTPException(422, "weights: npy holds expert ids alone; leave weights out")
-
-
-def _npy(traces: list[RouteTrace], request_id: str) -> bytes:
-    if len(traces) > 1:
-        indices = [trace.index for trace in traces]
-        raise HTTPException(
-            422,
-            f"index: npy holds one sequence and {request_id!r} has {indices}; name one with index, "
-            "and use the id of a response where an index repeats",
-        )
-    try:
-        return formats.dump_npy(traces[0])
-    except FormatError as error:
-        raise HTTPException(409, str(error)) from None
-
-
-def _jsonl(traces: list[RouteTrace], hello: dict[str, Any]) -> bytes:
-    meta = formats.meta_line(
-        model=hello["model"],
-        versions=hello["versions"],
-        device=hello["device"],
-        seed=hello["seed"],
-        layers=traces[0].layers.tolist(),
-        top_k=hello["top_k"],
-        num_experts=hello["num_experts"],
-    )
-    return b"".join([meta, *(line for trace in traces for line in formats.route_lines(trace))])
