@@ -8,6 +8,7 @@
 
 from moescope._client import Client
 from moescope._version import __version__
+from moescope.batch import RoutesBatch
 from moescope.errors import (
     AuthenticationError,
     CollectorDownError,
@@ -41,6 +42,7 @@ __all__ = [
     "RecentPage",
     "RequestNotFoundError",
     "RouteTrace",
+    "RoutesBatch",
     "SequenceInfo",
     "ServerError",
     "ServerInfo",

@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 import httpx
 
-from moescope import _http, formats
+from moescope import _http, batch, formats
+from moescope.batch import RoutesBatch
 from moescope.errors import FormatError
 from moescope.records import ExpertCounts, RecentPage, SequenceInfo, ServerInfo
 from moescope.trace import RouteTrace
@@ -89,17 +90,36 @@ class Client:
             InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
             FormatError: The answer is no trace.
         """
-        params: dict[str, Any] = {"format": "npz"}
+        params = _wanted(layers, weights, wait_s)
         if index is not None:
             params["index"] = index
-        if layers is not None:
-            params["layers"] = layers if isinstance(layers, str) else ",".join(map(str, layers))
-        if not weights:
-            params["weights"] = "false"
-        if wait_s is not None:
-            params["wait_s"] = wait_s
         response = self._send("GET", _path(request_id), params, one_request=True)
         return formats.load_npz(response.content)
+
+    def routes_batch(
+        self,
+        request_ids: Sequence[str],
+        *,
+        layers: Sequence[int] | str | None = None,
+        weights: bool = True,
+        wait_s: float | None = None,
+    ) -> RoutesBatch:
+        """Fetch the traces of many requests at once.
+
+        A request that has none is no error here: ``failed`` tells why.
+
+        Args:
+            request_ids: Any ids of the requests that their clients saw: 1 to 1,024 of them.
+            layers: Global layer numbers, or text such as ``0,5-7``; all layers where None.
+            weights: Whether to fetch the routing weights too.
+            wait_s: Seconds to wait for all of them to end; the server's default where None.
+
+        Raises:
+            InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
+            FormatError: The answer is no batch.
+        """
+        body = {"request_ids": list(request_ids), **_wanted(layers, weights, wait_s)}
+        return batch.load_npz(self._send("POST", "/routes/batch", body=body).content)
 
     def recent(self, limit: int = 50, before: int | None = None) -> RecentPage:
         """List recent sequences, newest first.
@@ -165,12 +185,27 @@ class Client:
         path: str,
         params: dict[str, Any] | None = None,
         *,
+        body: dict[str, Any] | None = None,
         one_request: bool = False,
     ) -> httpx.Response:
         with _http.transport_errors(self._base_url):
-            response = self._http.request(method, path, params=params)
+            response = self._http.request(method, path, params=params, json=body)
         _http.check(response, one_request=one_request)
         return response
+
+
+def _wanted(
+    layers: Sequence[int] | str | None, weights: bool, wait_s: float | None
+) -> dict[str, Any]:
+    """Return the parameters that say which part of a trace is wanted, as the server has them."""
+    wanted: dict[str, Any] = {"format": "npz"}
+    if layers is not None:
+        wanted["layers"] = layers if isinstance(layers, str) else ",".join(map(str, layers))
+    if not weights:
+        wanted["weights"] = False
+    if wait_s is not None:
+        wanted["wait_s"] = wait_s
+    return wanted
 
 
 def _path(request_id: str) -> str:

@@ -23,10 +23,35 @@ from moescope.trace import RouteTrace, Source
 
 _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 _ARRAY_FIELDS = frozenset({"layers", "topk_ids", "topk_weights", "source", "token_ids"})
-_SOURCE_NAMES = tuple(source.name.lower() for source in Source)
+SOURCE_NAMES = tuple(source.name.lower() for source in Source)
+"""The names of `Source`, as every format but ``.npz`` spells them."""
 _META_FIELDS = tuple(
     field.name for field in dataclasses.fields(RouteTrace) if field.name not in _ARRAY_FIELDS
 )
+
+
+def check_alike(traces: Sequence[RouteTrace]) -> None:
+    """Check that traces fit into one file.
+
+    Raises:
+        FormatError: Their layers, top-k or weights differ.
+    """
+    for trace in traces[1:]:
+        first = traces[0]
+        if (
+            not np.array_equal(trace.layers, first.layers)
+            or trace.top_k != first.top_k
+            or (trace.topk_weights is None) != (first.topk_weights is None)
+        ):
+            raise FormatError(
+                "traces in one file must share layers, top-k and weights: those of "
+                f"{trace.request_id!r} are not those of {first.request_id!r}"
+            )
+
+
+def meta_of(traces: Sequence[RouteTrace]) -> list[dict[str, Any]]:
+    """Return all that is no array, and whether there are token ids, for JSON."""
+    return [{**_meta(trace), "has_token_ids": trace.token_ids is not None} for trace in traces]
 
 
 def _meta(trace: RouteTrace) -> dict[str, Any]:
@@ -44,7 +69,7 @@ def to_dict(trace: RouteTrace) -> dict[str, Any]:
         "top_k": trace.top_k,
         "layers": trace.layers,
         "token_ids": trace.token_ids,
-        "source": [_SOURCE_NAMES[value] for value in trace.source.tolist()],
+        "source": [SOURCE_NAMES[value] for value in trace.source.tolist()],
         "topk_ids": _rows(trace.topk_ids, trace.present),
         "topk_weights": _rows(trace.topk_weights, trace.present),
     }
@@ -99,41 +124,37 @@ def _filled(rows: list[Any], shape: tuple[int, int, int], dtype: npt.DTypeLike) 
     return np.array([blank if row is None else row for row in rows], dtype).reshape(shape)
 
 
-def dump_npz(traces: Sequence[RouteTrace]) -> bytes:
+def dump_npz(traces: Sequence[RouteTrace], **members: npt.NDArray[Any]) -> bytes:
     """Write traces of one model as the bytes of an ``.npz`` (uncompressed).
 
+    Args:
+        traces: Any number of them; without any there are no layers either.
+        members: What else the archive holds.
+
     Raises:
-        FormatError: No trace at all, or traces whose layers, top-k or weights differ.
+        FormatError: Traces whose layers, top-k or weights differ.
     """
-    if not traces:
-        raise FormatError("an .npz needs at least one trace")
-    first = traces[0]
-    for trace in traces:
-        if (
-            not np.array_equal(trace.layers, first.layers)
-            or trace.top_k != first.top_k
-            or (trace.topk_weights is None) != (first.topk_weights is None)
-        ):
-            raise FormatError("traces in one .npz must share layers, top-k and weights")
+    check_alike(traces)
     tokens = [np.empty(0, np.int32) if t.token_ids is None else t.token_ids for t in traces]
     arrays: dict[str, npt.NDArray[Any]] = {
-        "meta": np.frombuffer(
-            orjson.dumps([{**_meta(t), "has_token_ids": t.token_ids is not None} for t in traces]),
-            np.uint8,
-        ),
-        "layers": first.layers,
-        "topk_ids": np.concatenate([t.topk_ids for t in traces]),
-        "source": np.concatenate([t.source for t in traces]),
+        "meta": np.frombuffer(orjson.dumps(meta_of(traces)), np.uint8),
+        "layers": traces[0].layers if traces else np.empty(0, np.int32),
+        "topk_ids": _joined([t.topk_ids for t in traces], np.empty((0, 0, 0), np.uint8)),
+        "source": _joined([t.source for t in traces], np.empty(0, np.uint8)),
         "row_splits": np.cumsum([0, *(t.num_rows for t in traces)]),
-        "token_ids": np.concatenate(tokens),
+        "token_ids": _joined(tokens, np.empty(0, np.int32)),
         "token_splits": np.cumsum([0, *map(len, tokens)]),
     }
     weights = [t.topk_weights for t in traces if t.topk_weights is not None]
     if weights:
         arrays["topk_weights"] = np.concatenate(weights)
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays, **members)
     return buffer.getvalue()
+
+
+def _joined(arrays: list[npt.NDArray[Any]], nothing: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate(arrays) if arrays else nothing
 
 
 def load_npz(data: bytes) -> list[RouteTrace]:
@@ -142,7 +163,15 @@ def load_npz(data: bytes) -> list[RouteTrace]:
     Raises:
         FormatError: The bytes are no ``.npz`` of traces.
     """
-    arrays = _read_npz(data)
+    return traces_of(read_npz(data))
+
+
+def traces_of(arrays: dict[str, npt.NDArray[Any]]) -> list[RouteTrace]:
+    """Return the traces in the arrays of an ``.npz``.
+
+    Raises:
+        FormatError: An array is missing, or does not fit the others.
+    """
     traces = []
     try:
         metas = orjson.loads(arrays["meta"].tobytes())
@@ -166,7 +195,12 @@ def load_npz(data: bytes) -> list[RouteTrace]:
     return traces
 
 
-def _read_npz(data: bytes) -> dict[str, npt.NDArray[Any]]:
+def read_npz(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of an ``.npz``; nothing is unpickled.
+
+    Raises:
+        FormatError: The bytes are no ``.npz``.
+    """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

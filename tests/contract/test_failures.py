@@ -15,9 +15,9 @@ from .deployment import Deployment, Frontend, wait_until
 from .fake_engine import PROMPT, Engine
 
 GUARDED = [
-    ("GET", "/routes"), ("GET", "/routes/x"), ("DELETE", "/routes/x"), ("POST", "/routes/pause"),
-    ("POST", "/routes/resume"), ("POST", "/routes/reset"), ("GET", "/experts"),
-    ("GET", "/moescope/info"),
+    ("GET", "/routes"), ("GET", "/routes/x"), ("DELETE", "/routes/x"), ("POST", "/routes/batch"),
+    ("POST", "/routes/pause"), ("POST", "/routes/resume"), ("POST", "/routes/reset"),
+    ("GET", "/experts"), ("GET", "/moescope/info"),
 ]  # fmt: skip
 
 
@@ -71,8 +71,10 @@ def test_a_collector_that_was_killed(fresh):
         message = answer.json()["error"]["message"]
         assert "collector" in message
         assert "serving goes on" in message
-    with moescope.Client(fresh.url) as client, pytest.raises(errors.CollectorDownError):
-        client.recent()
+    with moescope.Client(fresh.url) as client:
+        for ask in (client.recent, lambda: client.routes_batch(["cmpl-before", "cmpl-after"])):
+            with pytest.raises(errors.CollectorDownError):
+                ask()
 
 
 def test_rows_that_the_queue_cannot_take_are_counted_and_named():

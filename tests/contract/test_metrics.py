@@ -157,15 +157,19 @@ def test_openapi_lists_every_endpoint(deployment):
     listed = {(path, method) for path, methods in paths.items() for method in methods}
     assert listed >= {
         ("/routes", "get"), ("/routes/{request_id}", "get"), ("/routes/{request_id}", "delete"),
-        ("/routes/pause", "post"), ("/routes/resume", "post"), ("/routes/reset", "post"),
+        ("/routes/batch", "post"), ("/routes/pause", "post"), ("/routes/resume", "post"),
+        ("/routes/reset", "post"),
         ("/experts", "get"), ("/moescope/info", "get"), ("/metrics", "get"),
     }  # fmt: skip
     one = paths["/routes/{request_id}"]["get"]
     assert {p["name"] for p in one["parameters"]} == {
         "request_id", "format", "layers", "index", "weights", "wait_s",
     }  # fmt: skip
-    assert one["responses"].keys() >= {"200", "202", "404", "410", "422", "503"}
+    assert one["responses"].keys() >= {"200", "202", "404", "409", "410", "422", "501", "503"}
+    assert len(one["responses"]["200"]["content"]) == 6
     assert all(p.get("description") for p in one["parameters"])
+    batch = paths["/routes/batch"]["post"]
+    assert batch["responses"]["200"]["content"].keys() == {"application/json", "application/x-npz"}
 
 
 def test_too_many_experts_are_absent_not_coarser():

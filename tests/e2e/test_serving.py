@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from moescope import Client, RouteTrace, Source
+from moescope import Client, RouteTrace, Source, formats
 from moescope.errors import AuthenticationError, InvalidQueryError, RequestNotFoundError
 from moescope.servers import Server
 
@@ -234,6 +235,31 @@ def test_the_log_has_one_record_a_row_and_logged_layer(
         np.testing.assert_allclose(record["topk_weights"], trace.topk_weights[row, column])
 
 
+def test_npy_has_every_layer_of_the_model(
+    chat: openai.OpenAI, eager: Client, eager_server: Server
+) -> None:
+    response = chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=4)
+    answer = httpx.get(
+        f"{eager_server.url}/routes/{response.id}?format=npy",
+        headers={"Authorization": f"Bearer {API_KEY}"},
+    )
+    (trace,) = eager.routes(response.id)
+    assert trace.num_hidden_layers == eager.info().num_hidden_layers == 6
+    np.testing.assert_array_equal(np.load(io.BytesIO(answer.content)), trace.topk_ids)
+    assert answer.content == formats.dump_npy(trace)
+
+
+def test_many_requests_at_once(chat: openai.OpenAI, eager: Client) -> None:
+    responses = [
+        chat.completions.create(model=MODEL, prompt=prompt, max_tokens=4, n=2)
+        for prompt in ("Tom has", "Sara has three red")
+    ]
+    found = eager.routes_batch([*(response.id for response in responses), "never-seen"])
+    assert found.failed == {"never-seen": "unknown"}
+    for response in responses:
+        check(found.traces[response.id], response.usage)
+
+
 def test_bad_input(chat: openai.OpenAI, eager: Client, eager_server: Server) -> None:
     response = chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=2)
     url = f"{eager_server.url}/routes/{response.id}"
@@ -241,7 +267,7 @@ def test_bad_input(chat: openai.OpenAI, eager: Client, eager_server: Server) -> 
     for query, says in {
         "layers=0,x": "'0,x' is no list of layers",
         "layers=99": "captured layers: 0, 1, 2, 3",
-        "format=xml": "'json', 'jsonl' or 'npz'",
+        "format=xml": "'json', 'jsonl', 'npz', 'npy', 'arrow' or 'parquet'",
         "wait_s=-1": "wait_s",
         "index=5": "index",
     }.items():
@@ -261,6 +287,7 @@ def test_endpoints_want_the_servers_key(eager_server: Server) -> None:
         ("DELETE", "/routes/any"),
         ("GET", "/experts"),
         ("GET", "/moescope/info"),
+        ("POST", "/routes/batch"),
         ("POST", "/routes/pause"),
         ("POST", "/routes/resume"),
         ("POST", "/routes/reset"),
@@ -275,7 +302,8 @@ def test_endpoints_want_the_servers_key(eager_server: Server) -> None:
 
 def test_docs_show_the_endpoints(eager_server: Server) -> None:
     paths = httpx.get(f"{eager_server.url}/openapi.json").json()["paths"]
-    ours = {"/routes", "/routes/{request_id}", "/experts", "/moescope/info", "/metrics"}
+    ours = {"/routes", "/routes/{request_id}", "/routes/batch"}
+    ours |= {"/experts", "/moescope/info", "/metrics"}
     assert ours <= set(paths)
     assert "/v1/chat/completions" in paths
 

@@ -30,6 +30,7 @@ import orjson
 
 from moescope import Client, datasets, environment
 from moescope.servers import Server, captured_command, stock_command, stock_env, wait_ready
+from moescope_service import versions
 from tests.gpu import fidelity, tap, throughput
 
 PARTS = ("fidelity_v2", "fidelity_v1", "throughput")
@@ -62,9 +63,7 @@ def gpu() -> str:
 
 def packages() -> dict[str, str]:
     """Return the versions of what the result depends on."""
-    return {
-        name: importlib.metadata.version(name) for name in ("moescope", "vllm", "torch", "triton")
-    }
+    return {**versions.versions(), "triton": importlib.metadata.version("triton")}
 
 
 @contextlib.contextmanager

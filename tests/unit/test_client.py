@@ -1,10 +1,11 @@
 import httpx
 import numpy as np
+import orjson
 import pytest
 from client_fakes import INFO, make_trace, same, server
 
 import moescope
-from moescope import formats
+from moescope import batch, formats
 
 
 def client(routes, **kwargs) -> moescope.Client:
@@ -212,6 +213,33 @@ def test_experts():
 def test_experts_whose_counts_do_not_fit_are_refused():
     with pytest.raises(moescope.FormatError, match="counts must be"):
         client({"GET /experts": {**EXPERTS, "num_experts": 4}}).experts()
+
+
+def test_routes_batch_passes_on_every_parameter():
+    asked = []
+    found = moescope.RoutesBatch(
+        status={"a": "finished", "b": "running"}, traces={"a": [make_trace()]}
+    )
+
+    def answer(request):
+        asked.append(orjson.loads(request.content))
+        return httpx.Response(200, content=batch.dump_npz(found))
+
+    moe = client({"POST /routes/batch": answer})
+    loaded = moe.routes_batch(["a", "b"])
+    moe.routes_batch(("a",), layers=[5, 0], weights=False, wait_s=0)
+    assert asked == [
+        {"request_ids": ["a", "b"], "format": "npz"},
+        {"request_ids": ["a"], "format": "npz", "layers": "5,0", "weights": False, "wait_s": 0},
+    ]
+    assert same(loaded.traces["a"][0], found.traces["a"][0])
+    assert loaded.failed == {"b": "running"}
+
+
+def test_a_server_that_answers_no_batch_is_a_format_error():
+    moe = client({"POST /routes/batch": lambda _: httpx.Response(200, text="<html>")})
+    with pytest.raises(moescope.FormatError):
+        moe.routes_batch(["a"])
 
 
 def test_recent_pages():

@@ -47,6 +47,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_without_the_optional_packages_the_message_says_what_to_install(monkeypatch, package):
     monkeypatch.setitem(sys.modules, "huggingface_hub", sys)
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     with pytest.raises(DatasetError, match=f"needs {package}.*pip install.*--file"):
         datasets.load("gsm8k")
 

@@ -43,8 +43,10 @@ def test_npz_refuses_traces_that_do_not_belong_together():
     for other in ({"layers": (0, 1)}, {"top_k": 2}, {"weights": False}):
         with pytest.raises(FormatError, match="must share"):
             formats.dump_npz([make_trace(), make_trace(**other)])
-    with pytest.raises(FormatError, match="at least one"):
-        formats.dump_npz([])
+
+
+def test_npz_of_no_trace():
+    assert formats.load_npz(formats.dump_npz([])) == []
 
 
 def test_broken_npz_is_a_format_error_and_nothing_else():

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "vllm", "matplotlib", "typer", "moescope_service", "huggingface_hub")
+HEAVY = ("torch", "vllm", "matplotlib", "typer", "moescope_service", "huggingface_hub", "pyarrow")
 
 
 @pytest.mark.parametrize(

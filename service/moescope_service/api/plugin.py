@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 
 from moescope_service import runtime
-from moescope_service.api import experts, metrics, routes
+from moescope_service.api import batch, experts, metrics, routes
 from moescope_service.api.auth import require_api_key
 from moescope_service.api.collector_client import CollectorClient
 from moescope_service.api.registration import Registration, RequestScopeMiddleware
@@ -35,6 +35,7 @@ class MoescopeEndpoints:
             return
         guard = [Depends(require_api_key(app.state.args))]
         app.include_router(routes.router, dependencies=guard)
+        app.include_router(batch.router, dependencies=guard)
         app.include_router(experts.router, dependencies=guard)
         app.include_router(metrics.router)
         app.add_middleware(RequestScopeMiddleware)

@@ -15,12 +15,16 @@ from moescope_service.errors import CollectorGoneError
 
 _GZIP_FROM_BYTES = 1024
 _GZIP_LEVEL = 1
+_MAX_ERRORS, _MAX_INPUT_CHARS = 5, 200
+"""What a message says of bad parameters: a list of thousands can be bad in every item."""
 
 MEDIA_TYPES = {
     "json": "application/json",
     "jsonl": "application/jsonl",
     "npz": "application/x-npz",
     "npy": "application/x-npy",
+    "arrow": "application/vnd.apache.arrow.stream",
+    "parquet": "application/vnd.apache.parquet",
 }
 
 
@@ -38,7 +42,8 @@ class MoescopeRoute(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as error:
-                raise HTTPException(422, "; ".join(map(_describe, error.errors()))) from None
+                errors = error.errors()[:_MAX_ERRORS]
+                raise HTTPException(422, "; ".join(map(_describe, errors))) from None
             except CollectorGoneError as error:
                 raise HTTPException(503, str(error)) from None
 
@@ -46,8 +51,13 @@ class MoescopeRoute(APIRoute):
 
 
 def _describe(error: Any) -> str:
-    name = error["loc"][-1]
-    return f"{name}: {error['msg']}, got {error.get('input')!r}"
+    where, *inside = error["loc"]  # such as ("query", "layers") and ("body", "request_ids", 3)
+    if error["type"] == "json_invalid":
+        return f"{where}: {error['ctx']['error']} at character {inside[0]}: it must be JSON"
+    got = repr(error.get("input"))
+    if len(got) > _MAX_INPUT_CHARS:
+        got = f"{got[:_MAX_INPUT_CHARS]}…"
+    return f"{'.'.join(map(str, inside)) or where}: {error['msg']}, got {got}"
 
 
 async def encoded(request: Request, form: str, make: Callable[[], bytes]) -> Response:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from moescope import formats
-from moescope.errors import FormatError, LayerNotCapturedError
+from moescope.errors import LayerNotCapturedError
 from moescope.trace import RouteTrace
+from moescope_service.api.bodies import Format, make_body
 from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient, Reply
 from moescope_service.api.responses import MEDIA_TYPES, MoescopeRoute, encoded
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.settings import parse_layers
 
 RequestId = Annotated[str, Path(description="Any id of the request that its client saw.")]
+LAYERS = "Layers to return, such as ``0,5-7``; all by default."
+WEIGHTS = "Whether to return the weights."
+WAIT_S = (
+    "Seconds to wait for a running request. By default one that was answered already is waited "
+    "for, up to 2 s, and a running one is not."
+)
 MAX_WAIT_S = 60.0
 
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
@@ -74,6 +81,7 @@ async def reset(collector: Collector) -> dict[str, Any]:
         409: {"description": "The trace is incomplete, which ``npy`` cannot say."},
         410: {"description": "The trace made room for newer ones (--routes-memory)."},
         422: {"description": "A parameter is malformed; the message says what is allowed."},
+        501: {"description": "``arrow`` and ``parquet``: the server has no pyarrow."},
         503: {"description": "The collector process does not answer."},
     },
 )
@@ -82,33 +90,23 @@ async def routes(
     request_id: RequestId,
     collector: Collector,
     form: Annotated[
-        Literal["json", "jsonl", "npz", "npy"],
+        Format,
         Query(
             alias="format",
-            description="Format of the body; ``npy`` is vLLM's ``routed_experts`` of one choice.",
+            description="Format of the body. ``npy``: vLLM's ``routed_experts`` of one choice; "
+            "``arrow``: an IPC stream; ``arrow`` and ``parquet``: one row a token.",
         ),
     ] = "json",
-    layers: Annotated[
-        str | None, Query(description="Layers to return, such as ``0,5-7``; all by default.")
-    ] = None,
+    layers: Annotated[str | None, Query(description=LAYERS)] = None,
     index: Annotated[int | None, Query(ge=0, description="One choice of the response.")] = None,
-    weights: Annotated[bool, Query(description="Whether to return the weights.")] = True,
-    wait_s: Annotated[
-        float | None,
-        Query(
-            ge=0,
-            le=MAX_WAIT_S,
-            description="Seconds to wait for a running request. By default one that was answered "
-            "already is waited for, up to 2 s, and a running one is not.",
-        ),
-    ] = None,
+    weights: Annotated[bool, Query(description=WEIGHTS)] = True,
+    wait_s: Annotated[float | None, Query(ge=0, le=MAX_WAIT_S, description=WAIT_S)] = None,
 ) -> Response:
     """Return which experts every token of a request went to, with which weights, in every layer."""
-    chosen = _parse_layers(layers)
+    chosen = layers_of(layers)
     if form == "npy":
         _check_npy_query(request)
-    longest_s = QUERY_TIMEOUT_S + (FINISHING_WAIT_S if wait_s is None else wait_s)
-    reply = await collector.ask("routes", timeout_s=longest_s, request_id=request_id, wait_s=wait_s)
+    reply = await ask_routes(collector, request_id, wait_s)
     if reply.values["status"] == "running":
         return JSONResponse({"request_id": request_id, "status": "running"}, 202)
     _raise_if_gone(reply, request_id)
@@ -117,12 +115,10 @@ async def routes(
     hello = (await collector.ask("info")).values["hello"] if form == "jsonl" else {}
 
     def make() -> bytes:
-        traces = _select(formats.load_npz(reply.arrays[0]), request_id, chosen, index, weights)
-        if form == "json":
-            return formats.dump_json(request_id, traces)
-        if form == "npz":
-            return formats.dump_npz(traces)
-        return _npy(traces, request_id) if form == "npy" else _jsonl(traces, hello)
+        traces = formats.load_npz(reply.arrays[0])
+        if index is not None:
+            traces = _choice(traces, request_id, index)
+        return make_body(form, request_id, select(traces, chosen, weights), hello)
 
     return await encoded(request, form, make)
 
@@ -136,11 +132,26 @@ async def forget(request_id: RequestId, collector: Collector) -> dict[str, Any]:
     return {"request_id": request_id, **reply.values}
 
 
-def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+def layers_of(text: str | None) -> tuple[int, ...] | None:
+    """Return the layers that a text such as ``0,5-7`` names; None for all.
+
+    Raises:
+        HTTPException: 422, the text is malformed.
+    """
     try:
         return None if text is None else parse_layers(text)
     except ValueError as error:
         raise HTTPException(422, f"layers: {error}") from None
+
+
+async def ask_routes(collector: CollectorClient, request_id: str, wait_s: float | None) -> Reply:
+    """Ask for the traces of a request, and wait for its end as the client wants it.
+
+    Raises:
+        CollectorGoneError: No answer came in time.
+    """
+    longest_s = QUERY_TIMEOUT_S + (FINISHING_WAIT_S if wait_s is None else wait_s)
+    return await collector.ask("routes", timeout_s=longest_s, request_id=request_id, wait_s=wait_s)
 
 
 def _raise_if_gone(reply: Reply, request_id: str) -> None:
@@ -156,22 +167,26 @@ def _raise_if_gone(reply: Reply, request_id: str) -> None:
         )
 
 
-def _select(
-    traces: list[RouteTrace],
-    request_id: str,
-    layers: tuple[int, ...] | None,
-    index: int | None,
-    weights: bool,
+def select(
+    traces: list[RouteTrace], layers: tuple[int, ...] | None, weights: bool
 ) -> list[RouteTrace]:
-    if index is not None:
-        indices = sorted({trace.index for trace in traces})
-        traces = [trace for trace in traces if trace.index == index]
-        if not traces:
-            raise HTTPException(422, f"index: {request_id!r} has {indices}, got {index}")
+    """Keep some layers only, or leave the weights out.
+
+    Raises:
+        HTTPException: 422, a layer is not captured.
+    """
     try:
         return [trace.select(layers=layers, weights=weights) for trace in traces]
     except LayerNotCapturedError as error:
         raise HTTPException(422, f"layers: {error}") from None
+
+
+def _choice(traces: list[RouteTrace], request_id: str, index: int) -> list[RouteTrace]:
+    chosen = [trace for trace in traces if trace.index == index]
+    if not chosen:
+        indices = sorted({trace.index for trace in traces})
+        raise HTTPException(422, f"index: {request_id!r} has {indices}, got {index}")
+    return chosen
 
 
 def _check_npy_query(request: Request) -> None:
@@ -180,30 +195,3 @@ def _check_npy_query(request: Request) -> None:
         raise HTTPException(422, "layers: npy holds every layer of the model; leave layers out")
     if "weights" in request.query_params:
         raise HTTPException(422, "weights: npy holds expert ids alone; leave weights out")
-
-
-def _npy(traces: list[RouteTrace], request_id: str) -> bytes:
-    if len(traces) > 1:
-        indices = [trace.index for trace in traces]
-        raise HTTPException(
-            422,
-            f"index: npy holds one sequence and {request_id!r} has {indices}; name one with index, "
-            "and use the id of a response where an index repeats",
-        )
-    try:
-        return formats.dump_npy(traces[0])
-    except FormatError as error:
-        raise HTTPException(409, str(error)) from None
-
-
-def _jsonl(traces: list[RouteTrace], hello: dict[str, Any]) -> bytes:
-    meta = formats.meta_line(
-        model=hello["model"],
-        versions=hello["versions"],
-        device=hello["device"],
-        seed=hello["seed"],
-        layers=traces[0].layers.tolist(),
-        top_k=hello["top_k"],
-        num_experts=hello["num_experts"],
-    )
-    return b"".join([meta, *(line for trace in traces for line in formats.route_lines(trace))])

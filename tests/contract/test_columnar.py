@@ -1,0 +1,109 @@
+"""``/routes`` as Arrow and Parquet, read by what people read them with."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from moescope import arrow
+
+from .fake_engine import OUTPUT, PROMPT, rows_of
+
+NUM_TOKENS = len(PROMPT) + len(OUTPUT)
+READ = {
+    "arrow": lambda content: pa.ipc.open_stream(content).read_all(),
+    "parquet": lambda content: parquet.read_table(io.BytesIO(content)),
+}
+MEDIA_TYPES = {
+    "arrow": "application/vnd.apache.arrow.stream",
+    "parquet": "application/vnd.apache.parquet",
+}
+
+
+@pytest.fixture(scope="module")
+def get(deployment):
+    deployment.complete("columnar", n=2)
+
+    def get(form, **params):
+        params["format"] = form
+        answer = deployment.http.get("/routes/cmpl-columnar", params=params)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == MEDIA_TYPES[form]
+        return answer.content
+
+    return get
+
+
+@pytest.mark.parametrize("form", READ)
+def test_the_traces(get, form):
+    traces = arrow.from_table(READ[form](get(form)))
+    assert [(trace.index, trace.complete) for trace in traces] == [(0, True), (1, True)]
+    for trace in traces:
+        ids, weights = rows_of(0, NUM_TOKENS - 1)
+        np.testing.assert_array_equal(trace.topk_ids, ids)
+        np.testing.assert_array_equal(trace.topk_weights, weights)
+        assert trace.token_ids.tolist() == PROMPT + OUTPUT
+
+
+@pytest.mark.parametrize("form", READ)
+def test_a_part(get, form):
+    table = READ[form](get(form, layers="3", index=1, weights="false"))
+    assert "topk_weights" not in table.column_names
+    (trace,) = arrow.from_table(table)
+    assert (trace.index, trace.layers.tolist()) == (1, [3])
+
+
+def test_parquet_in_duckdb(get, tmp_path):
+    path = tmp_path / "routes.parquet"
+    path.write_bytes(get("parquet"))
+    rows = duckdb.sql(
+        f"SELECT token_id, source, topk_ids, topk_weights FROM '{path}' "
+        "WHERE index = 1 ORDER BY position"
+    ).fetchall()
+    check(rows)
+    ((total,),) = duckdb.sql(f"SELECT sum(topk_weights[2][1]) FROM '{path}'").fetchall()
+    assert total == pytest.approx(2 * rows_of(0, NUM_TOKENS - 1)[1][:, 1, 0].sum())
+
+
+def test_parquet_in_pandas(get):
+    frame = pd.read_parquet(io.BytesIO(get("parquet")))
+    frame = frame[frame["index"] == 1].sort_values("position")
+    check(
+        [
+            (row.token_id, *(none_or_list(v) for v in (row.source, row.topk_ids, row.topk_weights)))
+            for row in frame.itertuples()
+        ]
+    )
+
+
+def none_or_list(value):
+    if isinstance(value, np.ndarray):
+        return np.stack(value).tolist()
+    return None if pd.isna(value) else value
+
+
+def check(rows):
+    """Rows of (token id, source, ids, weights): all of one choice, the last one not routed."""
+    ids, weights = rows_of(0, NUM_TOKENS - 1)
+    assert [row[0] for row in rows] == PROMPT + OUTPUT
+    assert [row[1] for row in rows] == ["computed"] * (NUM_TOKENS - 1) + [None]
+    assert [row[2] for row in rows] == [*ids.tolist(), None]
+    assert [row[3] for row in rows] == [*weights.tolist(), None]
+
+
+@pytest.mark.parametrize("form", READ)
+@pytest.mark.usefixtures("get")
+def test_without_pyarrow_the_server_says_what_to_install(deployment, monkeypatch, form):
+    monkeypatch.delitem(sys.modules, "moescope.arrow")
+    monkeypatch.delattr("moescope.arrow")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    answer = deployment.http.get("/routes/cmpl-columnar", params={"format": form})
+    assert answer.status_code == 501
+    assert "pip install pyarrow" in answer.json()["error"]["message"]

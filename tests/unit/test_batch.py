@@ -1,0 +1,68 @@
+import io
+
+import numpy as np
+import orjson
+import pytest
+from client_fakes import make_trace, same
+
+from moescope import FormatError, RoutesBatch, batch, formats
+
+TRACES = {
+    "b": [make_trace(0, num_rows=5, request_id="b"), make_trace(1, request_id="b", index=1)],
+    "a": [make_trace(2, request_id="a")],
+}
+STATUS = {"x": "running", "b": "finished", "y": "unknown", "a": "finished", "z": "evicted"}
+BATCH = RoutesBatch(status=STATUS, traces=TRACES)
+
+
+def test_npz_gives_the_batch_back():
+    loaded = batch.load_npz(batch.dump_npz(BATCH))
+    assert list(loaded.status.items()) == list(STATUS.items())
+    assert list(loaded.traces) == ["b", "a"]
+    for name, traces in TRACES.items():
+        assert all(same(a, b) for a, b in zip(traces, loaded.traces[name], strict=True))
+    assert loaded.failed == {"x": "running", "y": "unknown", "z": "evicted"}
+
+
+def test_npz_of_a_batch_is_that_of_its_traces():
+    data = batch.dump_npz(BATCH)
+    expected = [*TRACES["b"], *TRACES["a"]]
+    assert all(same(a, b) for a, b in zip(expected, formats.load_npz(data), strict=True))
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        requests = orjson.loads(archive["requests"].tobytes())
+    assert requests[1] == {"request_id": "b", "status": "finished", "num_traces": 2}
+
+
+def test_json_has_the_results_in_the_order_asked():
+    results = orjson.loads(batch.dump_json(BATCH))["results"]
+    assert {one["request_id"]: one["status"] for one in results} == STATUS
+    assert [len(one["traces"]) for one in results] == [0, 2, 0, 1, 0]
+    loaded = formats.from_dict(results[1]["traces"][1])
+    assert np.array_equal(loaded.topk_ids, TRACES["b"][1].topk_ids)
+
+
+def test_a_batch_without_traces():
+    loaded = batch.load_npz(batch.dump_npz(RoutesBatch(status={"x": "running"}, traces={})))
+    assert (loaded.status, loaded.traces) == ({"x": "running"}, {})
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        b"{",
+        b"[1]",
+        b'[{"request_id": "a", "status": "finished"}]',
+        b'[{"request_id": "a", "status": "finished", "num_traces": 2}]',
+        b'[{"request_id": "a", "status": "finished", "num_traces": 0}]',
+        b'[{"request_id": "a", "status": "finished", "num_traces": "1"}]',
+    ],
+)
+def test_a_broken_batch_is_a_format_error(requests):
+    data = formats.dump_npz([make_trace()], requests=np.frombuffer(requests, np.uint8))
+    with pytest.raises(FormatError, match="requests"):
+        batch.load_npz(data)
+
+
+def test_traces_alone_are_no_batch():
+    with pytest.raises(FormatError, match="requests"):
+        batch.load_npz(formats.dump_npz([make_trace()]))
