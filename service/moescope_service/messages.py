@@ -69,10 +69,10 @@ class Step:
 
     seq: int
     """Number of the step, from 0 without gaps."""
-    time_s: float
+    time_s: float = 0.0
     """Unix time of the capture, in seconds."""
-    host_s: float
-    """Seconds that the capture spent on the worker's thread in this step."""
+    host_s: float = 0.0
+    """Seconds that the capture spent on the worker's thread since the step before."""
     finished: list[int] = dataclasses.field(default_factory=list)
     """Handles of sequences that ended; processed before everything else."""
     finished_unseen: list[str] = dataclasses.field(default_factory=list)
@@ -142,29 +142,45 @@ def unpack(frames: Frames) -> tuple[str, dict[str, Any]]:
     return values.pop("kind"), values
 
 
-_CONTROL = tuple(
-    field.name
-    for field in dataclasses.fields(Step)
-    if field.name not in {"spans", "topk_ids", "topk_weights"}
-)
+_ARRAYS = frozenset({"spans", "topk_ids", "topk_weights"})
+_CONTROL = tuple(f.name for f in dataclasses.fields(Step) if f.name not in _ARRAYS)
 
 
-def pack_step(step: Step) -> list[Any]:
-    """Return a step's frames: control, spans, and the rows where they were not lost."""
-    control = {name: getattr(step, name) for name in _CONTROL}
-    frames = pack("step", [np.ascontiguousarray(step.spans)], **control)
-    if step.topk_ids is not None and step.topk_weights is not None:
-        frames += [step.topk_ids, step.topk_weights]
+def pack_steps(steps: Sequence[Step]) -> list[Any]:
+    """Return the frames of consecutive steps of one worker; the arrays are copies.
+
+    Control, then the spans of all steps one after the other, then their rows where there are any:
+    ids, weights. Control says how many spans and rows each step has; what is empty is left out.
+    """
+    control = []
+    for step in steps:
+        values = {name: value for name in _CONTROL if (value := getattr(step, name))}
+        num_rows = 0 if step.topk_ids is None else len(step.topk_ids)
+        control.append({**values, "seq": step.seq, "num_spans": len(step.spans), "rows": num_rows})
+    frames = pack("steps", [np.concatenate([step.spans for step in steps])], steps=control)
+    with_rows = [step for step in steps if step.topk_ids is not None]
+    if with_rows:
+        for name in ("topk_ids", "topk_weights"):
+            frames.append(np.concatenate([getattr(step, name) for step in with_rows]))
     return frames
 
 
-def unpack_step(values: dict[str, Any], frames: Frames, hello: Hello) -> Step:
-    """Rebuild a step; the arrays are views of the frames."""
-    rows: dict[str, Any] = {}
+def unpack_steps(values: dict[str, Any], frames: Frames, hello: Hello) -> list[Step]:
+    """Rebuild the steps of a message; the arrays are views of the frames."""
+    spans = np.frombuffer(frames[1], np.int32).reshape(-1, 3)
+    rows: dict[str, npt.NDArray[Any]] = {}
     if len(frames) == 4:
         shape = (-1, len(hello.layers), hello.top_k)
         rows["topk_ids"] = np.frombuffer(frames[2], hello.id_dtype).reshape(shape)
         rows["topk_weights"] = np.frombuffer(frames[3], hello.weights_dtype).reshape(shape)
-    for name in ("admitted", "resumed"):
-        values[name] = [Admission(**admission) for admission in values[name]]
-    return Step(**values, spans=np.frombuffer(frames[1], np.int32).reshape(-1, 3), **rows)
+    steps, span, row = [], 0, 0
+    for control in values["steps"]:
+        num_spans, num_rows = control.pop("num_spans"), control.pop("rows")
+        for name in {"admitted", "resumed"} & control.keys():
+            control[name] = [Admission(**admission) for admission in control[name]]
+        own: dict[str, Any] = {
+            name: array[row : row + num_rows] for name, array in rows.items() if num_rows
+        }
+        steps.append(Step(**control, spans=spans[span : span + num_spans], **own))
+        span, row = span + num_spans, row + num_rows
+    return steps

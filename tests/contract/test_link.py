@@ -10,7 +10,7 @@ import time
 import pytest
 import zmq
 
-from moescope_service.link import SOCKET_QUEUE, Link
+from moescope_service.link import JOIN_BYTES, SOCKET_QUEUE, Link
 
 from .deployment import DEADLINE_S, wait_until
 
@@ -49,8 +49,8 @@ def receive(router):
     return router.recv_multipart()
 
 
-def make_link(address, on_message=lambda frames: None, max_bytes=2**20):
-    return Link(address, on_message, max_bytes=max_bytes, name="a-link")
+def make_link(address, on_message=lambda frames: None, max_bytes=2**20, join=None):
+    return Link(address, on_message, max_bytes=max_bytes, name="a-link", join=join)
 
 
 def test_messages_arrive_in_order_and_answers_come_back(address, router):
@@ -136,4 +136,23 @@ def test_an_error_in_one_message_does_not_end_the_link(address, router, caplog):
         link.put(Message(b"after"))
         assert router.poll(3000), "the link's thread is dead"
     assert router.recv_multipart()[1] == b"after"
+    link.close()
+
+
+def test_messages_of_one_type_that_wait_are_joined(address):
+    class Other(Message):
+        pass
+
+    link = make_link(address, join=lambda messages: [b"+".join(one.body for one in messages)])
+    bodies = [*(Message(b"%d" % n) for n in range(3)), Other(b"x"), Message(b"3"), Message(b"4")]
+    bodies += [Message(bytes(JOIN_BYTES)), Message(bytes(20))]
+    link._waiting.extend(bodies)  # all at once, whenever the thread wakes
+    link._added_bytes += sum(one.size_bytes for one in bodies)
+    link._wake()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.bind(address)
+        received = [receive(socket)[1] for _ in range(5)]
+    assert received[:3] == [b"0+1+2", b"x", b"3+4"]
+    assert [len(body) for body in received[-2:]] == [JOIN_BYTES, 20]
+    assert link.waiting_bytes == 0
     link.close()

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from moescope_service.capture import layout_v1, layout_v2
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, StepRows
-from moescope_service.messages import pack, unpack, unpack_step
+from moescope_service.messages import pack, unpack, unpack_steps
 from tests.unit.engine_sim import Engine as SimEngine
 from tests.unit.kv_sim import Seq
 from tests.unit.sim_encoder import SimEncoder
@@ -30,15 +30,19 @@ class Collector:
     def __init__(self, socket):
         self.socket = socket
         self.peer = None
+        self.waiting = []
 
     def receive(self):
         assert self.socket.poll(DEADLINE_S * 1000), "no message came"
         self.peer, *frames = self.socket.recv_multipart()
         kind, values = unpack(frames)
-        return kind, unpack_step(values, frames, HELLO) if kind == "step" else values
+        return kind, unpack_steps(values, frames, HELLO) if kind == "steps" else values
 
     def steps(self, number):
-        return [self.receive()[1] for _ in range(number)]
+        while len(self.waiting) < number:
+            self.waiting += self.receive()[1]
+        taken, self.waiting = self.waiting[:number], self.waiting[number:]
+        return taken
 
 
 @pytest.fixture
@@ -166,9 +170,9 @@ def test_the_recorder_outlives_what_its_link_gave_up(address):
             while not seqs or seqs[-1] != last:
                 if not socket.poll(3000):
                     break
-                kind, step = collector.receive()
-                if kind == "step":
-                    seqs.append(step.seq)
+                kind, steps = collector.receive()
+                if kind == "steps":
+                    seqs += [step.seq for step in steps]
         engine.recorder.close()
     assert not deaths, f"the link's thread died: {deaths[0].exc_value!r}"
     assert seqs[-1] == last

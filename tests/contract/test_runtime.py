@@ -100,7 +100,7 @@ def socket(address):
 
 @pytest.mark.parametrize(
     "frames",
-    [[b"not json"], [b""], [b"{}"], pack("what"), pack("query", number=1, op="what"), pack("step"),
+    [[b"not json"], [b""], [b"{}"], pack("what"), pack("query", number=1, op="what"), pack("steps"),
      pack("register"), pack("finish"), [b"[1]"], [b"\xff" * 100, b"x"]],
 )  # fmt: skip
 def test_a_message_that_nobody_understands_is_left_out(address, socket, frames):

@@ -74,7 +74,9 @@ def test_a_router_of_vllm(scheme, num_experts, id_dtype):
 
     def check(num_rows):
         want = run(plain, num_rows)
-        rows = sink.take(num_rows).read()
+        taken = sink.take(num_rows)
+        taken.wait()
+        rows = taken.read()
         assert rows is not None
         np.testing.assert_array_equal(rows.positions, np.arange(1000, 1000 + num_rows))
         for column, (weights, ids) in enumerate(want):
@@ -82,6 +84,7 @@ def test_a_router_of_vllm(scheme, num_experts, id_dtype):
             np.testing.assert_array_equal(
                 rows.topk_weights[:, column], weights.float().cpu().numpy()
             )
+        taken.release()
 
     for num_tokens in (1, 37, 64, MAX_TOKENS):
         run(hooked, num_tokens)
@@ -93,4 +96,6 @@ def test_a_router_of_vllm(scheme, num_experts, id_dtype):
         logits.copy_(torch.randn_like(logits))
         graph.replay()
         check(num_rows)
-    assert sink.take(50).read() is None, "a step in which no router wrote"
+    taken = sink.take(50)
+    taken.wait()
+    assert taken.read() is None, "a step in which no router wrote"

@@ -18,7 +18,7 @@ from moescope_service.messages import (
     Step,
     pack,
     pack_dataclass,
-    pack_step,
+    pack_steps,
 )
 from moescope_service.settings import Settings
 
@@ -134,7 +134,7 @@ class Bench:
 
     def send(self, step: Step, peer: bytes = WORKER) -> None:
         self._seq = step.seq + 1
-        self.collector.handle(peer, _wire(pack_step(step)))
+        self.collector.handle(peer, _wire(pack_steps([step])))
 
     def lose_step(self) -> None:
         self._seq += 1

@@ -12,7 +12,7 @@ from builders import API, Bench, admit, make_rows, make_step, trace_size
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_dataclass, pack_step
+from moescope_service.messages import pack, pack_dataclass, pack_steps
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_token_ids_are_kept_out():
 
 
 def test_a_step_of_nobody_is_left_out(bench):
-    bench.collector.handle(b"stranger", pack_step(make_step(0, [(0, 0, 2)])))
+    bench.collector.handle(b"stranger", pack_steps([make_step(0, [(0, 0, 2)])]))
     assert bench.collector.stats.steps == 0
 
 

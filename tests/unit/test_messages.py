@@ -14,9 +14,9 @@ from moescope_service.messages import (
     Register,
     pack,
     pack_dataclass,
-    pack_step,
+    pack_steps,
     unpack,
-    unpack_step,
+    unpack_steps,
 )
 
 
@@ -35,10 +35,10 @@ def test_a_step_survives_the_wire():
         grown=[(6, [8, 9])],
         block_copies=[(1, 2)],
     )
-    frames = wire(pack_step(step))
+    frames = wire(pack_steps([step]))
     kind, values = unpack(frames)
-    assert kind == "step"
-    back = unpack_step(values, frames, make_hello())
+    assert kind == "steps"
+    (back,) = unpack_steps(values, frames, make_hello())
     for field in dataclasses.fields(step):
         got, sent = getattr(back, field.name), getattr(step, field.name)
         if isinstance(sent, np.ndarray):
@@ -55,17 +55,17 @@ def test_a_step_survives_the_wire():
 @pytest.mark.parametrize("lost", ["queue_full", "paused", "hook_missed"])
 def test_a_lost_step_has_spans_and_a_reason_but_no_rows(lost):
     step = make_step(0, [(0, 0, 3)], lost=lost)
-    frames = wire(pack_step(step))
+    frames = wire(pack_steps([step]))
     assert len(frames) == 2
-    back = unpack_step(unpack(frames)[1], frames, make_hello())
+    (back,) = unpack_steps(unpack(frames)[1], frames, make_hello())
     assert (back.lost, back.topk_ids, back.topk_weights) == (lost, None, None)
     assert back.spans.tolist() == [[0, 0, 3]]
     assert back.rows_bytes == 0
 
 
 def test_a_step_without_rows_has_no_spans():
-    frames = wire([bytes(memoryview(f)) if len(f) else b"" for f in pack_step(make_step(3))])
-    back = unpack_step(unpack(frames)[1], frames, make_hello())
+    frames = wire([bytes(memoryview(f)) if len(f) else b"" for f in pack_steps([make_step(3)])])
+    (back,) = unpack_steps(unpack(frames)[1], frames, make_hello())
     assert back.spans.shape == (0, 3)
     assert back.topk_ids is None
 
@@ -73,8 +73,8 @@ def test_a_step_without_rows_has_no_spans():
 def test_sixteen_bit_ids_and_float32_weights():
     hello = make_hello(num_experts=512, id_dtype="uint16", weights_dtype="float32")
     rows = make_rows(400, 3, hello)
-    frames = wire(pack_step(make_step(0, [(0, 400, 3)], rows=rows)))
-    back = unpack_step(unpack(frames)[1], frames, hello)
+    frames = wire(pack_steps([make_step(0, [(0, 400, 3)], rows=rows)]))
+    (back,) = unpack_steps(unpack(frames)[1], frames, hello)
     np.testing.assert_array_equal(back.topk_ids, rows[0])
     np.testing.assert_array_equal(back.topk_weights, rows[1])
     assert back.rows_bytes == 3 * 2 * 2 * (2 + 4)
@@ -102,6 +102,34 @@ def test_a_frame_that_is_no_control_frame_is_an_error(frame):
 
 
 def test_control_is_plain_json():
-    control = orjson.loads(pack_step(make_step(1, [(0, 0, 1)]))[0])
-    assert control["kind"] == "step"
-    assert not {"spans", "topk_ids", "topk_weights"} & control.keys()
+    control = orjson.loads(pack_steps([make_step(1, [(0, 0, 1)])])[0])
+    assert control["kind"] == "steps"
+    (step,) = control["steps"]
+    assert not {"spans", "topk_ids", "topk_weights"} & step.keys()
+
+
+def test_steps_in_one_message_stay_apart():
+    steps = [
+        make_step(3, [(0, 0, 3), (1, 5, 2)], admitted=[admit(0, "a", 3, [1])]),
+        make_step(4, finished=[1]),
+        make_step(5, [(0, 3, 1)], lost="queue_full"),
+        make_step(6, [(0, 4, 1)]),
+    ]
+    frames = wire(pack_steps(steps))
+    back = unpack_steps(unpack(frames)[1], frames, make_hello())
+    assert [step.seq for step in back] == [3, 4, 5, 6]
+    for got, sent in zip(back, steps, strict=True):
+        assert (got.finished, got.admitted, got.lost) == (sent.finished, sent.admitted, sent.lost)
+        np.testing.assert_array_equal(got.spans, sent.spans)
+        for name in ("topk_ids", "topk_weights"):
+            want = getattr(sent, name)
+            assert (getattr(got, name) is None) == (want is None)
+            if want is not None:
+                np.testing.assert_array_equal(getattr(got, name), want)
+
+
+def test_a_message_of_steps_without_rows_has_no_frames_for_them():
+    frames = wire(
+        pack_steps([make_step(0, finished=[1]), make_step(1, [(0, 0, 1)], lost="paused")])
+    )
+    assert len(frames) == 2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moescope_service.capture.rows import Batch, PendingRows, StepRows
-from moescope_service.messages import Admission, Frames, Step, pack_step
+from moescope_service.messages import Admission, Frames, Step, pack_steps
 
 CONTROL_BYTES = 1024
 """What a step's control is taken to hold while it waits."""
@@ -46,17 +46,21 @@ class StepMessage:
     @property
     def size_bytes(self) -> int:
         """What it holds while it waits, in bytes."""
-        rows = self.rows
-        return CONTROL_BYTES + (0 if rows is None or isinstance(rows, str) else rows.size_bytes)
+        return CONTROL_BYTES + (0 if self.pending is None else self.pending.size_bytes)
+
+    @property
+    def pending(self) -> PendingRows | None:
+        """The rows, if there are any."""
+        return None if isinstance(self.rows, str) else self.rows
 
     def encode(self) -> Frames:
         """Return the frames; waits for the rows where they are still on their way."""
-        return pack_step(self.encoder.encode(self))
+        return self.encoder.pack([self])
 
     def discard(self) -> None:
         """Give up its rows: it was not taken to be sent."""
-        if self.rows is not None and not isinstance(self.rows, str):
-            self.rows.discard()
+        if self.pending is not None:
+            self.pending.discard()
 
 
 class ControlEncoder:
@@ -76,9 +80,22 @@ class ControlEncoder:
         self._max_overshoot = max_overshoot
         self._handles: dict[str, int] = {}
         self._free: list[int] = []
+        # Most steps have the sequences of the step before.
+        self._last_ids: list[str] = []
+        self._last_handles = np.empty(0, np.int32)
+
+    def pack(self, messages: Sequence[StepMessage]) -> Frames:
+        """Return the frames of consecutive steps; waits for rows that are still on their way."""
+        pending = [message.pending for message in messages if message.pending is not None]
+        if pending:
+            pending[-1].wait()
+        frames = pack_steps([self.encode(message) for message in messages])
+        for rows in pending:
+            rows.release()
+        return frames
 
     def encode(self, message: StepMessage) -> Step:
-        """Return the step that a message describes."""
+        """Return the step that a message describes; its rows are those of the message."""
         spans = np.empty((0, 3), np.int32)
         step = Step(seq=message.seq, time_s=message.time_s, host_s=message.host_s, spans=spans)
         self._fill_control(step, message)
@@ -94,6 +111,8 @@ class ControlEncoder:
             else:
                 step.finished.append(handle)
         self._free += step.finished
+        if step.finished:
+            self._last_ids = []
         step.admitted = [self._admission(*new) for new in message.new]
         if message.cached is not None:
             self._fill_cached(step, message.cached)
@@ -112,7 +131,9 @@ class ControlEncoder:
                 step.grown.append((self._handle(request_id), blocks[self._group]))
 
     def _fill_rows(self, step: Step, batch: Batch, rows: PendingRows | str | None) -> None:
-        handles = np.array([self._handle(name) for name in batch.request_ids], np.int32)
+        if batch.request_ids != self._last_ids:
+            self._last_ids = batch.request_ids
+            self._last_handles = np.array([*map(self._handle, self._last_ids)], np.int32)
         lengths = np.diff(batch.first_row)
         found: StepRows | None = None
         if isinstance(rows, str):
@@ -126,7 +147,9 @@ class ControlEncoder:
             # Where the rows were is only known roughly: rather one too many is missing.
             starts = np.maximum(batch.scheduled_position - self._max_overshoot, 0)
             lengths = lengths + (batch.scheduled_position - starts)
-        step.spans = np.stack([handles, starts, lengths], axis=1).astype(np.int32)
+        step.spans = np.stack(
+            [self._last_handles, starts, lengths], axis=1, dtype=np.int32, casting="unsafe"
+        )
 
     def _admission(
         self, request_id: str, prompt_len: int, num_computed: int, blocks: Any

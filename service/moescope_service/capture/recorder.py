@@ -71,6 +71,7 @@ class Recorder:
             self._on_message,
             max_bytes=max_rows_bytes + _MAX_CONTROL_BYTES,
             name="moescope-recorder",
+            join=encoder.pack,
         )
         self._link.put(_HelloMessage(hello))
 

@@ -1,8 +1,8 @@
 """Pinned host memory in which the GPU leaves packed rows for the link's thread.
 
 The worker's thread reserves room and launches the kernel that fills it; the link's thread waits
-for the step's event, copies the rows out and gives the room back. Nothing is ever overwritten
-before it was read: a full ring means that a step's rows are dropped, and counted.
+for the step's event, copies the rows into a message and gives the room back. Nothing is ever
+overwritten before it was read: a full ring means that a step's rows are dropped, and counted.
 """
 
 from __future__ import annotations
@@ -86,17 +86,20 @@ class RowRing:
         return reserved
 
     def undo(self, reserved: ReservedRows) -> None:
-        """Take the last reservation back; the GPU may write to it until the next one is filled."""
+        """Take the last reservation back."""
         self._head = reserved.previous_head
         self._events.append(reserved.event)
 
-    def copy_out(self, reserved: ReservedRows) -> StepRows:
-        """Return copies of a step's rows, and give their room back."""
+    def view(self, reserved: ReservedRows) -> StepRows:
+        """Return a step's rows, which are the ring's own memory."""
         slots = slice(reserved.offset, reserved.offset + reserved.num_rows)
-        topk_ids, topk_weights, positions = (view[slots].copy() for view in self._views)
+        topk_ids, topk_weights, positions = self._views
+        return StepRows(positions[slots], topk_ids[slots], topk_weights[slots])
+
+    def release(self, reserved: ReservedRows) -> None:
+        """Take the room of a step back, and that of all steps before it."""
         self._tail = reserved.end
         self._events.append(reserved.event)
-        return StepRows(positions, topk_ids, topk_weights)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,12 +121,19 @@ class ReservedRows:
         """Bytes that the rows hold while they wait."""
         return self.num_rows * self.ring.row_bytes
 
-    def read(self) -> StepRows | None:
-        """Wait for the GPU and return copies; None where a layer did not write its part."""
+    def wait(self) -> None:
+        """Wait until the GPU has filled this room, and so all before it."""
         self.event.synchronize()
-        rows = self.ring.copy_out(self)
-        return None if (rows.positions < 0).any() else rows
+
+    def read(self) -> StepRows | None:
+        """Return the rows in place; None where a layer did not write its part."""
+        rows = self.ring.view(self)
+        return None if rows.positions.min() < 0 else rows
+
+    def release(self) -> None:
+        """Give the room back."""
+        self.ring.release(self)
 
     def discard(self) -> None:
-        """Give the room back unread."""
+        """Give the room back unread; the GPU may still write to it, before what comes next."""
         self.ring.undo(self)

@@ -38,30 +38,45 @@ class StepRows:
         """Bytes of what is shipped."""
         return self.topk_ids.nbytes + self.topk_weights.nbytes
 
+    def wait(self) -> None:
+        """Return at once: the rows are here."""
+
     def read(self) -> StepRows:
-        """Return itself: the rows are here."""
+        """Return itself."""
         return self
 
+    def release(self) -> None:
+        """Do nothing: they are nobody else's."""
+
     def discard(self) -> None:
-        """Forget them."""
+        """Do nothing."""
 
 
 class PendingRows(Protocol):
-    """Rows that may still be on their way to host memory."""
+    """Rows that may still be on their way to host memory.
+
+    The link's thread calls `wait`, `read` and `release`, or the worker's thread `discard`.
+    """
 
     @property
     def size_bytes(self) -> int:
         """Bytes that they hold while they wait."""
 
+    def wait(self) -> None:
+        """Wait until these rows, and all that were taken before them, are in host memory."""
+
     def read(self) -> StepRows | None:
-        """Wait for the rows and return copies; called once, in the link's thread.
+        """Return the rows, to be used until `release`.
 
         Returns:
             None where a layer did not write its part: the rows would be partly another step's.
         """
 
+    def release(self) -> None:
+        """Give their room back."""
+
     def discard(self) -> None:
-        """Give up rows that were the last to be taken; called on the worker's thread."""
+        """Give up rows that were the last to be taken."""
 
 
 class StepSink(Protocol):

@@ -20,7 +20,7 @@ from moescope_service.collector.routes_log import RoutesLog
 from moescope_service.collector.sequences import Sequence, Sequences
 from moescope_service.collector.stats import Stats
 from moescope_service.collector.store import Kept, TraceStore
-from moescope_service.messages import Frames, Hello, Register, pack, unpack, unpack_step
+from moescope_service.messages import Frames, Hello, Register, Step, pack, unpack, unpack_steps
 from moescope_service.settings import Settings
 
 logger = logging.getLogger("moescope.collector")
@@ -60,8 +60,8 @@ class Collector:
         """
         kind, values = unpack(frames)
         match kind:
-            case "step":
-                self._on_step(peer, values, frames)
+            case "steps":
+                self._on_steps(peer, values, frames)
             case "register":
                 prompt_ids = np.frombuffer(frames[1], np.int32) if len(frames) > 1 else None
                 self._settle(self.sequences.register(Register(**values), prompt_ids))
@@ -110,11 +110,13 @@ class Collector:
                 self._log.begin(hello)
         self.outbox.append((peer, pack("capture", on=self.is_capturing)))
 
-    def _on_step(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
+    def _on_steps(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
         worker = self._workers.get(peer)
-        if worker is None:
-            return
-        step = unpack_step(values, frames, worker.hello)
+        if worker is not None:
+            for step in unpack_steps(values, frames, worker.hello):
+                self._apply(worker, step)
+
+    def _apply(self, worker: Reassembler, step: Step) -> None:
         self.stats.add_step(step)
         ended, written = worker.apply(step)
         if logger.isEnabledFor(logging.DEBUG):
