@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moescope import Client, datasets
+from moescope import Client, datasets, replay
 from moescope.servers import Server, captured_command, wait_ready
 from moescope_service import bundled_model
+from moescope_service.bundled_model.problems import final_answer
 from tests.e2e.conftest import free_port
 from tests.gpu import fidelity, tap
 
@@ -33,6 +34,7 @@ def test_routes_are_what_the_routers_computed(runner: str, tmp_path: Path) -> No
         agreement = fidelity.compare_logits(server.url, tmp_path)
         with Client(server.url) as client:
             assert client.info().router_types == ("FusedTopKRouter",)
+        responses = asyncio.run(replay_all(server.url, questions))
         coverage = fidelity.coverage(server.url, answers)
     assert coverage == {"traces": len(questions), "coverage_1": len(questions)}
     if runner == "v2":
@@ -41,3 +43,14 @@ def test_routes_are_what_the_routers_computed(runner: str, tmp_path: Path) -> No
     assert agreement.rows > 1500
     assert agreement.not_top_k == 0
     assert agreement.largest_error_in_spacings <= 1.0
+    # The model still computes what it was trained to: nothing of the capture got in its way.
+    right = [
+        final_answer(response.text or "") == final_answer(item.answer)
+        for response, item in zip(responses, datasets.sample(), strict=True)
+    ]
+    assert sum(right) >= 98
+
+
+async def replay_all(url: str, questions: list[str]) -> list[replay.Response]:
+    async with replay.connect(url) as http:
+        return await replay.replay(questions, http, replay.Options(concurrency=32))

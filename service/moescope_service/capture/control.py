@@ -134,22 +134,21 @@ class ControlEncoder:
         if batch.request_ids != self._last_ids:
             self._last_ids = batch.request_ids
             self._last_handles = np.array([*map(self._handle, self._last_ids)], np.int32)
-        lengths = np.diff(batch.first_row)
+        step.spans = spans = np.empty((len(self._last_handles), 3), np.int32)
+        spans[:, 0] = self._last_handles
+        spans[:, 2] = batch.first_row[1:] - batch.first_row[:-1]
         found: StepRows | None = None
         if isinstance(rows, str):
             step.lost = rows
         elif rows is not None and (found := rows.read()) is None:
             step.lost = "hook_missed"
         if found is not None:
-            starts = found.positions[batch.first_row[:-1]]
+            spans[:, 1] = found.positions[batch.first_row[:-1]]
             step.topk_ids, step.topk_weights = found.topk_ids, found.topk_weights
         else:
             # Where the rows were is only known roughly: rather one too many is missing.
-            starts = np.maximum(batch.scheduled_position - self._max_overshoot, 0)
-            lengths = lengths + (batch.scheduled_position - starts)
-        step.spans = np.stack(
-            [self._last_handles, starts, lengths], axis=1, dtype=np.int32, casting="unsafe"
-        )
+            spans[:, 1] = np.maximum(batch.scheduled_position - self._max_overshoot, 0)
+            spans[:, 2] += batch.scheduled_position - spans[:, 1]
 
     def _admission(
         self, request_id: str, prompt_len: int, num_computed: int, blocks: Any
