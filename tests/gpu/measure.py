@@ -109,7 +109,7 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
                 info = client.info()
             return {
                 "model_runner": runner,
-                "command": shlex.join(server.command),
+                "command": shlex.join(["python", *server.command[1:]]),
                 "router_types": info.router_types,
                 "ids_against_vllm": fidelity.compare_ids(answers) if runner == "v2" else None,
                 "coverage": fidelity.coverage(server.url, answers),
