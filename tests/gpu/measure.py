@@ -30,12 +30,13 @@ import orjson
 
 from moescope import Client, datasets, environment
 from moescope.servers import Server, captured_command, stock_command, stock_env, wait_ready
-from moescope_service import versions
+from moescope_service.versions import versions
 from tests.gpu import fidelity, tap, throughput
 
-PARTS = ("fidelity_v2", "fidelity_v1", "throughput")
+PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "throughput")
 START_TIMEOUT_S = 420.0
 TAP_ROWS = 12_000
+STOCK_QUESTIONS = 50
 
 
 class Result:
@@ -63,7 +64,7 @@ def gpu() -> str:
 
 def packages() -> dict[str, str]:
     """Return the versions of what the result depends on."""
-    return {**versions.versions(), "triton": importlib.metadata.version("triton")}
+    return {**versions(), "triton": importlib.metadata.version("triton")}
 
 
 @contextlib.contextmanager
@@ -117,16 +118,36 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
             }
 
 
+def run_stock_routing(args: argparse.Namespace, questions: Sequence[str]) -> dict[str, Any]:
+    """Compare routes with vLLM's own capture in a server that has nothing of moescope."""
+    share = side_by_side(args)
+    stock = stock_command(["--model", args.model, *share, "--enable-return-routed-experts"])
+    arms = [
+        (throughput.STOCK, stock, stock_env(os.environ)),
+        (throughput.MOESCOPE, captured_command([args.model, *share]), dict(os.environ)),
+    ]
+    with servers(args, arms) as started:
+        urls = (started[throughput.STOCK].url, started[throughput.MOESCOPE].url)
+        return fidelity.compare_stock(*urls, questions)
+
+
+def side_by_side(args: argparse.Namespace) -> list[str]:
+    """Return vLLM's flags for servers that share the GPU.
+
+    Their KV cache is given, not profiled: starting together, they would count each other's memory.
+    """
+    cache = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
+    return [*args.vllm, *cache, "--gpu-memory-utilization", "0.2"]
+
+
 def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: Result) -> None:
     """Alternate loads between stock vLLM, stock vLLM again, and moescope."""
-    # Given, not profiled: servers that start side by side would count each other's memory.
-    share = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
-    share += ["--gpu-memory-utilization", "0.2"]
-    stock = stock_command(["--model", args.model, *args.vllm, *share])
+    share = side_by_side(args)
+    stock = stock_command(["--model", args.model, *share])
     arms = [
         (throughput.STOCK, stock, stock_env(os.environ)),
         (throughput.STOCK_AGAIN, stock, stock_env(os.environ)),
-        (throughput.MOESCOPE, captured_command([args.model, *args.vllm, *share]), dict(os.environ)),
+        (throughput.MOESCOPE, captured_command([args.model, *share]), dict(os.environ)),
     ]
     measured: list[dict[str, Any]] = []
     with servers(args, arms) as started:
@@ -161,9 +182,12 @@ def main() -> None:
     for part in args.part or PARTS:
         if part == "throughput":
             run_throughput(args, questions, result)
+            continue
+        if part == "stock_routing":
+            result[part] = run_stock_routing(args, questions[:STOCK_QUESTIONS])
         else:
             result[part] = run_fidelity(args, questions[: args.limit], part[-2:])
-            print(orjson.dumps(result.values[part]).decode(), flush=True)
+        print(orjson.dumps(result.values[part]).decode(), flush=True)
 
 
 if __name__ == "__main__":
