@@ -9,7 +9,7 @@ TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 PIP_FLAGS := --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/demo
 
-.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e lint format \
+.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e bench lint format \
 	lock clean
 
 help: ## Show this list
@@ -50,6 +50,9 @@ test-kernels: setup ## GPU kernels, interpreted where there is no GPU; what need
 
 test-e2e: setup ## Real vLLM servers on the CPU
 	$(BIN)/python -m pytest tests/e2e
+
+bench: setup ## Measure what needs no GPU: what a scrape of a big model costs
+	$(BIN)/python -m tests.bench.scrape --out runs/bench/scrape.json
 
 lint: setup ## Format check, lint, types
 	$(BIN)/ruff format --check .

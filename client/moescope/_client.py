@@ -136,13 +136,24 @@ class Client:
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"not a list of sequences: {error!r}") from error
 
-    def experts(self, phase: Literal["all", "prefill", "decode"] = "all") -> ExpertCounts:
+    def experts(
+        self,
+        phase: Literal["all", "prefill", "decode"] = "all",
+        window_s: float | None = None,
+    ) -> ExpertCounts:
         """Fetch how often each expert was selected, over all traffic.
 
         Args:
             phase: Which tokens to count.
+            window_s: Only the last seconds, at most 3600; since start or reset where None.
+
+        Raises:
+            InvalidQueryError: The window is too long.
         """
-        return ExpertCounts.from_json(self._json("GET", "/experts", {"phase": phase}))
+        params: dict[str, Any] = {"phase": phase}
+        if window_s is not None:
+            params["window_s"] = window_s
+        return ExpertCounts.from_json(self._json("GET", "/experts", params))
 
     def info(self) -> ServerInfo:
         """Fetch what the server captures: model, layers, experts, versions, limits."""

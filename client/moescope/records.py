@@ -110,6 +110,8 @@ class ExpertCounts(_Record):
     """``all``, ``prefill`` or ``decode``."""
     since_s: float
     """Unix time from which the counts run, in seconds."""
+    window_s: float | None = None
+    """Seconds that a window covers: up to 10 more than asked for; less where not more is known."""
     num_rows: int
     """Routed tokens counted."""
     num_experts: int

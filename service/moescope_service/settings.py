@@ -62,6 +62,16 @@ def _choice(*allowed: str) -> Any:
     return parse
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds <= 3600.0:
+        raise ValueError(f"{text!r} is no window: give seconds from above 0 to 3600")
+    return seconds
+
+
 def _setting(
     default: str, parse: Any, metavar: str, text: str, default_text: str | None = None
 ) -> Any:
@@ -97,6 +107,15 @@ class Settings:
     )
     log_layers: tuple[int, ...] | None = _setting(
         "", parse_layers, "LAYERS", "Layers that the log holds, such as 0,5-7.", "the first one"
+    )
+    metrics_window: float = _setting(
+        "60", _seconds, "SECONDS", "Window of the load balance metrics, up to 3600."
+    )
+    expert_metrics: str = _setting(
+        "auto",
+        _choice("auto", "on", "off"),
+        "auto|on|off",
+        "Counts of every expert in /metrics; auto: up to 2,000 layers x experts.",
     )
     allow_untested_vllm: str = _setting(
         "off", _choice("on", "off"), "on|off", "Try a vLLM version that moescope was not tested on."

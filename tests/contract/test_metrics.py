@@ -75,6 +75,15 @@ def test_one_scrape_holds_both_and_the_totals_are_those_of_experts(served, accep
     assert value(samples, "moescope_sequences_running") == 1
     assert value(samples, "moescope_steps_total") > 0
     assert value(samples, "moescope_hook_seconds_total") > 0
+    for phase, count in (("prefill", 4 * len(PROMPT)), ("decode", rows - 4 * len(PROMPT))):
+        assert value(samples, "moescope_rows_total", phase=phase) == count
+        assert value(samples, "moescope_window_rows", phase=phase) == count
+    assert value(samples, "moescope_trace_rows_total", source="computed") == 2 * NUM_ROWS + 5
+    assert value(samples, "moescope_trace_rows_total", source="missing") == 1
+    assert value(samples, "moescope_trace_rows_missing_total", cause="hook_missed") == 1
+    assert value(samples, "moescope_trace_rows_missing_total") == 1
+    assert value(samples, "moescope_experts") == 8
+    assert value(samples, "moescope_layers") == 2
     experts = served.http.get("/experts").json()
     assert value(samples, "moescope_expert_tokens_total") == np.sum(experts["counts"]) == rows * 4
     for phase in ("prefill", "decode"):
@@ -109,7 +118,16 @@ def test_experts(served):
     with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
         np.testing.assert_array_equal(arrays["counts"], split[1]["counts"])
         assert arrays["layers"].tolist() == [1, 3]
-    for params, words in (({"phase": "x"}, "'prefill'"), ({"format": "xml"}, "'npz'")):
+    window = served.http.get("/experts", params={"window_s": 600}).json()
+    assert window["counts"] == body["counts"]
+    assert 0 < window["window_s"] < 600
+    bad = [
+        ({"phase": "x"}, "'prefill'"),
+        ({"format": "xml"}, "'npz'"),
+        ({"window_s": 3601}, "3600"),
+        ({"window_s": 0}, "greater than 0"),
+    ]
+    for params, words in bad:
         answer = served.http.get("/experts", params=params)
         assert answer.status_code == 422
         assert words in answer.json()["error"]["message"]
@@ -117,7 +135,8 @@ def test_experts(served):
 
 def test_the_client_reads_experts_and_info(served, client):
     counts = client.experts("decode")
-    assert (counts.phase, counts.counts.shape) == ("decode", (2, 8))
+    assert (counts.phase, counts.counts.shape, counts.window_s) == ("decode", (2, 8), None)
+    assert 0 < client.experts(window_s=600.0).window_s < 600
     info = client.info()
     assert (info.model, info.layers, info.num_experts, info.top_k) == ("tiny", (1, 3), 8, 2)
     assert (info.router_types, info.seed, info.capture) == (("CPURouter",), 7, "on")
@@ -172,19 +191,64 @@ def test_openapi_lists_every_endpoint(deployment):
     assert batch["responses"]["200"]["content"].keys() == {"application/json", "application/x-npz"}
 
 
-def test_too_many_experts_are_absent_not_coarser():
-    def families(num_experts):
-        hello = {"model": "m", "layers": [0, 1], "num_experts": num_experts}
-        values = {
-            "hello": hello, "rows_captured": 0, "rows_lost": {}, "steps": 0, "hook_seconds": 0.0,
-            "traces": {}, "store": {"evicted": 0, "traces": 0, "bytes": 0, "limit_bytes": 1},
-            "lag_seconds": 0.0, "running": 0, "capture": "on", "gaps": 0, "unclaimed": 0,
-        }  # fmt: skip
-        registry = CollectorRegistry()
-        registry.register(
-            Snapshot(Reply(values, [np.zeros((2, 2, num_experts), np.int64).tobytes()]))
-        )
-        return {family.name for family in registry.collect()}
+def families(num_layers=2, num_experts=8, window=None, expert_metrics="auto"):
+    """What a scrape shows of a model: families by name."""
+    hello = {"model": "m", "layers": list(range(num_layers)), "num_experts": num_experts}
+    shape = (2, num_layers, num_experts)
+    window = np.ones(shape, np.int64) if window is None else window
+    values = {
+        "hello": hello, "rows_captured": 0, "rows_lost": {}, "steps": 0, "hook_seconds": 0.0,
+        "traces": {}, "store": {"evicted": 0, "traces": 0, "bytes": 0, "limit_bytes": 1},
+        "lag_seconds": 0.0, "running": 0, "capture": "on", "gaps": 0, "unclaimed": 0,
+        "trace_rows": {}, "missing": {}, "rows": [0, 0], "window_rows": [0, 0],
+    }  # fmt: skip
+    registry = CollectorRegistry()
+    reply = Reply(values, [np.zeros(shape, np.int64).tobytes(), window.tobytes()])
+    registry.register(Snapshot(reply, expert_metrics))
+    return {family.name: family for family in registry.collect()}
 
-    assert families(MAX_EXPERT_SERIES // 2) == set(METRICS)
-    assert families(MAX_EXPERT_SERIES // 2 + 1) == set(METRICS) - {"moescope_expert_tokens"}
+
+def test_too_many_experts_are_absent_not_coarser():
+    experts = "moescope_expert_tokens"
+    assert set(families(num_experts=MAX_EXPERT_SERIES // 2)) == set(METRICS)
+    assert set(families(num_experts=MAX_EXPERT_SERIES // 2 + 1)) == set(METRICS) - {experts}
+    assert experts in families(num_experts=MAX_EXPERT_SERIES, expert_metrics="on")
+    assert experts not in families(expert_metrics="off")
+
+
+def test_a_big_model_shows_few_series():
+    """58 layers of 256 experts, as DeepSeek-V3 has them."""
+    shown = families(num_layers=58, num_experts=256)
+    assert sum(len(family.samples) for family in shown.values()) <= 2000
+
+
+def samples_of(family):
+    return {tuple(s.labels.values())[1:]: s.value for s in family.samples}
+
+
+def test_the_balance_of_the_window():
+    window = np.zeros((2, 2, 4), np.int64)
+    window[0, 0] = [4, 4, 4, 4]
+    window[1, 0] = [6, 0, 2, 0]
+    shown = families(num_experts=4, window=window)
+    layer = {name.removeprefix("moescope_layer_"): samples_of(f) for name, f in shown.items()}
+    assert layer["normalized_entropy"] == {
+        ("0", "prefill"): pytest.approx(1.0),
+        ("0", "decode"): pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)),
+    }
+    assert layer["max_violation"] == {("0", "prefill"): 0.0, ("0", "decode"): 2.0}
+    assert layer["max_mean_load_ratio"] == {("0", "prefill"): 1.0, ("0", "decode"): 3.0}
+    assert layer["active_experts"] == {("0", "prefill"): 4.0, ("0", "decode"): 2.0}
+    assert (layer["hottest_expert"], layer["hottest_expert_share"]) == (
+        {("0",): 0.0},
+        {("0",): 10 / 24},
+    )
+    assert (layer["coldest_expert"], layer["coldest_expert_share"]) == (
+        {("0",): 1.0},
+        {("0",): 4 / 24},
+    )
+
+
+def test_a_window_without_traffic_shows_no_balance():
+    shown = families(window=np.zeros((2, 2, 8), np.int64))
+    assert not [name for name, f in shown.items() if "_layer_" in name and f.samples]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from builders import make_rows
 
-from moescope_service.collector.arena import Arena
+from moescope_service.collector.arena import EMPTY, FILLED, Arena
 
 
 @pytest.fixture
@@ -21,14 +21,14 @@ def write(arena, slots, first):
 
 
 def check(arena, slots, first):
-    ids, weights, filled = arena.read(np.array(slots))
-    assert filled.all()
+    ids, weights, state = arena.read(np.array(slots))
+    assert (state == FILLED).all()
     np.testing.assert_array_equal(ids, make_rows(first, len(slots))[0])
     np.testing.assert_array_equal(weights, make_rows(first, len(slots))[1])
 
 
 def filled(arena):
-    return np.flatnonzero(arena.read(np.arange(16))[2]).tolist()
+    return np.flatnonzero(arena.read(np.arange(16))[2] == FILLED).tolist()
 
 
 def test_nothing_is_filled_at_first(arena):
@@ -76,8 +76,9 @@ def test_a_copied_block_brings_rows_and_gaps(arena):
 def test_void(arena):
     write(arena, range(8), 0)
     before = arena.generation.copy()
-    arena.void(np.array([0, 5]))
+    arena.void(np.array([0, 5]), 7)
     assert filled(arena) == [1, 2, 3, 4, 6, 7]
+    assert arena.read(np.array([5, 6, 9]))[2].tolist() == [7, FILLED, EMPTY]
     np.testing.assert_array_equal(arena.generation, before)
     arena.void_all()
     assert filled(arena) == []

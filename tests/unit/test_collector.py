@@ -258,3 +258,46 @@ def test_answers_go_to_who_asked(bench):
     bench.collector.handle(b"other", pack("query", op="info", number=9))
     (peer, frames) = bench.collector.outbox[-1]
     assert (peer, orjson.loads(frames[0])["number"]) == (b"other", 9)
+
+
+class TestCauses:
+    """Why rows are missing, in the metrics."""
+
+    def missing(self, bench):
+        return {k: n for k, n in bench.answered("metrics").values["missing"].items() if n}
+
+    def test_a_whole_trace_misses_nothing(self, bench):
+        bench.run("a")
+        assert self.missing(bench) == {}
+        assert bench.answered("metrics").values["trace_rows"] == {"computed": 5}
+
+    @pytest.mark.parametrize("reason", ["queue_full", "paused", "hook_missed"])
+    def test_rows_that_were_lost_on_the_way(self, bench, reason):
+        bench.register("a")
+        bench.step([(0, 0, 4)], admitted=[admit(0, "a-i", 4, [0, 1])])
+        bench.step([(0, 4, 1)], lost=reason)
+        bench.finish("a-i")
+        bench.end()
+        assert self.missing(bench) == {reason: 1}
+        rows = bench.answered("metrics").values["trace_rows"]
+        assert rows == {"computed": 4, "cached": 0, "missing": 1}
+
+    def test_a_hit_on_a_block_whose_rows_never_came(self, bench):
+        bench.register("a")
+        bench.step([(0, 4, 1)], admitted=[admit(0, "a-i", 5, [7, 8], cached=4)])
+        bench.finish("a-i", output=[9])
+        bench.end()
+        assert self.missing(bench) == {"not_captured": 4}
+
+    def test_a_block_that_went_to_another_sequence(self, bench):
+        bench.start("a")
+        bench.step([(1, 0, 4)], admitted=[admit(1, "b-i", 4, [0])])
+        bench.finish("a-i")
+        bench.end(0)
+        assert self.missing(bench) == {"overwritten": 4}
+
+    def test_a_worker_that_never_said_how_it_ended(self, bench):
+        bench.start("a")
+        bench.finish("a-i")
+        bench.pass_s(WORKER_TIMEOUT_S)
+        assert self.missing(bench) == {"unknown": 5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import orjson
 import pytest
@@ -107,6 +109,29 @@ class TestExperts:
         want = sum(trace.counts() for name in "ab" for trace in bench.traces(name))
         np.testing.assert_array_equal(counts.sum(axis=0), want)
         assert reply.values["rows"] == [8, 2]
+
+    def test_windows(self, bench):
+        """Marks stand every ten seconds; the answer says what a window really covers."""
+        for name in "abc":
+            bench.run(name)
+            bench.pass_s(10.0)
+        for window_s, covered_s, runs in ((5.0, 10.0, 1), (10.0, 10.0, 1), (15.0, 20.0, 2),
+                                          (30.0, 30.0, 3), (3600.0, 30.0, 3)):  # fmt: skip
+            reply = bench.answered("experts", window_s=window_s)
+            assert reply.values["window_s"] == covered_s, window_s
+            assert np.sum(reply.values["rows"]) == runs * 5, window_s
+            assert np.frombuffer(reply.arrays[0], np.int64).sum() == runs * 5 * 4
+            assert time.time() - reply.values["since_s"] == pytest.approx(covered_s, abs=1.0)
+        assert bench.answered("experts").values["window_s"] is None
+
+    def test_a_window_reaches_behind_no_reset(self, bench):
+        bench.run("a")
+        bench.pass_s(10.0)
+        bench.answered("reset")
+        bench.pass_s(1.0)
+        bench.run("b")
+        reply = bench.answered("experts", window_s=60.0)
+        assert (reply.values["window_s"], sum(reply.values["rows"])) == (1.0, 5)
 
     def test_reset(self, bench):
         bench.run("a")

@@ -7,6 +7,7 @@ import pytest
 from builders import admit, make_hello, make_rows, make_step
 
 from moescope.trace import Source
+from moescope_service.collector.arena import FILLED
 from moescope_service.collector.reassembly import Reassembler, Rows
 
 C, H, M = Source.COMPUTED, Source.CACHED, Source.MISSING
@@ -211,7 +212,9 @@ def test_describe(worker):
 
 def test_rows_are_cut_and_filled_up():
     ids, weights = make_rows(0, 3)
-    rows = Rows([1, 3], ids, weights, np.array([C, H, C], np.uint8), 1)
+    rows = Rows(
+        [1, 3], ids, weights, np.array([C, H, C], np.uint8), np.full(3, FILLED, np.uint8), 1
+    )
     check(rows.resized(2), [C, H])
     check(rows.resized(3), [C, H, C])
     check(rows.resized(5), [C, H, C, M, M])

@@ -9,6 +9,7 @@ import pytest
 from builders import Clock, make_hello, make_register, make_rows
 
 from moescope.trace import Source
+from moescope_service.collector.arena import FILLED
 from moescope_service.collector.reassembly import Rows
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S, Sequences
 
@@ -18,7 +19,14 @@ PROMPT, OUTPUT = np.array([1, 2, 3, 4], np.int32), np.array([5, 6], np.int32)
 
 def make_sequence_rows(num_rows=5):
     ids, weights = make_rows(0, num_rows)
-    return Rows(HELLO.layers, ids, weights, np.zeros(num_rows, np.uint8), 0)
+    return Rows(
+        HELLO.layers,
+        ids,
+        weights,
+        np.zeros(num_rows, np.uint8),
+        np.full(num_rows, FILLED, np.uint8),
+        0,
+    )
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def sequences(clock):
 
 
 def trace(sequence, **changes):
-    return sequence.trace(HELLO, **{"timed_out": False, "with_token_ids": True} | changes)
+    return sequence.trace(HELLO, **{"timed_out": False, "with_token_ids": True} | changes)[0]
 
 
 @pytest.mark.parametrize(

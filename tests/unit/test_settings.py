@@ -145,3 +145,14 @@ def test_an_error_names_the_flag_and_nothing_is_written():
 )
 def test_enabled(env, enabled):
     assert is_enabled(env) is enabled
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("60", 60.0), ("0.5", 0.5), ("3600", 3600.0)])
+def test_the_window_of_the_metrics(text, seconds):
+    assert Settings.from_env({"MOESCOPE_ROUTES_METRICS_WINDOW": text}).metrics_window == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "3601", "1m", "nan", "inf", ""])
+def test_what_is_no_window(text):
+    with pytest.raises(ValueError, match=r"^MOESCOPE_ROUTES_METRICS_WINDOW: .* is no window"):
+        Settings.from_env({"MOESCOPE_ROUTES_METRICS_WINDOW": text or " "})

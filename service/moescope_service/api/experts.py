@@ -14,6 +14,7 @@ from moescope_service.api.collector_client import Reply
 from moescope_service.api.responses import MoescopeRoute, encoded
 from moescope_service.api.routes import Collector
 from moescope_service.collector.counters import PHASES
+from moescope_service.collector.windows import MAX_WINDOW_S
 from moescope_service.settings import Settings
 
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
@@ -35,13 +36,21 @@ async def experts(
     form: Annotated[
         Literal["json", "npz"], Query(alias="format", description="Format of the body.")
     ] = "json",
+    window_s: Annotated[
+        float | None,
+        Query(
+            gt=0,
+            le=MAX_WINDOW_S,
+            description="Only the last seconds; the answer's ``window_s`` says how many they are.",
+        ),
+    ] = None,
 ) -> Response:
     """Return how often each expert was selected, of all traffic, since start or the last reset.
 
     Every routing computed counts, kept or not: without preemption or speculation, rows with source
     ``computed`` x top-k.
     """
-    reply = await collector.ask("experts")
+    reply = await collector.ask("experts", window_s=window_s)
     info = (await collector.ask("info")).values["hello"]
     if info is None:
         raise HTTPException(503, "no worker has said what it captures yet")
@@ -57,6 +66,7 @@ def _experts_body(reply: Reply, hello: dict[str, Any], phase: str, form: str) ->
         "model": hello["model"],
         "phase": phase,
         "since_s": reply.values["since_s"],
+        "window_s": reply.values["window_s"],
         "num_rows": sum(reply.values["rows"][number] for number in chosen),
         "num_experts": hello["num_experts"],
     }

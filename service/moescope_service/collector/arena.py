@@ -19,6 +19,9 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
+EMPTY, FILLED = 0, 1
+"""States of a slot; higher ones say why its row was lost."""
+
 
 class Arena:
     """Rows by KV slot, ``[num_blocks * block_size, num_layers, top_k]``.
@@ -40,21 +43,21 @@ class Arena:
         self.block_size = block_size
         self._topk_ids = np.zeros((slots, num_layers, top_k), id_dtype)
         self._topk_weights = np.zeros((slots, num_layers, top_k), weights_dtype)
-        self._filled = np.zeros(slots, np.bool_)
-        self._filled_by_block = self._filled.reshape(num_blocks, block_size)
+        self._state = np.full(slots, EMPTY, np.uint8)
+        self._state_by_block = self._state.reshape(num_blocks, block_size)
         self.generation: npt.NDArray[np.int64] = np.zeros(num_blocks, np.int64)
 
     def allocate(self, block_ids: list[int]) -> None:
         """Clear newly allocated blocks: nobody else's rows may be found in them."""
         self.generation[block_ids] += 1
-        self._filled_by_block[block_ids] = False
+        self._state_by_block[block_ids] = EMPTY
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy a block's rows, as vLLM copies its KV entries (copy on write)."""
         from_slots, to_slots = self._slots_of(source), self._slots_of(destination)
         self._topk_ids[to_slots] = self._topk_ids[from_slots]
         self._topk_weights[to_slots] = self._topk_weights[from_slots]
-        self._filled[to_slots] = self._filled[from_slots]
+        self._state[to_slots] = self._state[from_slots]
 
     def write(
         self, slots: Ints, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]
@@ -62,20 +65,25 @@ class Arena:
         """Write a step's rows; the last write to a slot wins."""
         self._topk_ids[slots] = topk_ids
         self._topk_weights[slots] = topk_weights
-        self._filled[slots] = True
+        self._state[slots] = FILLED
 
-    def void(self, slots: Ints) -> None:
-        """Mark slots whose rows were lost: their KV entries changed, their rows did not come."""
-        self._filled[slots] = False
+    def void(self, slots: Ints, state: int) -> None:
+        """Mark slots whose rows were lost: their KV entries changed, their rows did not come.
+
+        Args:
+            slots: The slots.
+            state: A number above `FILLED` that says why.
+        """
+        self._state[slots] = state
 
     def void_all(self) -> None:
         """Trust nothing that was written so far."""
         self.generation += 1
-        self._filled[:] = False
+        self._state[:] = EMPTY
 
-    def read(self, slots: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """Return copies of ids, weights, and whether each slot is filled."""
-        return self._topk_ids[slots], self._topk_weights[slots], self._filled[slots]
+    def read(self, slots: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.uint8]]:
+        """Return copies of ids, weights, and the state of each slot."""
+        return self._topk_ids[slots], self._topk_weights[slots], self._state[slots]
 
     def _slots_of(self, block: int) -> slice:
         return slice(block * self.block_size, (block + 1) * self.block_size)

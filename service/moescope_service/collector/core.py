@@ -20,6 +20,7 @@ from moescope_service.collector.routes_log import RoutesLog
 from moescope_service.collector.sequences import Sequence, Sequences
 from moescope_service.collector.stats import Stats
 from moescope_service.collector.store import Kept, TraceStore
+from moescope_service.collector.windows import CountWindows
 from moescope_service.messages import Frames, Hello, Register, Step, pack, unpack, unpack_steps
 from moescope_service.settings import Settings
 
@@ -42,6 +43,7 @@ class Collector:
         self.hello: Hello | None = None
         """What the workers capture; None before the first said hello."""
         self.counters: ExpertCounters | None = None
+        self.windows: CountWindows | None = None
         self.sequences = Sequences(clock)
         self.store = TraceStore(settings.memory)
         self.stats = Stats()
@@ -51,6 +53,7 @@ class Collector:
         self._workers: dict[Peer, Reassembler] = {}
         self._log = RoutesLog(settings.log, settings.log_layers) if settings.log else None
         self._queries = Queries(self, clock)
+        self._clock = clock
 
     def handle(self, peer: Peer, frames: Frames) -> None:
         """Take one message in.
@@ -82,6 +85,8 @@ class Collector:
         for sequence in self.sequences.overdue():
             self._settle(sequence, timed_out=True)
         self._queries.expire()
+        if self.windows is not None:
+            self.windows.tick()
 
     @property
     def num_gaps(self) -> int:
@@ -106,6 +111,7 @@ class Collector:
         if self.hello is None:
             self.hello = hello
             self.counters = ExpertCounters(hello.layers, hello.num_experts)
+            self.windows = CountWindows(self.counters, self._clock)
             if self._log is not None:
                 self._log.begin(hello)
         self.outbox.append((peer, pack("capture", on=self.is_capturing)))
@@ -140,10 +146,10 @@ class Collector:
         ids, keep = tuple(sequence.ids), sequence.keep
         self.sequences.close(sequence)
         if keep and self.hello is not None:
-            trace = sequence.trace(
+            trace, cause = sequence.trace(
                 self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
             )
-            self.stats.add_trace(trace)
+            self.stats.add_trace(trace, cause)
             if self._log is not None:
                 self._log.write(trace)
             self.store.add(Kept(sequence.uid, trace, ids))

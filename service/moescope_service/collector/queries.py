@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -129,17 +130,23 @@ class Queries:
         }, ()
 
     def _experts(self, query: dict[str, Any]) -> Answer:
-        counters = self._collector.counters
-        if counters is None:
+        counters, windows = self._collector.counters, self._collector.windows
+        if counters is None or windows is None:
             return {"ready": False}, ()
-        counts, rows = counters.since_reset()
-        values = {"ready": True, "rows": rows.tolist(), "since_s": counters.since_s}
-        return values, [counts]
+        window_s = query.get("window_s")
+        if window_s is None:
+            counts, rows = counters.since_reset()
+            values = {"since_s": counters.since_s, "window_s": None}
+        else:
+            counts, rows, covered_s = windows.last(window_s)
+            values = {"since_s": time.time() - covered_s, "window_s": covered_s}
+        return {"ready": True, "rows": rows.tolist(), **values}, [counts]
 
     def _reset(self, query: dict[str, Any]) -> Answer:
-        if self._collector.counters is not None:
+        if self._collector.counters is not None and self._collector.windows is not None:
             self._collector.counters.reset()
-        return self._experts(query)
+            self._collector.windows.begin()
+        return self._experts({})
 
     def _capture(self, query: dict[str, Any]) -> Answer:
         self._collector.set_capturing(query["on"])
@@ -160,7 +167,7 @@ class Queries:
         }, ()
 
     def _metrics(self, query: dict[str, Any]) -> Answer:
-        counters, stats = self._collector.counters, self._collector.stats
+        collector, stats = self._collector, self._collector.stats
         info, _ = self._info(query)
         values = {
             **info,
@@ -169,12 +176,18 @@ class Queries:
             "rows_lost": dict(stats.rows_lost),
             "hook_seconds": stats.hook_seconds,
             "traces": dict(stats.traces),
+            "trace_rows": dict(stats.trace_rows),
+            "missing": dict(stats.missing),
             "lag_seconds": stats.lag_seconds,
-            "running": len(self._collector.sequences),
-            "gaps": self._collector.num_gaps,
-            "unclaimed": self._collector.sequences.num_unclaimed,
+            "running": len(collector.sequences),
+            "gaps": collector.num_gaps,
+            "unclaimed": collector.sequences.num_unclaimed,
         }
-        return values, [] if counters is None else [counters.totals]
+        if collector.counters is None or collector.windows is None:
+            return values, ()
+        window, window_rows, _ = collector.windows.last(collector.settings.metrics_window)
+        values |= {"rows": collector.counters.rows.tolist(), "window_rows": window_rows.tolist()}
+        return values, [collector.counters.totals, window]
 
 
 def _summary(one: Sequence | Kept) -> dict[str, Any]:

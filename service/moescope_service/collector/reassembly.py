@@ -13,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.trace import Source
-from moescope_service.collector.arena import Arena
-from moescope_service.messages import Admission, Hello, Step
+from moescope_service.collector.arena import EMPTY, FILLED, Arena
+from moescope_service.messages import LOST_REASONS, Admission, Hello, Step
+
+CAUSES = {"not_captured": EMPTY} | {
+    name: FILLED + number
+    for number, name in enumerate((*LOST_REASONS, "overwritten", "unknown"), start=1)
+}
+"""Why a row can be missing, and how the arena and `Rows.cause` write it: no worker ever shipped it
+(it came through a KV connector, or with steps that were lost altogether), one of `LOST_REASONS`,
+its block went to another sequence, or its worker never reported the sequence's end."""
 
 _STALE = -1  # generation of a table entry that was never set: equal to no block's
 
@@ -27,6 +35,8 @@ class Rows:
     topk_ids: npt.NDArray[Any]
     topk_weights: npt.NDArray[Any]
     source: npt.NDArray[np.uint8]
+    cause: npt.NDArray[np.uint8]
+    """Why each row is missing, one of `CAUSES`' numbers, or `FILLED`, ``[num_rows]``."""
     cached_len: int
 
     @classmethod
@@ -34,7 +44,8 @@ class Rows:
         """Return the rows of a sequence that was never scheduled."""
         shape = (0, len(hello.layers), hello.top_k)
         ids, weights = np.zeros(shape, hello.id_dtype), np.zeros(shape, hello.weights_dtype)
-        return cls(hello.layers, ids, weights, np.zeros(0, np.uint8), 0)
+        none = np.zeros(0, np.uint8)
+        return cls(hello.layers, ids, weights, none, none, 0)
 
     def resized(self, num_rows: int) -> Rows:
         """Cut surplus rows, or add missing ones, so that there are ``num_rows``."""
@@ -46,6 +57,7 @@ class Rows:
                 topk_ids=self.topk_ids[kept],
                 topk_weights=self.topk_weights[kept],
                 source=self.source[kept],
+                cause=self.cause[kept],
             )
         pad = [(0, lacking), (0, 0), (0, 0)]
         return dataclasses.replace(
@@ -53,6 +65,7 @@ class Rows:
             topk_ids=np.pad(self.topk_ids, pad),
             topk_weights=np.pad(self.topk_weights, pad),
             source=np.pad(self.source, (0, lacking), constant_values=Source.MISSING),
+            cause=np.pad(self.cause, (0, lacking), constant_values=CAUSES["unknown"]),
         )
 
 
@@ -230,7 +243,7 @@ class Reassembler:
         rows = np.repeat(known, lengths)
         slots = self._slots(handle[rows], position[rows])
         if step.topk_ids is None or step.topk_weights is None:
-            self._arena.void(slots)
+            self._arena.void(slots, CAUSES[step.lost or "unknown"])
             return None
         topk_ids, topk_weights = step.topk_ids, step.topk_weights
         if not known.all():  # sequences whose admission was lost
@@ -248,11 +261,13 @@ class Reassembler:
         self._is_running[handle] = False
         position = np.arange(int(self._num_rows[handle]))
         block = position // self.hello.block_size
-        topk_ids, topk_weights, filled = self._arena.read(self._slots(handle, position))
+        topk_ids, topk_weights, cause = self._arena.read(self._slots(handle, position))
         block_ids = self._blocks[handle, block]
         ours = self._generations[handle, block] == self._arena.generation[block_ids]
         source = np.full(len(position), Source.COMPUTED, np.uint8)
         for start, end in running.cached:
             source[start:end] = Source.CACHED
-        source[~(filled & ours)] = Source.MISSING
-        return Rows(self.hello.layers, topk_ids, topk_weights, source, running.cached_len)
+        cause[~ours] = CAUSES["overwritten"]
+        cause[self._generations[handle, block] == _STALE] = CAUSES["not_captured"]
+        source[cause != FILLED] = Source.MISSING
+        return Rows(self.hello.layers, topk_ids, topk_weights, source, cause, running.cached_len)

@@ -51,8 +51,14 @@ class Sequence:
         """Whether everybody has reported."""
         return self.is_finishing and self.rows is not None
 
-    def trace(self, hello: Hello, *, timed_out: bool, with_token_ids: bool) -> RouteTrace:
-        """Build the trace from all that is known."""
+    def trace(
+        self, hello: Hello, *, timed_out: bool, with_token_ids: bool
+    ) -> tuple[RouteTrace, npt.NDArray[np.uint8]]:
+        """Build the trace from all that is known.
+
+        Returns:
+            The trace, and why each of its rows is missing: see `Rows.cause`.
+        """
         output = self.output_ids if self.output_ids is not None else np.empty(0, np.int32)
         num_tokens = self.register.prompt_len + len(output)
         if not self.is_finishing and self.rows is not None:  # its API server is gone
@@ -62,7 +68,7 @@ class Sequence:
         if with_token_ids and self.is_finishing and self.prompt_ids is not None:
             tokens = np.concatenate([self.prompt_ids, output])
         register = self.register
-        return RouteTrace(
+        trace = RouteTrace(
             request_id=register.request_id,
             index=register.index,
             model=register.model,
@@ -82,6 +88,7 @@ class Sequence:
             created_s=register.created_s,
             versions=hello.versions,
         )
+        return trace, rows.cause
 
 
 class Sequences:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import collections
 import time
 
-from moescope.trace import RouteTrace
+import numpy as np
+import numpy.typing as npt
+
+from moescope.trace import RouteTrace, Source
+from moescope_service.collector.reassembly import CAUSES
 from moescope_service.messages import Step
 
 
@@ -24,6 +28,10 @@ class Stats:
         """Seconds that the capture spent on the workers' threads."""
         self.traces: collections.Counter[str] = collections.Counter()
         """Finished traces, ``complete`` or ``incomplete``, kept or evicted since."""
+        self.trace_rows: collections.Counter[str] = collections.Counter()
+        """Rows of finished traces, by the name of their `Source`."""
+        self.missing: collections.Counter[str] = collections.Counter()
+        """Missing rows of finished traces, by `CAUSES`."""
         self.lag_seconds = 0.0
         """Age of the newest step when it arrived."""
 
@@ -38,6 +46,11 @@ class Stats:
         else:
             self.rows_lost[step.lost] += rows
 
-    def add_trace(self, trace: RouteTrace) -> None:
-        """Count one finished trace."""
+    def add_trace(self, trace: RouteTrace, cause: npt.NDArray[np.uint8]) -> None:
+        """Count one finished trace, and why its missing rows are missing."""
         self.traces["complete" if trace.complete else "incomplete"] += 1
+        for source, rows in enumerate(np.bincount(trace.source).tolist()):
+            self.trace_rows[Source(source).name.lower()] += rows
+        if not trace.complete:
+            counts = np.bincount(cause, minlength=256)
+            self.missing.update({name: int(counts[number]) for name, number in CAUSES.items()})
