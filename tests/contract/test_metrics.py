@@ -252,3 +252,10 @@ def test_the_balance_of_the_window():
 def test_a_window_without_traffic_shows_no_balance():
     shown = families(window=np.zeros((2, 2, 8), np.int64))
     assert not [name for name, f in shown.items() if "_layer_" in name and f.samples]
+
+
+def test_a_server_that_shows_no_experts(monkeypatch, served):
+    monkeypatch.setenv("MOESCOPE_ROUTES_EXPERT_METRICS", "off")
+    names = {sample.name for sample in ours(scrape(served))}
+    assert "moescope_expert_tokens_total" not in names
+    assert "moescope_layer_active_experts" in names

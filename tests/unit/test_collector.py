@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import orjson
 import pytest
-from builders import API, Bench, admit, make_rows, make_step, trace_size
+from builders import API, Bench, admit, make_hello, make_rows, make_step, trace_size
 
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
@@ -301,3 +301,12 @@ class TestCauses:
         bench.finish("a-i")
         bench.pass_s(WORKER_TIMEOUT_S)
         assert self.missing(bench) == {"unknown": 5}
+
+    def test_a_hit_that_came_through_a_kv_connector(self):
+        bench = Bench(make_hello(trust_prefix_hits=False))
+        bench.run("first")
+        bench.register("a")
+        bench.step([(0, 4, 1)], admitted=[admit(0, "a-i", 5, [0, 8], cached=4)])
+        bench.finish("a-i", output=[9])
+        bench.end()
+        assert self.missing(bench) == {"not_captured": 4}
