@@ -9,8 +9,8 @@ TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 PIP_FLAGS := --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/demo
 
-.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e bench lint format \
-	lock clean
+.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e bench dashboards \
+	lint format lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -37,7 +37,7 @@ setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
 demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 2 to 4 minutes
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
 
-test: test-unit test-contract test-kernels test-e2e ## Run every test: about 6 minutes
+test: test-unit test-contract test-kernels test-e2e ## Run every test: about 7 minutes
 
 test-unit: setup-light ## Unit tests, with the light base alone
 	$(LIGHT)/bin/python -m pytest tests/unit
@@ -48,8 +48,8 @@ test-contract: setup ## The real app and collector around a fake engine; what th
 test-kernels: setup ## GPU kernels, interpreted where there is no GPU; what needs one is skipped
 	$(BIN)/python -m pytest tests/kernels tests/gpu
 
-test-e2e: setup ## Real vLLM servers on the CPU
-	$(BIN)/python -m pytest tests/e2e
+test-e2e: setup ## Real vLLM servers on the CPU, and Prometheus on one of them
+	$(BIN)/python -m pytest tests/e2e tests/dashboards
 
 bench: setup ## Measure what needs no GPU: what a scrape of a big model costs
 	$(BIN)/python -m tests.bench.scrape --out runs/bench/scrape.json
@@ -58,6 +58,9 @@ lint: setup ## Format check, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+dashboards: setup ## Write the Grafana dashboards' JSON anew
+	$(BIN)/python -m dashboards.build
 
 format: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff format .

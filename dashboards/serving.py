@@ -1,0 +1,73 @@
+"""Serving: vLLM's own latency, queue and cache beside the routed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from dashboards.parts import OURS, board, lines, query
+
+
+def build() -> Dashboard:
+    """Return the dashboard."""
+    made = board(
+        "moescope-serving",
+        "Serving",
+        "vLLM's latency, queue and KV cache beside the tokens that were routed.",
+    )
+    for panel in (*_latencies(), *_load()):
+        made = made.with_panel(panel)
+    return made
+
+
+def _latencies() -> Iterator[Any]:
+    for title, name, description in (
+        ("TTFT", "time_to_first_token", "From a request's arrival to its first token."),
+        ("TPOT", "request_time_per_output_token", "Mean time a token after the first, by request."),
+        ("ITL", "inter_token_latency", "Between two tokens of a request."),
+        ("E2E latency", "e2e_request_latency", "From a request's arrival to its last token."),
+        ("Time in queue", "request_queue_time", "Before a request was first scheduled."),
+    ):
+        buckets = f"sum by (le) (rate(vllm:{name}_seconds_bucket{{{OURS}}}[$__rate_interval]))"
+        yield lines(
+            title, description, "s",
+            *(query(f"histogram_quantile({q}, {buckets})", f"p{round(100 * q)}")
+              for q in (0.5, 0.95, 0.99)),
+        )  # fmt: skip
+
+
+def _load() -> Iterator[Any]:
+    yield lines(
+        "Requests", "In the engine's batch, and waiting for it.", "short",
+        query(f"sum(vllm:num_requests_running{{{OURS}}})", "running"),
+        query(f"sum(vllm:num_requests_waiting{{{OURS}}})", "waiting"),
+    )  # fmt: skip
+    yield lines(
+        "Tokens", "Tokens a second by vLLM's count, and routed ones by ours: prompts that the "
+        "prefix cache knows are not routed again.", "short",
+        query(f"sum(rate(vllm:prompt_tokens_total{{{OURS}}}[$__rate_interval]))", "prompt"),
+        query(f"sum(rate(vllm:generation_tokens_total{{{OURS}}}[$__rate_interval]))", "generated"),
+        query(f"sum by (phase) (rate(moescope_rows_total{{{OURS}}}[$__rate_interval]))",
+              "routed, {{phase}}"),
+    )  # fmt: skip
+    yield lines(
+        "KV cache", "Used share; when it is full, requests are preempted and computed again.",
+        "percentunit", query(f"max(vllm:kv_cache_usage_perc{{{OURS}}})", "used"),
+    )  # fmt: skip
+    yield lines(
+        "Prefix cache", "Share of prompt tokens that were found in the cache.", "percentunit",
+        query(f"sum(rate(vllm:prefix_cache_hits_total{{{OURS}}}[$__rate_interval]))"
+              f" / sum(rate(vllm:prefix_cache_queries_total{{{OURS}}}[$__rate_interval]))",
+              "hits"),
+    )  # fmt: skip
+    yield lines(
+        "Preemptions", "Requests that had to give their KV cache back, a second.", "short",
+        query(f"sum(rate(vllm:num_preemptions_total{{{OURS}}}[$__rate_interval]))", "preempted"),
+    )  # fmt: skip
+    yield lines(
+        "Finished requests", "By reason, a second.", "short",
+        query("sum by (finished_reason) (rate(vllm:request_success_total"
+              f"{{{OURS}}}[$__rate_interval]))", "{{finished_reason}}"),
+    )  # fmt: skip
