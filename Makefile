@@ -9,7 +9,7 @@ TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 PIP_FLAGS := --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/demo
 
-.PHONY: help setup setup-light demo test test-unit test-contract test-e2e lint format lock clean
+.PHONY: help setup setup-light demo test test-unit test-contract test-e2e lint format lock image clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -64,6 +64,10 @@ lock: ## Compile requirements/*.in anew (needs uv)
 	cd requirements && $(UV_COMPILE) --find-links $(TORCH_INDEX_URL)/torch/ dev.in -o dev.txt
 	cd requirements && $(UV_COMPILE) light.in -o light.txt
 	cd requirements && $(UV_COMPILE) --no-config cuda.in -o cuda.txt
+
+image: ## Build moescope:cpu, the container image for the CPU (needs Docker)
+	docker build --file docker/Dockerfile.cpu --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+		--tag moescope:cpu .
 
 clean: ## Remove both environments
 	rm -rf $(VENV) $(LIGHT)
