@@ -47,10 +47,13 @@ test-contract: setup ## The real app and collector around a fake engine; what th
 test-e2e: setup ## Real vLLM servers on the CPU
 	$(BIN)/python -m pytest tests/e2e
 
-lint: setup ## Format check, lint, types
+lint: setup ## Format check, lint, types, container files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/yamllint --strict docker
 
 format: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
