@@ -9,7 +9,8 @@ TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 PIP_FLAGS := --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/demo
 
-.PHONY: help setup setup-light demo test test-unit test-contract test-e2e lint format lock image clean
+.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e lint format \
+	lock image clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -36,13 +37,16 @@ setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
 demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 2 to 4 minutes
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
 
-test: test-unit test-contract test-e2e ## Run every test: about 5 minutes
+test: test-unit test-contract test-kernels test-e2e ## Run every test: about 6 minutes
 
 test-unit: setup-light ## Unit tests, with the light base alone
 	$(LIGHT)/bin/python -m pytest tests/unit
 
 test-contract: setup ## The real app and collector around a fake engine; what the wheel holds
 	$(BIN)/python -m pytest tests/contract tests/packaging
+
+test-kernels: setup ## GPU kernels, interpreted where there is no GPU; what needs one is skipped
+	$(BIN)/python -m pytest tests/kernels tests/gpu
 
 test-e2e: setup ## Real vLLM servers on the CPU
 	$(BIN)/python -m pytest tests/e2e

@@ -45,13 +45,17 @@ def check_internals() -> None:
         RefusedError: An attribute or a parameter is missing; the message names it.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.v1.core.sched import output
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
+    topk = ("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "renormalize")
     parameters = {
+        fused_topk_router.vllm_topk_softmax: topk,
+        fused_topk_router.vllm_topk_sigmoid: topk,
         BaseRouter._compute_routing: (
             "hidden_states",
             "router_logits",
@@ -63,6 +67,7 @@ def check_internals() -> None:
         OutputProcessor.add_request: ("request", "prompt", "parent_req", "request_index", "queue"),
         RequestState.make_request_output: ("new_token_ids", "pooling_output", "finish_reason"),
         WorkerBase.load_model: (),
+        WorkerBase.compile_or_warm_up_model: (),
         WorkerWrapperBase.init_device: (),
         output.NewRequestData: ("req_id", "block_ids", "num_computed_tokens"),
         output.CachedRequestData: (

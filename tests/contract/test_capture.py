@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.platforms import current_platform
 
 from moescope_service.capture.install import full_attention_group
 from moescope_service.capture.refusals import check_config
@@ -65,6 +66,23 @@ def test_routed_layers_come_in_the_models_order():
 def test_a_model_without_experts():
     with pytest.raises(RefusedError, match=r"Model has no mixture-of-experts layer"):
         find_routed_layers(Model())
+
+
+class MegaMoE(torch.nn.Module):
+    """Routes by itself, and offers vLLM's own capture a hook."""
+
+    layer_id, capture_fn = 4, None
+
+
+def test_a_layer_that_routes_without_vllms_runner():
+    with pytest.raises(RefusedError, match=r"layer 4 is a MegaMoE"):
+        find_routed_layers(Model(Runner(3), MegaMoE()))
+
+
+def test_what_the_kernels_want_ids_to_be():
+    runner = Runner(3)
+    runner.routed_experts.quant_method.topk_indices_dtype = torch.int64
+    assert check_runner(runner).index_dtype is torch.int64
 
 
 def test_layers_that_differ():
@@ -154,6 +172,17 @@ def test_a_configuration_that_cannot_be_captured(name, value, words):
     with pytest.raises(RefusedError) as caught:
         check_config(make_config(**{name: value}))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("device", "v2"), [("cuda", True), ("cuda", False), ("cpu", False)])
+def test_where_it_can_be_captured(device, v2):
+    check_config(make_config(device_type=device, use_v2_model_runner=v2))
+
+
+def test_amd_gpus_call_themselves_cuda(monkeypatch):
+    monkeypatch.setattr(current_platform, "is_rocm", lambda: True)
+    with pytest.raises(RefusedError, match="the device is 'rocm'"):
+        check_config(make_config(device_type="cuda"))
 
 
 def test_the_group_that_attends_to_everything():

@@ -303,3 +303,34 @@ def test_rows_that_the_link_does_not_take_are_given_up(engine):
     engine.recorder._link._max_bytes = -1
     engine.start("a")
     assert given_up == [1]
+
+
+def test_rows_are_waited_for_once_and_their_room_is_given_back():
+    log = []
+
+    class Pending:
+        size_bytes = 8
+
+        def __init__(self, name):
+            self.name = name
+
+        def wait(self):
+            log.append(f"wait {self.name}")
+
+        def read(self):
+            log.append(f"read {self.name}")
+            return StepRows(np.array([0]), *rows_of(0, 1))
+
+        def release(self):
+            log.append(f"release {self.name}")
+
+    encoder = ControlEncoder(0)
+    batch = Batch(["a"], np.array([0, 1], np.int32), np.array([0], np.int32))
+    messages = [
+        StepMessage(encoder, number, 0.0, 0.0, batch=batch, rows=rows)
+        for number, rows in enumerate([Pending(0), "paused", Pending(1)])
+    ]
+    frames = encoder.pack(messages)
+    assert log == ["wait 1", "read 0", "read 1", "release 0", "release 1"]
+    steps = unpack_steps(unpack(frames)[1], [bytes(memoryview(f)) for f in frames], HELLO)
+    assert [step.lost for step in steps] == [None, "paused", None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from moescope import Client, RouteTrace
 from moescope.errors import RequestNotFoundError
 
 TIMEOUT_S = 300.0
+TOKENS = 128
+"""Output tokens of each question."""
 
 
 def runner_env(runner: str) -> dict[str, str]:
@@ -44,7 +47,7 @@ async def ask_all(url: str, questions: Sequence[str], *, concurrency: int) -> li
         async def ask(question: str) -> Answer:
             body = {
                 "messages": [{"role": "user", "content": question}],
-                "max_tokens": 128,
+                "max_tokens": TOKENS,
                 "temperature": 0.0,
                 "ignore_eos": True,
             }
@@ -101,7 +104,8 @@ class Agreement:
     rows: int = 0
     requests: int = 0
     not_top_k: int = 0
-    """(Row, layer) pairs in which an expert with a smaller logit was selected."""
+    """(Row, layer) pairs in which an unselected expert is more probable than a selected one, by
+    more than the router's float32 can hide."""
     largest_error: float = 0.0
     """Of a weight, against the softmax in float64."""
     largest_error_in_spacings: float = 0.0
@@ -119,10 +123,9 @@ class Agreement:
         scores = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
         scores /= scores.sum(-1, keepdims=True)
         want = np.take_along_axis(scores, ids, -1)
-        others = logits.copy()
-        np.put_along_axis(others, ids, -np.inf, -1)
-        selected = np.take_along_axis(logits, ids, -1)
-        self.not_top_k += int((selected.min(-1) < others.max(-1)).sum())
+        np.put_along_axis(scores, ids, 0.0, -1)  # what is left was not selected
+        hidden = 1.0 - 8 * np.finfo(np.float32).eps
+        self.not_top_k += int((want.min(-1) < scores.max(-1) * hidden).sum())
         assert trace.topk_weights is not None
         error = np.abs(trace.topk_weights[position].astype(np.float64) - want)
         spacing = np.spacing(want.astype(trace.topk_weights.dtype)).astype(np.float64)
@@ -155,3 +158,29 @@ def _trace(client: Client, name: str) -> RouteTrace | None:
         return client.routes(name)[0]
     except RequestNotFoundError:  # the server's own warm-up
         return None
+
+
+def compare_stock(stock_url: str, url: str, questions: Sequence[str]) -> dict[str, Any]:
+    """Compare prompts' routes with those that vLLM captures in a server without moescope.
+
+    Prompts go one by one, so that both servers run the same batches. What capture might do to the
+    model would show here, and nowhere else: within one engine both captures see the same.
+
+    Returns:
+        (Token, layer) pairs compared, and in how many the sets of experts are equal.
+    """
+    pairs = equal = 0
+    with (
+        httpx.Client(base_url=stock_url, timeout=TIMEOUT_S) as stock,
+        httpx.Client(base_url=url, timeout=TIMEOUT_S) as ours,
+    ):
+        for question in questions:
+            body = {"prompt": question, "max_tokens": 1, "temperature": 0.0}
+            reply = stock.post("/v1/completions", json=body).raise_for_status().json()
+            wanted = np.load(io.BytesIO(base64.b64decode(reply["choices"][0]["routed_experts"])))
+            reply = ours.post("/v1/completions", json=body).raise_for_status().json()
+            route = ours.get(f"/routes/{reply['id']}", params={"format": "npy"}).raise_for_status()
+            got = np.load(io.BytesIO(route.content))
+            same = (np.sort(got, -1) == np.sort(wanted, -1)).all(-1)
+            pairs, equal = pairs + same.size, equal + int(same.sum())
+    return {"questions": len(questions), "token_layer_pairs": pairs, "equal_sets": equal}

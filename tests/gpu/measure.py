@@ -30,12 +30,13 @@ import orjson
 
 from moescope import Client, datasets, environment
 from moescope.servers import Server, captured_command, stock_command, stock_env, wait_ready
-from moescope_service import versions
+from moescope_service.versions import versions
 from tests.gpu import fidelity, tap, throughput
 
-PARTS = ("fidelity_v2", "fidelity_v1", "throughput")
+PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "throughput")
 START_TIMEOUT_S = 420.0
 TAP_ROWS = 12_000
+STOCK_QUESTIONS = 50
 
 
 class Result:
@@ -63,7 +64,7 @@ def gpu() -> str:
 
 def packages() -> dict[str, str]:
     """Return the versions of what the result depends on."""
-    return {**versions.versions(), "triton": importlib.metadata.version("triton")}
+    return {**versions(), "triton": importlib.metadata.version("triton")}
 
 
 @contextlib.contextmanager
@@ -77,7 +78,8 @@ def servers(
             port = free_port()
             address = ["--host", "127.0.0.1", "--port", str(port)]
             log = args.out.with_name(f"{args.out.stem}_{name}.log")
-            server = Server(name, [*command, *address], f"http://127.0.0.1:{port}", log, env)
+            url = f"http://127.0.0.1:{port}"
+            server = Server(name, [*command, *address], url, log, env)
             started[name] = stack.enter_context(server)
         wait_ready(list(started.values()), START_TIMEOUT_S)
         yield started
@@ -92,41 +94,64 @@ def free_port() -> int:
 
 def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str) -> dict[str, Any]:
     """Serve with both captures on and compare them."""
-    with tempfile.TemporaryDirectory() as scratch:
-        tap.install(Path(scratch))
-        env = {
-            **os.environ,
-            **tap.environment(Path(scratch), TAP_ROWS),
-            **fidelity.runner_env(runner),
+    tapped = args.tap_directory / runner
+    tapped.mkdir()
+    env = {
+        **os.environ,
+        **tap.environment(args.tap_directory, gate_scale=args.gate_scale),
+        **tap.saving(tapped, TAP_ROWS),
+        **fidelity.runner_env(runner),
+    }
+    command = captured_command([args.model, *args.vllm])
+    if runner == "v2":  # vLLM's own capture needs it
+        command.append("--enable-return-routed-experts")
+    with servers(args, [(f"fidelity_{runner}", command, env)]) as started:
+        (server,) = started.values()
+        answers = asyncio.run(fidelity.ask_all(server.url, questions, concurrency=128))
+        with Client(server.url) as client:
+            info = client.info()
+        return {
+            "model_runner": runner,
+            "command": shlex.join(["python", *server.command[1:]]),
+            "router_types": info.router_types,
+            "ids_against_vllm": fidelity.compare_ids(answers) if runner == "v2" else None,
+            "coverage": fidelity.coverage(server.url, answers),
+            "against_router_logits": fidelity.compare_logits(server.url, tapped),
         }
-        command = captured_command([args.model, *args.vllm])
-        if runner == "v2":  # vLLM's own capture needs it
-            command.append("--enable-return-routed-experts")
-        with servers(args, [(f"fidelity_{runner}", command, env)]) as started:
-            (server,) = started.values()
-            answers = asyncio.run(fidelity.ask_all(server.url, questions, concurrency=128))
-            with Client(server.url) as client:
-                info = client.info()
-            return {
-                "model_runner": runner,
-                "command": shlex.join(["python", *server.command[1:]]),
-                "router_types": info.router_types,
-                "ids_against_vllm": fidelity.compare_ids(answers) if runner == "v2" else None,
-                "coverage": fidelity.coverage(server.url, answers),
-                "against_router_logits": fidelity.compare_logits(server.url, Path(scratch)),
-            }
+
+
+def run_stock_routing(args: argparse.Namespace, questions: Sequence[str]) -> dict[str, Any]:
+    """Compare routes with vLLM's own capture in a server that has nothing of moescope."""
+    share = side_by_side(args)
+    stock = stock_command(["--model", args.model, *share, "--enable-return-routed-experts"])
+    env = {**os.environ, **tap.environment(args.tap_directory, gate_scale=args.gate_scale)}
+    arms = [
+        (throughput.STOCK, stock, stock_env(env)),
+        (throughput.MOESCOPE, captured_command([args.model, *share]), env),
+    ]
+    with servers(args, arms) as started:
+        urls = (started[throughput.STOCK].url, started[throughput.MOESCOPE].url)
+        return fidelity.compare_stock(*urls, questions)
+
+
+def side_by_side(args: argparse.Namespace) -> list[str]:
+    """Return vLLM's flags for servers that share the GPU.
+
+    Their KV cache is given, not profiled: starting together, they would count each other's memory.
+    """
+    cache = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
+    return [*args.vllm, *cache, "--gpu-memory-utilization", "0.2"]
 
 
 def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: Result) -> None:
     """Alternate loads between stock vLLM, stock vLLM again, and moescope."""
-    # Given, not profiled: servers that start side by side would count each other's memory.
-    share = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
-    share += ["--gpu-memory-utilization", "0.2"]
-    stock = stock_command(["--model", args.model, *args.vllm, *share])
+    share = side_by_side(args)
+    stock = stock_command(["--model", args.model, *share])
+    env = {**os.environ, **tap.environment(args.tap_directory, gate_scale=args.gate_scale)}
     arms = [
-        (throughput.STOCK, stock, stock_env(os.environ)),
-        (throughput.STOCK_AGAIN, stock, stock_env(os.environ)),
-        (throughput.MOESCOPE, captured_command([args.model, *args.vllm, *share]), dict(os.environ)),
+        (throughput.STOCK, stock, stock_env(env)),
+        (throughput.STOCK_AGAIN, stock, stock_env(env)),
+        (throughput.MOESCOPE, captured_command([args.model, *share]), env),
     ]
     measured: list[dict[str, Any]] = []
     with servers(args, arms) as started:
@@ -149,6 +174,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--kv-cache-bytes", type=int, default=13 * 2**30, help="KV cache of each of three servers."
     )
+    parser.add_argument(
+        "--gate-scale", type=float, help="For --load-format dummy: sharpens the gates; try 1e5."
+    )
     parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags for every server.")
     return parser.parse_args()
 
@@ -158,12 +186,23 @@ def main() -> None:
     args = parse()
     questions = [item.question for item in datasets.load("gsm8k", args.gsm8k)]
     result = Result(args.out, args)
-    for part in args.part or PARTS:
-        if part == "throughput":
-            run_throughput(args, questions, result)
-        else:
-            result[part] = run_fidelity(args, questions[: args.limit], part[-2:])
-            print(orjson.dumps(result.values[part]).decode(), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        args.tap_directory = Path(directory)
+        tap.install(args.tap_directory)
+        for part in args.part or PARTS:
+            run_part(part, args, questions, result)
+
+
+def run_part(part: str, args: argparse.Namespace, questions: Sequence[str], result: Result) -> None:
+    """Run one part and put it into the result."""
+    if part == "throughput":
+        run_throughput(args, questions, result)
+        return
+    if part == "stock_routing":
+        result[part] = run_stock_routing(args, questions[:STOCK_QUESTIONS])
+    else:
+        result[part] = run_fidelity(args, questions[: args.limit], part[-2:])
+    print(orjson.dumps(result.values[part]).decode(), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ It is found by a ``dist-info`` directory that `install` writes, and wraps moesco
 the worker: each hooked router also copies its logits to a static buffer (a kernel that CUDA graphs
 replay, like any other), and after a step the logits of some rows are saved with the request ids
 and positions they belong to. So weights can be computed again from what the router was given.
+
+It can also make the gates of random weights sharper, with or without moescope: those of
+``--load-format dummy`` are so small that all experts are equally probable to five digits.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 
 DIRECTORY = "MOESCOPE_TAP_DIR"
 MAX_ROWS = "MOESCOPE_TAP_ROWS"
+GATE_SCALE = "MOESCOPE_TAP_GATE_SCALE"
 ROWS_A_STEP = 400
 
 _METADATA = "Metadata-Version: 2.1\nName: moescope-tap\nVersion: 0\n"
@@ -34,19 +38,49 @@ def install(directory: Path) -> None:
     (info / "entry_points.txt").write_text(_ENTRY_POINTS)
 
 
-def environment(directory: Path, max_rows: int) -> dict[str, str]:
-    """Return the variables of a server in which the plugin saves rows to ``directory``."""
-    return {
-        "PYTHONPATH": os.pathsep.join([str(directory), str(Path.cwd()), *filter(None, sys.path)]),
-        DIRECTORY: str(directory),
-        MAX_ROWS: str(max_rows),
-    }
+def environment(directory: Path, *, gate_scale: float | None = None) -> dict[str, str]:
+    """Return the variables of a server with the plugin.
+
+    Args:
+        directory: Where `install` wrote the metadata.
+        gate_scale: What to multiply the gates' weights by.
+    """
+    path = os.pathsep.join([str(directory), str(Path.cwd()), *filter(None, sys.path)])
+    return {"PYTHONPATH": path} | ({} if gate_scale is None else {GATE_SCALE: str(gate_scale)})
+
+
+def saving(directory: Path, max_rows: int) -> dict[str, str]:
+    """Return the variables of a server with moescope that saves rows to a directory."""
+    return {DIRECTORY: str(directory), MAX_ROWS: str(max_rows)}
 
 
 def register() -> None:
-    """Wrap the CUDA sink; vLLM calls it in every process."""
-    if DIRECTORY not in os.environ:
+    """Do what the variables say; vLLM calls it in every process."""
+    if GATE_SCALE in os.environ:
+        _sharpen(float(os.environ[GATE_SCALE]))
+    if DIRECTORY in os.environ:
+        _tap_sink()
+
+
+def _sharpen(scale: float) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    load_model = Worker.load_model
+    if hasattr(load_model, "sharpens"):
         return
+
+    @functools.wraps(load_model)
+    def load_and_sharpen(worker: Any, *args: Any, **kwargs: Any) -> None:
+        load_model(worker, *args, **kwargs)
+        for name, parameter in worker.model_runner.get_model().named_parameters():
+            if name.endswith(".mlp.gate.weight"):
+                parameter.data.mul_(scale)
+
+    load_and_sharpen.sharpens = True
+    Worker.load_model = load_and_sharpen
+
+
+def _tap_sink() -> None:
     from moescope_service.capture import layout_v1, layout_v2
     from moescope_service.capture.sink_cuda import CudaSink
 

@@ -49,7 +49,9 @@ def make_router(options, num_experts):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("num_experts", "id_dtype"), [(64, "uint8"), (512, "uint16")])
+@pytest.mark.parametrize(
+    ("num_experts", "id_dtype"), [(60, "uint8"), (64, "uint8"), (512, "uint16")]
+)
 def test_a_router_of_vllm(scheme, num_experts, id_dtype):
     kind, options = SCHEMES[scheme]
     torch.manual_seed(0)

@@ -25,7 +25,12 @@ def test_routes_are_what_the_routers_computed(runner: str, tmp_path: Path) -> No
     )
     if runner == "v2":
         command.append("--enable-return-routed-experts")
-    env = {**os.environ, **tap.environment(tmp_path, 2000), **fidelity.runner_env(runner)}
+    env = {
+        **os.environ,
+        **tap.environment(tmp_path),
+        **tap.saving(tmp_path, 2000),
+        **fidelity.runner_env(runner),
+    }
     log = tmp_path / "server.log"
     with Server(runner, command, f"http://127.0.0.1:{port}", log, env) as server:
         wait_ready([server], 300)

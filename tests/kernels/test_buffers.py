@@ -50,7 +50,8 @@ def make_buffers(index_dtype=None):
 def route(router, num_tokens=5, indices_type=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_tokens, EXPERTS, generator=generator).to(DEVICE)
-    return router._compute_routing(torch.zeros(num_tokens, 4), logits, indices_type)
+    hidden_states = torch.zeros(num_tokens, 4, device=DEVICE)
+    return router._compute_routing(hidden_states, logits, indices_type)
 
 
 def assert_written(buffers, column, weights, ids):

@@ -1,0 +1,119 @@
+"""The capture in a worker, from loading its model to its last step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import zmq
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from moescope_service.capture.install import WorkerCapture
+from moescope_service.messages import Hello, unpack, unpack_steps
+from moescope_service.settings import RUNTIME_DIR, Settings
+
+from .deployment import DEADLINE_S
+from .test_capture import Model, Runner
+
+
+class Worker:
+    """What of vLLM's worker and V1 model runner the capture touches."""
+
+    def __init__(self, model):
+        self.model, self.device, self.model_runner = model, torch.device("cpu"), self
+        self.positions = torch.arange(10, 26)
+        self.query_start_loc = SimpleNamespace(np=np.array([0, 3, 3], np.int32))
+        self.input_batch = SimpleNamespace(
+            num_reqs=1, req_ids=["a"], num_computed_tokens_cpu=np.array([10])
+        )
+        self.vllm_config = SimpleNamespace(
+            use_v2_model_runner=False, num_speculative_tokens=0, max_concurrent_batches=1,
+            model_config=SimpleNamespace(
+                served_model_name="tiny", seed=7, get_total_num_hidden_layers=lambda: 4
+            ),
+            device_config=SimpleNamespace(device="cpu"), kv_transfer_config=None,
+        )  # fmt: skip
+
+    def get_model(self):
+        return self.model
+
+    def load_model(self):
+        pass
+
+    def initialize_from_config(self, kv_cache_config):
+        pass
+
+    def compile_or_warm_up_model(self):
+        self.execute_model(step("warm-up"))
+
+    def shutdown(self):
+        pass
+
+    def execute_model(self, scheduler_output, dummy_run=False):
+        self.model(torch.randn(3, 8))
+        return dummy_run
+
+
+def step(name):
+    output = SchedulerOutput.make_empty()
+    output.scheduled_new_reqs = [NewRequestData(name, [1, 2, 3], [], None, None, ([5],), 0, None)]
+    output.total_num_scheduled_tokens = 3
+    return output
+
+
+@pytest.fixture
+def worker(tmp_path_factory, monkeypatch):
+    directory = tmp_path_factory.mktemp("z")
+    monkeypatch.setenv(RUNTIME_DIR, str(directory))
+    worker = Worker(Model(Runner(1), Runner(3)))
+    WorkerCapture(worker, Settings())
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(f"ipc://{directory}/collector.sock")
+        worker.socket = socket
+        yield worker
+
+
+def receive(worker):
+    assert worker.socket.poll(DEADLINE_S * 1000), "no message came"
+    frames = worker.socket.recv_multipart()[1:]
+    return *unpack(frames), frames
+
+
+def start(worker):
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    group = SimpleNamespace(kv_cache_spec=spec)
+    worker.load_model()
+    worker.initialize_from_config(SimpleNamespace(num_blocks=99, kv_cache_groups=[group]))
+    worker.compile_or_warm_up_model()
+
+
+def test_a_worker_says_what_it_captures_and_ships_its_steps(worker):
+    start(worker)
+    kind, values, _ = receive(worker)
+    hello = Hello(**values)
+    assert (kind, hello.layers, hello.num_blocks, hello.block_size) == ("hello", [1, 3], 99, 16)
+    assert (hello.num_experts, hello.top_k, hello.num_hidden_layers) == (8, 2, 4)
+    worker.execute_model(step("a"))
+    worker.shutdown()
+    kind, values, frames = receive(worker)
+    (got,) = unpack_steps(values, frames, hello)
+    assert (kind, got.seq, got.lost) == ("steps", 0, None)
+    assert [one.request_id for one in got.admitted] == ["a"]
+    assert got.spans.tolist() == [[0, 10, 3]]
+    assert got.topk_ids.shape == (3, 2, 2)
+
+
+def test_steps_of_the_warm_up_and_dummy_runs_are_nobodys(worker):
+    start(worker)
+    assert worker.execute_model(step("dummy"), dummy_run=True) is True
+    assert worker.execute_model(step("a")) is False
+    worker.shutdown()
+    _, values, _ = receive(worker)
+    hello = Hello(**values)
+    _, values, frames = receive(worker)
+    steps = unpack_steps(values, frames, hello)
+    assert [[one.request_id for one in got.admitted] for got in steps] == [["a"]]
