@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 from containers import COMPOSE, DOCKER, ROOT, SECRET_NAME, SERVICES, final, mounts
 
 PROMETHEUS = yaml.safe_load((DOCKER / "prometheus.yml").read_text())
+BOARDS = ROOT / "dashboards" / "generated"
 PROVISIONING = DOCKER / "grafana" / "provisioning"
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 THEIRS = {name: service for name, service in SERVICES.items() if "build" not in service}
@@ -101,10 +103,39 @@ def test_grafana_has_the_data_source_and_the_dashboards() -> None:
     (provider,) = yaml.safe_load((PROVISIONING / "dashboards" / "moescope.yaml").read_text())[
         "providers"
     ]
-    assert on_host("grafana", provider["options"]["path"]).resolve() == ROOT / "dashboards"
+    assert on_host("grafana", provider["options"]["path"]).resolve() == BOARDS
     for kind in ("datasources", "dashboards"):
         path = f"/etc/grafana/provisioning/{kind}"
         assert on_host("grafana", path).resolve() == PROVISIONING / kind
+
+
+def uids(node: Any) -> set[str]:
+    """Return every data source uid that a dashboard names, variables included."""
+    if isinstance(node, list):
+        return set().union(*map(uids, node))
+    if not isinstance(node, dict):
+        return set()
+    source = node.get("datasource")
+    own = {source["uid"]} if isinstance(source, dict) and "uid" in source else set()
+    return own.union(*map(uids, node.values()))
+
+
+def test_the_dashboards_find_that_data_source() -> None:
+    path = PROVISIONING / "datasources" / "prometheus.yaml"
+    (source,) = yaml.safe_load(path.read_text())["datasources"]
+    assert source["isDefault"] is True
+    boards = sorted(BOARDS.glob("*.json"))
+    assert boards
+    for board in boards:
+        dashboard = json.loads(board.read_text())
+        allowed = {source["uid"], "-- Grafana --"}
+        for variable in dashboard["templating"]["list"]:
+            if variable["type"] == "datasource":
+                assert variable["query"] == source["type"]
+                current = (variable.get("current") or {}).get("value", "default")
+                assert current in {"default", source["uid"]}, board.name
+                allowed |= {f"${{{variable['name']}}}", f"${variable['name']}"}
+        assert uids(dashboard) <= allowed, board.name
 
 
 def test_promtool_accepts_the_configuration(tmp_path: Path) -> None:
