@@ -10,7 +10,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/demo
 
 .PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e bench dashboards \
-	lint format lock clean
+	lint format lock image clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,10 +54,13 @@ test-e2e: setup ## Real vLLM servers on the CPU, and Prometheus on one of them
 bench: setup ## Measure what needs no GPU: what a scrape of a big model costs
 	$(BIN)/python -m tests.bench.scrape --out runs/bench/scrape.json
 
-lint: setup ## Format check, lint, types
+lint: setup ## Format check, lint, types, container files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/yamllint --strict docker
 
 dashboards: setup ## Write the Grafana dashboards' JSON anew
 	$(BIN)/python -m dashboards.build
@@ -74,6 +77,10 @@ lock: ## Compile requirements/*.in anew (needs uv)
 	cd requirements && $(UV_COMPILE) --find-links $(TORCH_INDEX_URL)/torch/ dev.in -o dev.txt
 	cd requirements && $(UV_COMPILE) light.in -o light.txt
 	cd requirements && $(UV_COMPILE) --no-config cuda.in -o cuda.txt
+
+image: ## Build moescope:cpu, the container image for the CPU (needs Docker)
+	docker build --file docker/Dockerfile.cpu --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+		--tag moescope:cpu .
 
 clean: ## Remove both environments
 	rm -rf $(VENV) $(LIGHT)

@@ -26,6 +26,8 @@ BALANCE = {
     "Active experts": "avg by (layer, phase) (moescope_layer_active_experts)",
 }
 
+TABLES = {"topk": "Hottest experts", "bottomk": "Coldest experts"}
+
 
 def draw(ask: Ask, path: Path) -> None:
     """Draw selections by layer and expert, and the balance of every layer.
@@ -34,9 +36,15 @@ def draw(ask: Ask, path: Path) -> None:
         ask: Answers an instant query, ``$layer`` and ``$__range`` in it, with the result's series.
         path: The PNG.
     """
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    axes = figure.subplot_mosaic([["map"] * 3, [*BALANCE]], height_ratios=[1.2, 1.0])
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["map"] * 3 + [TABLES["topk"]], [*BALANCE, TABLES["bottomk"]]],
+        height_ratios=[1.2, 1.0],
+        width_ratios=[1.0, 1.0, 1.0, 0.75],
+    )
     _draw_map(figure, axes["map"], ask(SELECTIONS))
+    for function, title in TABLES.items():
+        _draw_table(axes[title], title, ask(f"{function}(8, {SELECTIONS})"))
     for title, expression in BALANCE.items():
         _draw_layers(axes[title], title, ask(expression))
     figure.suptitle("moescope: experts, as a Prometheus saw them", fontsize=13, x=0.01, ha="left")
@@ -71,7 +79,18 @@ def _draw_layers(axes: Any, title: str, found: list[dict[str, Any]]) -> None:  #
     axes.set(xlabel="layer", title=title)
     axes.set_xticks(range(len(layers)), layers)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+
+
+def _draw_table(axes: Any, title: str, found: list[dict[str, Any]]) -> None:  # noqa: ANN401
+    cells = [
+        [one["metric"]["layer"], one["metric"]["expert"], f"{float(one['value'][1]):,.0f}"]
+        for one in found
+    ]
+    axes.set_axis_off()
+    axes.set_title(title)
+    made = axes.table(cells, colLabels=["layer", "expert", "selections"], loc="upper center")
+    made.scale(1.0, 1.35)
 
 
 def main() -> None:
