@@ -1,1 +1,1 @@
-"""Grafana dashboards as code: ``python -m dashboards.build`` writes the JSON beside this file."""
+"""Grafana dashboards as code: ``python -m dashboards.build`` writes ``generated``."""

@@ -9,7 +9,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 from dashboards import experts, overview, serving
 
-HERE = Path(__file__).parent
+GENERATED = Path(__file__).parent / "generated"
 BOARDS = {"overview": overview.build, "experts": experts.build, "serving": serving.build}
 
 
@@ -22,7 +22,7 @@ def render(name: str) -> str:
 def main() -> None:
     """Write all of them."""
     for name in BOARDS:
-        path = HERE / f"{name}.json"
+        path = GENERATED / f"{name}.json"
         path.write_text(render(name))
         print(path.name)
 

@@ -31,14 +31,14 @@ def rules() -> list[dict[str, Any]]:
 
 @pytest.fixture(params=build.BOARDS)
 def board(request: pytest.FixtureRequest) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((build.HERE / f"{request.param}.json").read_text())
+    loaded: dict[str, Any] = json.loads((build.GENERATED / f"{request.param}.json").read_text())
     return loaded
 
 
 @pytest.mark.parametrize("name", build.BOARDS)
 def test_the_committed_json_is_the_generated_one(name: str) -> None:
     """`make dashboards` writes it."""
-    assert (build.HERE / f"{name}.json").read_text() == build.render(name)
+    assert (build.GENERATED / f"{name}.json").read_text() == build.render(name)
 
 
 def test_every_panel_says_how_to_read_it(board: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ def test_no_data_source_is_fixed(board: dict[str, Any]) -> None:
 
 
 def test_uids_are_their_own_and_the_boards_are_linked() -> None:
-    loaded = [json.loads((build.HERE / f"{name}.json").read_text()) for name in build.BOARDS]
+    loaded = [json.loads((build.GENERATED / f"{name}.json").read_text()) for name in build.BOARDS]
     assert len({one["uid"] for one in loaded}) == len(loaded)
     for one in loaded:
         (link,) = one["links"]
@@ -71,7 +71,7 @@ def test_every_metric_of_ours_is_shown_somewhere_and_no_other() -> None:
     expressions = [
         target["expr"]
         for name in build.BOARDS
-        for panel in panels(json.loads((build.HERE / f"{name}.json").read_text()))
+        for panel in panels(json.loads((build.GENERATED / f"{name}.json").read_text()))
         for target in panel["targets"]
     ]
     expressions += [rule["expr"] for rule in rules()]
@@ -80,7 +80,7 @@ def test_every_metric_of_ours_is_shown_somewhere_and_no_other() -> None:
 
 
 def test_a_big_model_is_shown_without_a_series_an_expert() -> None:
-    for name, board in ((name, json.loads((build.HERE / f"{name}.json").read_text()))
+    for name, board in ((name, json.loads((build.GENERATED / f"{name}.json").read_text()))
                         for name in ("overview", "experts", "serving")):  # fmt: skip
         titles = [panel["title"] for panel in board["panels"]]
         end = titles.index("Every expert") if name == "experts" else len(titles)

@@ -105,7 +105,7 @@ def substituted(expression: str) -> str:
 def test_every_query_returns_data(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
     lines, empty = [], []
     for name in build.BOARDS:
-        for panel in panels(json.loads((build.HERE / f"{name}.json").read_text())):
+        for panel in panels(json.loads((build.GENERATED / f"{name}.json").read_text())):
             for target in panel["targets"]:
                 expression = substituted(target["expr"])
                 found = ask(expression)
@@ -126,7 +126,7 @@ def test_every_query_returns_data(ask: Any, capsys: pytest.CaptureFixture[str]) 
 
 def test_every_variable_offers_something(ask: Any) -> None:
     for name in build.BOARDS:
-        board = json.loads((build.HERE / f"{name}.json").read_text())
+        board = json.loads((build.GENERATED / f"{name}.json").read_text())
         for variable in board["templating"]["list"]:
             if variable["type"] == "query":
                 query = variable["query"]
