@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from dashboards.experts import SELECTIONS, balance
+
 Ask = Callable[[str], list[dict[str, Any]]]
 
-SELECTIONS = (
-    'sum by (layer, expert) (increase(moescope_expert_tokens_total{layer=~"$layer"}[$__range]))'
-)
 BALANCE = {
-    "Entropy over its maximum": "avg by (layer, phase) (moescope_layer_normalized_entropy)",
-    "MaxVio": "avg by (layer, phase) (moescope_layer_max_violation)",
-    "Active experts": "avg by (layer, phase) (moescope_layer_active_experts)",
+    "Entropy over its maximum": balance("normalized_entropy"),
+    "MaxVio": balance("max_violation"),
+    "Active experts": balance("active_experts"),
 }
 
 TABLES = {"topk": "Hottest experts", "bottomk": "Coldest experts"}
@@ -33,12 +33,12 @@ def draw(ask: Ask, path: Path) -> None:
     """Draw selections by layer and expert, and the balance of every layer.
 
     Args:
-        ask: Answers an instant query, ``$layer`` and ``$__range`` in it, with the result's series.
+        ask: Answers an instant query, with Grafana's variables in it, with the result's series.
         path: The PNG.
     """
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     axes = figure.subplot_mosaic(
-        [["map"] * 3 + [TABLES["topk"]], [*BALANCE, TABLES["bottomk"]]],
+        [["map", "map", "map", TABLES["topk"]], [*BALANCE, TABLES["bottomk"]]],
         height_ratios=[1.2, 1.0],
         width_ratios=[1.0, 1.0, 1.0, 0.75],
     )
@@ -102,7 +102,8 @@ def main() -> None:
     args = parser.parse_args()
 
     def ask(expression: str) -> list[dict[str, Any]]:
-        query = expression.replace("$__range", args.range).replace("$layer", ".+")
+        query = expression.replace("$__range", args.range)
+        query = re.sub(r"\$(model|instance|layer)", ".+", query)
         answer = httpx.get(f"{args.prometheus}/api/v1/query", params={"query": query})
         answer.raise_for_status()
         found: list[dict[str, Any]] = answer.json()["data"]["result"]

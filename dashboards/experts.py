@@ -19,9 +19,13 @@ from dashboards.parts import (
     rows,
 )
 
-_SELECTIONS = (
-    f"sum by (layer, expert) (increase(moescope_expert_tokens_total{{{LAYER}}}[$__range]))"
-)
+SELECTIONS = f"sum by (layer, expert) (increase(moescope_expert_tokens_total{{{LAYER}}}[$__range]))"
+"""How often each expert was selected in the time shown."""
+
+
+def balance(name: str) -> str:
+    """Return the query of one measure of load balance, by layer and phase."""
+    return f"avg by (layer, phase) (moescope_layer_{name}{{{LAYER}}})"
 
 
 def build() -> Dashboard:
@@ -54,7 +58,7 @@ def _by_layer() -> Iterator[Any]:
          "none"),
         ("Active experts", "active_experts", "Experts that were selected at all.", "none"),
     ):  # fmt: skip
-        expr = f"avg by (layer, phase) (moescope_layer_{name}{{{LAYER}}})"
+        expr = balance(name)
         yield lines(title, f"{description} By layer and phase.", unit,
                     query(expr, "layer {{layer}}, {{phase}}"))  # fmt: skip
     for word in ("hottest", "coldest"):
@@ -79,9 +83,9 @@ def _by_expert() -> Iterator[Any]:
               f"{{{LAYER}}}[$__rate_interval]))", "{{expert}}"),
     )  # fmt: skip
     yield rows("Hottest experts", "Most selections in the time shown.", "short",
-               query(f"topk(20, {_SELECTIONS})", instant=True))  # fmt: skip
+               query(f"topk(20, {SELECTIONS})", instant=True))  # fmt: skip
     yield rows("Coldest experts", "Fewest selections in the time shown.", "short",
-               query(f"bottomk(20, {_SELECTIONS})", instant=True))  # fmt: skip
+               query(f"bottomk(20, {SELECTIONS})", instant=True))  # fmt: skip
     yield rows(
         "Prefill experts", "Most selections by tokens of prompts.", "short",
         query("topk(20, sum by (layer, expert) (increase(moescope_expert_tokens_total"
