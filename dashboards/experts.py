@@ -63,10 +63,11 @@ def _by_layer() -> Iterator[Any]:
                     query(expr, "layer {{layer}}, {{phase}}"))  # fmt: skip
     for word in ("hottest", "coldest"):
         name = f"moescope_layer_{word}_expert"
+        each = "max by (instance, layer)"
         yield rows(f"{word.title()} expert", f"The {word} expert of each layer, by number.",
-                   "none", query(f"max by (layer) ({name}{{{LAYER}}})", instant=True))  # fmt: skip
+                   "none", query(f"{each} ({name}{{{LAYER}}})", instant=True))  # fmt: skip
         yield rows(f"Share of the {word}", "Its share of the layer's selections.", "percentunit",
-                   query(f"max by (layer) ({name}_share{{{LAYER}}})", instant=True))  # fmt: skip
+                   query(f"{each} ({name}_share{{{LAYER}}})", instant=True))  # fmt: skip
     yield lines(
         "Prefill against decode", "Mean entropy over all layers: prompts and answers use experts "
         "differently.", "none",
@@ -77,10 +78,10 @@ def _by_layer() -> Iterator[Any]:
 
 def _by_expert() -> Iterator[Any]:
     yield cells(
-        "Selections by expert", "A row an expert of the chosen layers: choose one layer to see it "
+        "Selections by expert", "A row an expert of the chosen layers: choose one layer to read it "
         "alone. Dark rows are idle experts.", "short",
-        query("sum by (expert) (rate(moescope_expert_tokens_total"
-              f"{{{LAYER}}}[$__rate_interval]))", "{{expert}}"),
+        query("sum by (layer, expert) (rate(moescope_expert_tokens_total"
+              f"{{{LAYER}}}[$__rate_interval]))", "layer {{layer}}, expert {{expert}}"),
     )  # fmt: skip
     yield rows("Hottest experts", "Most selections in the time shown.", "short",
                query(f"topk(20, {SELECTIONS})", instant=True))  # fmt: skip

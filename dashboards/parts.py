@@ -145,6 +145,7 @@ def cells(title: str, description: str, unit: str, one: prometheus.Dataquery) ->
         .color(
             heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Viridis").steps(64)
         )
+        .filter_values(heatmap.FilterValueRange().le(-1))  # by default zeros are hidden
         .cell_gap(0)
         .unit(unit)
         .span(24)
