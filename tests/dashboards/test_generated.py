@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dashboards import build
-from moescope_service.api.metrics import METRICS
+from moescope_service.metric_names import METRICS
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "dashboards" / "rules" / "moescope.yml"

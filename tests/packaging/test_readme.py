@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from moescope.cli import app
-from moescope_service.api.metrics import METRICS
+from moescope_service.metric_names import METRICS
 from moescope_service.settings import Settings, flag, variable
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -26,9 +26,11 @@ def test_every_flag_is_documented() -> None:
         assert f"`{variable(name)}`" in README
 
 
-def test_every_metric_is_documented() -> None:
-    documented = {name.removesuffix("_total") for name in first_cells("## Metrics")}
-    assert documented == set(METRICS)
+def test_every_metric_is_documented_with_its_labels() -> None:
+    section = README.split("## Metrics", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|", section, re.MULTILINE)
+    documented = {name: tuple(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
+    assert documented == {spec.sample_name: spec.labels for spec in METRICS.values()}
 
 
 def test_every_command_is_documented() -> None:

@@ -1,6 +1,6 @@
 """``/metrics``: vLLM's metrics and moescope's in one scrape.
 
-The names and labels are `METRICS`; the README's table is held to it by a test.
+Names, kinds and labels are those of `moescope_service.metric_names`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moescope_service.collector.counters import PHASES
 from moescope_service.collector.reassembly import CAUSES
 from moescope_service.errors import CollectorGoneError
 from moescope_service.messages import LOST_REASONS
+from moescope_service.metric_names import METRICS
 from moescope_service.settings import Settings
 
 Samples = dict[tuple[str, ...], float]
@@ -36,41 +37,6 @@ Counts = npt.NDArray[np.int64]
 SCRAPE_TIMEOUT_S = 0.25
 MAX_EXPERT_SERIES = 2000
 """Layers x experts up to which ``moescope_expert_tokens_total`` is shown unless asked for."""
-
-METRICS = {
-    "moescope_collector_up": "Whether the collector process answers.",
-    "moescope_expert_tokens": "Selections of an expert, by layer and phase.",
-    "moescope_layer_normalized_entropy": "Entropy of a layer's selections in the window over its "
-    "maximum: 1 is uniform.",
-    "moescope_layer_max_violation": "MaxVio of a layer in the window: the busiest expert's load "
-    "over the mean load, less one.",
-    "moescope_layer_max_mean_load_ratio": "The busiest expert's load over its layer's mean load.",
-    "moescope_layer_active_experts": "Experts of a layer that were selected in the window.",
-    "moescope_layer_hottest_expert": "Number of the expert that a layer selected most.",
-    "moescope_layer_hottest_expert_share": "Its share of the layer's selections.",
-    "moescope_layer_coldest_expert": "Number of the expert that a layer selected least.",
-    "moescope_layer_coldest_expert_share": "Its share of the layer's selections.",
-    "moescope_window_rows": "Rows (tokens) routed in the window, by phase.",
-    "moescope_experts": "Routed experts a layer.",
-    "moescope_layers": "Layers with experts.",
-    "moescope_rows": "Rows (tokens) routed and captured, by phase.",
-    "moescope_rows_captured": "Rows (tokens) that were captured in every layer.",
-    "moescope_rows_lost": "Rows that a worker routed and could not ship, by reason.",
-    "moescope_step_gaps": "Times that a worker's steps were lost altogether.",
-    "moescope_steps": "Engine steps that were captured.",
-    "moescope_hook_seconds": "Seconds the capture spent on the worker's thread.",
-    "moescope_collector_lag_seconds": "Age of the newest step when the collector received it.",
-    "moescope_traces": "Finished traces, by completeness.",
-    "moescope_trace_rows": "Rows of finished traces, by source: computed, cached or missing.",
-    "moescope_trace_rows_missing": "Missing rows of finished traces, by cause.",
-    "moescope_traces_kept": "Traces in the store.",
-    "moescope_traces_evicted": "Traces that made room for newer ones.",
-    "moescope_sequences_unclaimed": "Ended sequences that no API server asked for.",
-    "moescope_sequences_running": "Registered sequences that have no trace yet.",
-    "moescope_store_bytes": "Memory of the traces in the store, in bytes.",
-    "moescope_store_limit_bytes": "Upper bound of the store, in bytes.",
-    "moescope_capture_on": "Whether rows are captured (0: paused).",
-}
 
 router = APIRouter(tags=["moescope"])
 
@@ -90,18 +56,12 @@ class Snapshot(PrometheusCollector):
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metrics; none but ``moescope_collector_up`` without an answer."""
-        yield _family(GaugeMetricFamily, "moescope_collector_up", {(): float(bool(self._values))})
+        yield _family("moescope_collector_up", {(): float(bool(self._values))})
         hello = self._values.get("hello")
         if hello is None:
             return
-        model = hello["model"]
-        for name, labels, samples in self._counters():
-            yield _family(CounterMetricFamily, name, samples, ("model_name", *labels), model)
-        for name, value in self._gauges().items():
-            yield _family(GaugeMetricFamily, name, {(): value}, ("model_name",), model)
-        rows: Samples = {(phase,): self._values["window_rows"][p] for p, phase in enumerate(PHASES)}
-        labels = ("model_name", "phase")
-        yield _family(GaugeMetricFamily, "moescope_window_rows", rows, labels, model)
+        for name, samples in (self._counters() | self._gauges()).items():
+            yield _family(name, samples, hello["model"])
         shape = (len(PHASES), len(hello["layers"]), hello["num_experts"])
         totals, window = (np.frombuffer(array, np.int64).reshape(shape) for array in self._arrays)
         yield from _balance(hello, window)
@@ -109,54 +69,43 @@ class Snapshot(PrometheusCollector):
         if self._expert_metrics == "on" or (self._expert_metrics == "auto" and is_small):
             yield _experts(hello, totals)
 
-    def _counters(self) -> list[tuple[str, tuple[str, ...], Samples]]:
+    def _counters(self) -> dict[str, Samples]:
         values = self._values
-        return [
-            (
-                "moescope_rows",
-                ("phase",),
-                {(phase,): values["rows"][p] for p, phase in enumerate(PHASES)},
-            ),
-            ("moescope_rows_captured", (), {(): values["rows_captured"]}),
-            (
-                "moescope_rows_lost",
-                ("reason",),
-                {(reason,): values["rows_lost"].get(reason, 0) for reason in LOST_REASONS},
-            ),
-            ("moescope_step_gaps", (), {(): values["gaps"]}),
-            ("moescope_sequences_unclaimed", (), {(): values["unclaimed"]}),
-            ("moescope_steps", (), {(): values["steps"]}),
-            ("moescope_hook_seconds", (), {(): values["hook_seconds"]}),
-            (
-                "moescope_traces",
-                ("status",),
-                {(s,): values["traces"].get(s, 0) for s in ("complete", "incomplete")},
-            ),
-            (
-                "moescope_trace_rows",
-                ("source",),
-                {(s.name.lower(),): values["trace_rows"].get(s.name.lower(), 0) for s in Source},
-            ),
-            (
-                "moescope_trace_rows_missing",
-                ("cause",),
-                {(cause,): values["missing"].get(cause, 0) for cause in CAUSES},
-            ),
-            ("moescope_traces_evicted", (), {(): values["store"]["evicted"]}),
-        ]
 
-    def _gauges(self) -> dict[str, float]:
+        def by(name: str, keys: Iterable[str]) -> Samples:
+            return {(key,): values[name].get(key, 0) for key in keys}
+
+        return {
+            "moescope_rows": _by_phase(values["rows"]),
+            "moescope_rows_captured": {(): values["rows_captured"]},
+            "moescope_rows_lost": by("rows_lost", LOST_REASONS),
+            "moescope_step_gaps": {(): values["gaps"]},
+            "moescope_sequences_unclaimed": {(): values["unclaimed"]},
+            "moescope_steps": {(): values["steps"]},
+            "moescope_hook_seconds": {(): values["hook_seconds"]},
+            "moescope_traces": by("traces", ("complete", "incomplete")),
+            "moescope_trace_rows": by("trace_rows", [source.name.lower() for source in Source]),
+            "moescope_trace_rows_missing": by("missing", CAUSES),
+            "moescope_traces_evicted": {(): values["store"]["evicted"]},
+        }
+
+    def _gauges(self) -> dict[str, Samples]:
         values = self._values
         return {
-            "moescope_collector_lag_seconds": values["lag_seconds"],
-            "moescope_traces_kept": values["store"]["traces"],
-            "moescope_sequences_running": values["running"],
-            "moescope_store_bytes": values["store"]["bytes"],
-            "moescope_store_limit_bytes": values["store"]["limit_bytes"],
-            "moescope_capture_on": float(values["capture"] == "on"),
-            "moescope_experts": values["hello"]["num_experts"],
-            "moescope_layers": len(values["hello"]["layers"]),
+            "moescope_collector_lag_seconds": {(): values["lag_seconds"]},
+            "moescope_traces_kept": {(): values["store"]["traces"]},
+            "moescope_sequences_running": {(): values["running"]},
+            "moescope_store_bytes": {(): values["store"]["bytes"]},
+            "moescope_store_limit_bytes": {(): values["store"]["limit_bytes"]},
+            "moescope_capture_on": {(): float(values["capture"] == "on")},
+            "moescope_experts": {(): values["hello"]["num_experts"]},
+            "moescope_layers": {(): len(values["hello"]["layers"])},
+            "moescope_window_rows": _by_phase(values["window_rows"]),
         }
+
+
+def _by_phase(values: list[int]) -> Samples:
+    return {(phase,): value for phase, value in zip(PHASES, values, strict=True)}
 
 
 def _experts(hello: dict[str, Any], counts: Counts) -> Metric:
@@ -166,8 +115,7 @@ def _experts(hello: dict[str, Any], counts: Counts) -> Metric:
         for column, layer in enumerate(hello["layers"])
         for expert in range(hello["num_experts"])
     }
-    labels = ("model_name", "layer", "expert", "phase")
-    return _family(CounterMetricFamily, "moescope_expert_tokens", samples, labels, hello["model"])
+    return _family("moescope_expert_tokens", samples, hello["model"])
 
 
 def _balance(hello: dict[str, Any], window: Counts) -> Iterable[Metric]:
@@ -187,7 +135,7 @@ def _balance(hello: dict[str, Any], window: Counts) -> Iterable[Metric]:
             for column, layer in enumerate(layers)
             if window[p, column].any()
         }
-        yield _family(GaugeMetricFamily, name, samples, ("model_name", "layer", "phase"), model)
+        yield _family(name, samples, model)
     both = window.sum(axis=0)
     shares = analysis.shares(both)
     for word, expert in (("hottest", both.argmax(axis=-1)), ("coldest", both.argmin(axis=-1))):
@@ -198,18 +146,15 @@ def _balance(hello: dict[str, Any], window: Counts) -> Iterable[Metric]:
                 for column, layer in enumerate(layers)
                 if both[column].any()
             }
-            name = f"moescope_layer_{word}_expert{suffix}"
-            yield _family(GaugeMetricFamily, name, samples, ("model_name", "layer"), model)
+            yield _family(f"moescope_layer_{word}_expert{suffix}", samples, model)
 
 
-def _family(
-    family: type[CounterMetricFamily] | type[GaugeMetricFamily],
-    name: str,
-    samples: Samples,
-    labels: tuple[str, ...] = (),
-    model: str | None = None,
-) -> Metric:
-    metric = family(name, METRICS[name], labels=labels)
+_FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+
+
+def _family(name: str, samples: Samples, model: str | None = None) -> Metric:
+    spec = METRICS[name]
+    metric = _FAMILIES[spec.kind](name, spec.help, labels=spec.labels)
     first = () if model is None else (model,)
     for values, sample in samples.items():
         metric.add_metric((*first, *values), sample)
