@@ -145,10 +145,11 @@ class Client:
 
         Args:
             phase: Which tokens to count.
-            window_s: Only the last seconds, at most 3600; since start or reset where None.
+            window_s: Only the last seconds, at most 3600 and less for very big models; since start
+                or reset where None.
 
         Raises:
-            InvalidQueryError: The window is too long.
+            InvalidQueryError: The window is longer than what the server keeps.
         """
         params: dict[str, Any] = {"phase": phase}
         if window_s is not None:

@@ -39,7 +39,7 @@ from moescope_service.api.plugin import MoescopeEndpoints
 from moescope_service.runtime import collector_address
 from moescope_service.settings import ENABLE, RUNTIME_DIR
 
-from .fake_engine import OUTPUT, PROMPT, Engine, Running
+from .fake_engine import HELLO, OUTPUT, PROMPT, Engine, Running
 
 DEADLINE_S = 20.0
 
@@ -111,6 +111,7 @@ class Deployment:
             allowed_headers=["*"], log_error_stack=False, root_path="",
             enable_offline_docs=False, disable_fastapi_docs=False,
         )  # fmt: skip
+        self.hello = flags.pop("hello", HELLO)
         self.env = {f"MOESCOPE_ROUTES_{name.upper()}": value for name, value in flags.items()}
         self.directory = Path(tempfile.mkdtemp(prefix="moescope-test-"))
 
@@ -124,7 +125,7 @@ class Deployment:
                 patch.setenv(name, value)
             self.collector = start_collector(collector_address())
             stack.callback(stop_collector, self.collector)
-            self.engine = Engine(collector_address())
+            self.engine = Engine(collector_address(), self.hello)
             stack.callback(self.engine.recorder.close)
             self.frontend = Frontend(self.engine)
             self.url = stack.enter_context(serving(self.make_app()))

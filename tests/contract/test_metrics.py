@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -10,11 +11,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from moescope import Client, InvalidQueryError
 from moescope_service.api.collector_client import Reply
 from moescope_service.api.metrics import MAX_EXPERT_SERIES, Snapshot
 from moescope_service.metric_names import METRICS
 
-from .deployment import wait_until
+from .deployment import Deployment, wait_until
 from .fake_engine import HELLO, OUTPUT, PROMPT
 
 NUM_ROWS = len(PROMPT) + len(OUTPUT) - 1
@@ -157,6 +159,16 @@ def test_the_client_reads_experts_and_info(served, client):
     assert (info.model, info.layers, info.num_experts, info.top_k) == ("tiny", (1, 3), 8, 2)
     assert (info.router_types, info.seed, info.capture) == (("CPURouter",), 7, "on")
     assert info.store.limit_bytes == 2**30
+
+
+def test_a_window_longer_than_a_big_model_keeps_is_refused():
+    """58 layers of 256 experts, as DeepSeek-V3 has them: 64 MiB are 282 marks, 281 slices."""
+    hello = dataclasses.replace(HELLO, layers=list(range(3, 61)), num_experts=256, num_blocks=8)
+    with Deployment(hello=hello).running() as deployment, Client(deployment.url) as client:
+        wait_until(lambda: hello.model in scrape_text(deployment), "the worker said hello")
+        assert client.experts(window_s=2810.0).window_s < 60.0
+        with pytest.raises(InvalidQueryError, match=r"kept for 2810 s, got 2810\.5"):
+            client.experts(window_s=2810.5)
 
 
 def test_reset_leaves_the_prometheus_counters_alone(served, client):

@@ -248,6 +248,13 @@ def test_a_worker_with_another_model_is_left_out(bench):
     assert bench.collector.hello.num_experts == 8
 
 
+@pytest.mark.parametrize(("num_layers", "warned"), [(2, False), (58, True)])
+def test_a_metrics_window_longer_than_is_kept_is_warned_of(num_layers, warned, caplog):
+    hello = make_hello(layers=list(range(num_layers)), num_experts=256)
+    Bench(hello, metrics_window=3600.0)
+    assert ("look back 2810 s instead of 3600" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("frames", [pack("what"), pack("query", op="what", number=1)])
 def test_a_message_that_nobody_knows_is_an_error(bench, frames):
     with pytest.raises(ValueError, match=r"unknown .*'what'"):

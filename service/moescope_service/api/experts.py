@@ -41,7 +41,8 @@ async def experts(
         Query(
             gt=0,
             le=MAX_WINDOW_S,
-            description="Only the last seconds; the answer's ``window_s`` says how many they are.",
+            description="Only the last seconds, as many as are kept of the model; the answer's "
+            "``window_s`` says how many they are.",
         ),
     ] = None,
 ) -> Response:
@@ -50,10 +51,14 @@ async def experts(
     Every routing computed counts, kept or not: without preemption or speculation, rows with source
     ``computed`` x top-k.
     """
-    reply = await collector.ask("experts", window_s=window_s)
     info = (await collector.ask("info")).values["hello"]
     if info is None:
         raise HTTPException(503, "no worker has said what it captures yet")
+    reply = await collector.ask("experts", window_s=window_s)
+    if window_s is not None and window_s > (kept_s := reply.values["kept_s"]):
+        raise HTTPException(
+            422, f"window_s: counts of this model are kept for {kept_s:g} s, got {window_s:g}"
+        )
     return await encoded(request, form, lambda: _experts_body(reply, info, phase, form))
 
 

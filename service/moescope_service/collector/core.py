@@ -112,6 +112,13 @@ class Collector:
             self.hello = hello
             self.counters = ExpertCounters(hello.layers, hello.num_experts)
             self.windows = CountWindows(self.counters, self._clock)
+            if self.settings.metrics_window > self.windows.kept_s:
+                logger.warning(
+                    "the load balance metrics look back %g s instead of %g: no more is kept of a "
+                    "model of %d layers of %d experts",
+                    self.windows.kept_s, self.settings.metrics_window,
+                    len(hello.layers), hello.num_experts,
+                )  # fmt: skip
             if self._log is not None:
                 self._log.begin(hello)
         self.outbox.append((peer, pack("capture", on=self.is_capturing)))

@@ -140,7 +140,8 @@ class Queries:
         else:
             counts, rows, covered_s = windows.last(window_s)
             values = {"since_s": time.time() - covered_s, "window_s": covered_s}
-        return {"ready": True, "rows": rows.tolist(), **values}, [counts]
+        values |= {"ready": True, "rows": rows.tolist(), "kept_s": windows.kept_s}
+        return values, [counts]
 
     def _reset(self, query: dict[str, Any]) -> Answer:
         if self._collector.counters is not None and self._collector.windows is not None:

@@ -14,7 +14,9 @@ SLICE_S = 10.0
 """Windows begin on marks this far apart: one covers up to that much more than it was asked for."""
 MAX_WINDOW_S = 3600.0
 MAX_BYTES = 64 * 2**20
-"""Bound of the marks' memory. A mark is 238 kB for 58 layers of 256 experts: 46 minutes of them."""
+"""Bound of the marks' memory.
+
+A mark is 238 kB for 58 layers of 256 experts: 46 minutes of them; smaller models have the hour."""
 
 Counts = npt.NDArray[np.int64]
 
@@ -32,6 +34,8 @@ class CountWindows:
         self._clock = clock
         fitting = MAX_BYTES // counters.totals.nbytes
         num_marks = max(2, min(int(MAX_WINDOW_S / SLICE_S) + 1, fitting))
+        self.kept_s = (num_marks - 1) * SLICE_S
+        """The longest window that can be asked for, in seconds."""
         self._marks: collections.deque[tuple[float, Counts, Counts]]
         self._marks = collections.deque(maxlen=num_marks)
         self.begin()
