@@ -57,7 +57,9 @@ async def experts(
     reply = await collector.ask("experts", window_s=window_s)
     if window_s is not None and window_s > (kept_s := reply.values["kept_s"]):
         raise HTTPException(
-            422, f"window_s: counts of this model are kept for {kept_s:g} s, got {window_s:g}"
+            422,
+            f"window_s: counts of this model are kept for {kept_s:g} s, got {window_s:g}: "
+            "ask for no more than that",
         )
     return await encoded(request, form, lambda: _experts_body(reply, info, phase, form))
 
