@@ -6,7 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ class Agreement:
         self.not_top_k += int((want.min(-1) < scores.max(-1) * hidden).sum())
         assert trace.topk_weights is not None
         error = np.abs(trace.topk_weights[position].astype(np.float64) - want)
+        if not np.isfinite(error).all():
+            raise ValueError(f"{trace.request_id}, row {position}: the logits are not finite")
         spacing = np.spacing(want.astype(trace.topk_weights.dtype)).astype(np.float64)
         self.rows += 1
         self.largest_error = max(self.largest_error, float(error.max()))
@@ -160,27 +162,36 @@ def _trace(client: Client, name: str) -> RouteTrace | None:
         return None
 
 
-def compare_stock(stock_url: str, url: str, questions: Sequence[str]) -> dict[str, Any]:
-    """Compare prompts' routes with those that vLLM captures in a server without moescope.
+def compare_stock(urls: Mapping[str, str], prompts: Sequence[str]) -> dict[str, Any]:
+    """Compare the routes of several servers, as vLLM's own capture returns them.
 
-    Prompts go one by one, so that both servers run the same batches. What capture might do to the
+    Prompts go one by one, so that all servers run the same batches. What capture might do to the
     model would show here, and nowhere else: within one engine both captures see the same.
 
+    Args:
+        urls: Servers with ``--enable-return-routed-experts`` by name; the first is the reference,
+            and a second one like it tells how far two servers agree at all.
+        prompts: What to ask.
+
     Returns:
-        (Token, layer) pairs compared, and in how many the sets of experts are equal.
+        (Token, layer) pairs of each, and in how many the set of experts is the reference's.
     """
-    pairs = equal = 0
-    with (
-        httpx.Client(base_url=stock_url, timeout=TIMEOUT_S) as stock,
-        httpx.Client(base_url=url, timeout=TIMEOUT_S) as ours,
-    ):
-        for question in questions:
-            body = {"prompt": question, "max_tokens": 1, "temperature": 0.0}
-            reply = stock.post("/v1/completions", json=body).raise_for_status().json()
-            wanted = np.load(io.BytesIO(base64.b64decode(reply["choices"][0]["routed_experts"])))
-            reply = ours.post("/v1/completions", json=body).raise_for_status().json()
-            route = ours.get(f"/routes/{reply['id']}", params={"format": "npy"}).raise_for_status()
-            got = np.load(io.BytesIO(route.content))
-            same = (np.sort(got, -1) == np.sort(wanted, -1)).all(-1)
-            pairs, equal = pairs + same.size, equal + int(same.sum())
-    return {"questions": len(questions), "token_layer_pairs": pairs, "equal_sets": equal}
+    routes: dict[str, list[np.ndarray]] = {name: [] for name in urls}
+    for name, url in urls.items():
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
+            for prompt in prompts:
+                body = {"prompt": prompt, "max_tokens": 1, "temperature": 0.0}
+                reply = http.post("/v1/completions", json=body).raise_for_status().json()
+                content = base64.b64decode(reply["choices"][0]["routed_experts"])
+                routes[name].append(np.sort(np.load(io.BytesIO(content)), -1))
+    reference, *others = urls
+    found: dict[str, Any] = {"prompts": len(prompts)}
+    for name in others:
+        pairs = zip(routes[name], routes[reference], strict=True)
+        same = np.concatenate([(ours == theirs).all(-1) for ours, theirs in pairs])
+        found[name] = {
+            "token_layer_pairs": same.size,
+            "equal_sets": int(same.sum()),
+            "equal_share_by_layer": same.mean(0).round(4).tolist(),
+        }
+    return found

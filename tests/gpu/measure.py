@@ -45,7 +45,7 @@ class Result:
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
         self._path = path
         self.values: dict[str, Any] = orjson.loads(path.read_bytes()) if path.exists() else {}
-        self["date"] = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        self["date"] = now()
         self["command"] = shlex.join(["python", "-m", "tests.gpu.measure", *sys.argv[1:]])
         self["hardware"] = {**environment.hardware(), "gpu": gpu()}
         self["versions"] = {**environment.system(), **packages()}
@@ -54,6 +54,11 @@ class Result:
         self.values[key] = value
         options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
         self._path.write_bytes(orjson.dumps(self.values, option=options))
+
+
+def now() -> str:
+    """Return the date and time."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 def gpu() -> str:
@@ -121,17 +126,17 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
 
 
 def run_stock_routing(args: argparse.Namespace, questions: Sequence[str]) -> dict[str, Any]:
-    """Compare routes with vLLM's own capture in a server that has nothing of moescope."""
-    share = side_by_side(args)
-    stock = stock_command(["--model", args.model, *share, "--enable-return-routed-experts"])
+    """Compare routes of a server with moescope with those of two that have nothing of it."""
+    flags = [*side_by_side(args), "--enable-return-routed-experts"]
+    stock = stock_command(["--model", args.model, *flags])
     env = {**os.environ, **tap.environment(args.tap_directory, gate_scale=args.gate_scale)}
     arms = [
         (throughput.STOCK, stock, stock_env(env)),
-        (throughput.MOESCOPE, captured_command([args.model, *share]), env),
+        (throughput.STOCK_AGAIN, stock, stock_env(env)),
+        (throughput.MOESCOPE, captured_command([args.model, *flags]), env),
     ]
     with servers(args, arms) as started:
-        urls = (started[throughput.STOCK].url, started[throughput.MOESCOPE].url)
-        return fidelity.compare_stock(*urls, questions)
+        return fidelity.compare_stock({n: s.url for n, s in started.items()}, questions)
 
 
 def side_by_side(args: argparse.Namespace) -> list[str]:
@@ -153,13 +158,17 @@ def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: R
         (throughput.STOCK_AGAIN, stock, stock_env(env)),
         (throughput.MOESCOPE, captured_command([args.model, *share]), env),
     ]
-    measured: list[dict[str, Any]] = []
+    measured = result.values.get("throughput", {})
     with servers(args, arms) as started:
         urls = {name: server.url for name, server in started.items()}
         for load in throughput.loads(questions, args.scale):
-            measured.append(asyncio.run(throughput.measure(load, urls)))
+            if args.load and not load.name.startswith(tuple(args.load)):
+                continue
+            values = asyncio.run(throughput.measure(load, urls))
+            measured[load.name] = {"date": now(), **values}
             result["throughput"] = measured
-            print(orjson.dumps({k: v for k, v in measured[-1].items() if k != "seconds"}).decode())
+            shown = {key: value for key, value in values.items() if key != "seconds"}
+            print(load.name, orjson.dumps(shown).decode(), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -169,6 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's test.jsonl; the hub by default.")
     parser.add_argument("--out", type=Path, required=True, help="The result file.")
     parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--load", action="append", help="Throughput: loads that start like this.")
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")
     parser.add_argument(

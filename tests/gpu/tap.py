@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-DIRECTORY = "MOESCOPE_TAP_DIR"
-MAX_ROWS = "MOESCOPE_TAP_ROWS"
-GATE_SCALE = "MOESCOPE_TAP_GATE_SCALE"
+DIRECTORY = "TAP_DIR"
+MAX_ROWS = "TAP_ROWS"
+GATE_SCALE = "TAP_GATE_SCALE"
 ROWS_A_STEP = 400
 
 _METADATA = "Metadata-Version: 2.1\nName: moescope-tap\nVersion: 0\n"

@@ -130,7 +130,6 @@ def _summary(
     steps = after.get("steps", 0) - before.get("steps", 0)
     host_s = after.get("hook_seconds", 0) - before.get("hook_seconds", 0)
     return {
-        "load": load.name,
         "rounds": load.rounds,
         "median_s": {name: float(np.median(values)) for name, values in seconds.items()},
         "tokens_per_s": {
