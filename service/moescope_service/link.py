@@ -2,6 +2,11 @@
 
 `Link.put` never blocks and costs the caller a few microseconds: encoding and sending happen in the
 link's thread. Make a link in the process that uses it: a thread does not outlive a fork.
+
+The collector may end and come back, as another process that knows nothing. So every connection
+begins with what `Link` is told to introduce itself with, made in the link's thread between two
+messages; what is put while nobody is there is encoded, since its encoder counts on every message,
+and left out.
 """
 
 from __future__ import annotations
@@ -11,10 +16,11 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from moescope_service.messages import Frames
 
@@ -28,6 +34,7 @@ _FLUSH_MS = 50
 """How long a message may wait that nobody waits for."""
 _LINGER_MS = 500
 """A worker may be killed soon after it was told to stop."""
+_CONNECTION = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
 class Outgoing(Protocol):
@@ -47,9 +54,10 @@ class Link:
     Args:
         address: Where the collector is bound.
         on_message: Called in the link's thread with the frames of every message that arrives.
-        max_bytes: What may wait to be sent. Beyond it the collector is taken to be gone and
-            messages are given up; it notices by the numbers of the steps, should it come back.
+        max_bytes: What may wait to be sent. Beyond it the collector is taken to hang and messages
+            are given up; it notices by the numbers of the steps, should it go on.
         name: Name of the thread.
+        introduce: Makes the messages that begin a connection, in the link's thread.
         join: Makes one message of several of the same type, in the link's thread: much cheaper than
             one by one where many wait. Without it each is sent by itself.
     """
@@ -61,19 +69,25 @@ class Link:
         *,
         max_bytes: int,
         name: str,
+        introduce: Callable[[], Iterable[Frames]] = tuple,
         join: Callable[[list[Any]], Frames] | None = None,
     ) -> None:
         self._address = address
         self._on_message = on_message
         self._max_bytes = max_bytes
+        self._introduce = introduce
         self._join = join
         self._waiting: collections.deque[Outgoing] = collections.deque()
+        self._introduction: collections.deque[Frames] = collections.deque()
         self._added_bytes = self._sent_bytes = 0  # each written by one thread alone
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self.num_given_up = 0
         """Messages that were never sent."""
+        self._is_connected = False
+        self.is_away = False
+        """Whether the collector was there and is not any more."""
         self._closing = self._is_ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -133,18 +147,37 @@ class Link:
             socket.setsockopt(zmq.SNDHWM, SOCKET_QUEUE)
             socket.setsockopt(zmq.RCVHWM, 0)
             socket.setsockopt(zmq.LINGER, _LINGER_MS)
-            socket.connect(self._address)
-            poller = zmq.Poller()
-            poller.register(self._wake_read, zmq.POLLIN)
-            poller.register(socket, zmq.POLLIN)
-            while self._waiting or not self._closing:
-                poller.modify(socket, zmq.POLLIN | (zmq.POLLOUT if self._waiting else 0))
-                events = dict(poller.poll(_FLUSH_MS))
-                if self._wake_read in events:
-                    os.read(self._wake_read, 65536)
-                if events.get(socket, 0) & zmq.POLLIN:
-                    self._receive(socket.recv_multipart())
+            socket.setsockopt(zmq.IMMEDIATE, 1)  # what was meant for one collector reaches no other
+            with socket.get_monitor_socket(_CONNECTION) as monitor:
+                socket.connect(self._address)
+                self._loop(socket, monitor)
+                socket.disable_monitor()
+
+    def _loop(self, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        poller = zmq.Poller()
+        for readable in (self._wake_read, socket, monitor):
+            poller.register(readable, zmq.POLLIN)
+        while self._waiting or self._introduction or not self._closing:
+            is_sending = self._is_connected and (self._waiting or self._introduction)
+            poller.modify(socket, zmq.POLLIN | (zmq.POLLOUT if is_sending else 0))
+            events = dict(poller.poll(_FLUSH_MS))
+            if self._wake_read in events:
+                os.read(self._wake_read, 65536)
+            if monitor in events:
+                self._on_connection(recv_monitor_message(monitor)["event"])
+            if events.get(socket, 0) & zmq.POLLIN:
+                self._receive(socket.recv_multipart())
+            if self._is_connected:
                 self._send(socket)
+            elif self.is_away:
+                self._leave_out()
+
+    def _on_connection(self, event: int) -> None:
+        self._is_connected = event == zmq.Event.HANDSHAKE_SUCCEEDED
+        self.is_away = not self._is_connected
+        self._introduction.clear()
+        if self._is_connected:
+            self._introduction.extend(self._introduce())
 
     def _receive(self, frames: Frames) -> None:
         try:
@@ -153,20 +186,27 @@ class Link:
             logger.exception("left out a message that cannot be understood")
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
-        while self._waiting and socket.poll(0, zmq.POLLOUT):
-            messages = self._next()
-            try:
-                frames = self._encode(messages)
-            except Exception:
-                # Capture must not end with one message; its missing number is noticed.
-                logger.exception("left out %d messages that cannot be encoded", len(messages))
-                continue
-            socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        while (self._introduction or self._waiting) and socket.poll(0, zmq.POLLOUT):
+            frames = self._introduction.popleft() if self._introduction else self._encode_next()
+            if frames is not None:
+                # Again: the collector has just gone; that it comes back is told by the monitor.
+                with contextlib.suppress(zmq.Again):
+                    socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
 
-    def _encode(self, messages: list[Outgoing]) -> Frames:
-        if self._join is None or len(messages) == 1:
-            return messages[0].encode()
-        return self._join(messages)
+    def _leave_out(self) -> None:
+        while self._waiting:
+            self._encode_next()
+
+    def _encode_next(self) -> Frames | None:
+        messages = self._next()
+        try:
+            if self._join is None or len(messages) == 1:
+                return messages[0].encode()
+            return self._join(messages)
+        except Exception:
+            # Capture must not end with one message; its missing number is noticed.
+            logger.exception("left out %d messages that cannot be encoded", len(messages))
+            return None
 
     def _next(self) -> list[Outgoing]:
         messages = [self._waiting.popleft()]

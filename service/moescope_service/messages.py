@@ -21,7 +21,7 @@ Frames = Sequence[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """What a worker captures; sent once, before its first step."""
+    """What a worker captures; it introduces the worker on every new connection."""
 
     sender: str
     """Unique name of the sender: one a pipeline stage and data-parallel engine."""
@@ -56,6 +56,29 @@ class Admission:
     num_computed: int
     """Tokens whose KV-cache entries were found in the prefix cache."""
     block_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ongoing:
+    """A sequence that runs while its worker introduces itself to a new collector."""
+
+    admission: Admission
+    """Its table as far as its blocks are still its own; ``num_computed`` of its first admission."""
+    num_rows: int
+    """Positions routed so far, whose rows only the collector before had."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Where a worker stands when it introduces itself to a collector that saw none of its steps."""
+
+    next_seq: int
+    """Number of the step that follows."""
+    is_capturing: bool
+    """Whether rows are shipped, as the collector before had ordered."""
+    ongoing: list[Ongoing]
+    ended: list[str]
+    """Internal ids of sequences that ended lately: the end may have been told to nobody."""
 
 
 LOST_REASONS = ("queue_full", "paused", "hook_missed")
@@ -120,7 +143,7 @@ def pack(kind: str, arrays: Frames = (), **fields: Any) -> list[Any]:
     """Return the frames of a message.
 
     Args:
-        kind: ``register``, ``finish``, ``alias``, ``query``, ``reply``, ``capture`` …
+        kind: ``hello``, ``steps``, ``server``, ``register``, ``query``, ``reply`` …
         arrays: Frames behind the control frame, contiguous.
         fields: The control frame's values.
     """
@@ -130,6 +153,22 @@ def pack(kind: str, arrays: Frames = (), **fields: Any) -> list[Any]:
 def pack_dataclass(kind: str, message: Hello | Register, arrays: Frames = ()) -> list[Any]:
     """Return the frames of a `Hello` or a `Register`."""
     return pack(kind, arrays, **dataclasses.asdict(message))
+
+
+def pack_hello(hello: Hello, snapshot: Snapshot) -> list[Any]:
+    """Return the frames with which a worker introduces itself amid its steps."""
+    return pack("hello", **dataclasses.asdict(hello), snapshot=dataclasses.asdict(snapshot))
+
+
+def unpack_hello(values: dict[str, Any]) -> tuple[Hello, Snapshot | None]:
+    """Return what a worker captures and, unless its first step is yet to come, where it stands."""
+    snapshot = values.pop("snapshot", None)
+    if snapshot is not None:
+        ongoing = [
+            Ongoing(Admission(**one["admission"]), one["num_rows"]) for one in snapshot["ongoing"]
+        ]
+        snapshot = Snapshot(**{**snapshot, "ongoing": ongoing})
+    return Hello(**values), snapshot
 
 
 def unpack(frames: Frames) -> tuple[str, dict[str, Any]]:

@@ -86,6 +86,7 @@ _CAPTURE = (
     _counter("hook_seconds", "Seconds the capture spent on the worker's thread."),
     _gauge("capture_on", "Whether rows are captured (0: paused)."),
     _gauge("collector_lag_seconds", "Age of the newest step when the collector received it."),
+    _counter("collector_restarts", "Times that the collector process was started again."),
     MetricSpec("moescope_collector_up", "gauge", "Whether the collector process answers.", ()),
 )
 _TRACES = (

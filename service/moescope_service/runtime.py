@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from moescope_service.settings import RUNTIME_DIR
 logger = logging.getLogger("moescope")
 
 _START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+_LIVED_S = 60.0
+"""A collector that served so long is worth a new one at once."""
+_MAX_PAUSE_S = 30.0
 _MAX_DIRECTORY_CHARS = 90
 
 
@@ -35,7 +40,7 @@ def collector_address() -> str:
 def ensure_collector() -> None:
     """Start the deployment's collector, unless a process before this one did.
 
-    The collector ends with this process. If it dies earlier, serving goes on without it.
+    It ends with this process. If it ends earlier, it is started again: see `Supervisor`.
 
     Raises:
         RefusedError: It did not start.
@@ -47,36 +52,113 @@ def ensure_collector() -> None:
         Path(directory).rmdir()
         directory = tempfile.mkdtemp(prefix="moescope-", dir="/tmp")
     os.environ[RUNTIME_DIR] = directory
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "moescope_service.collector",
-            collector_address(),
-            str(os.getpid()),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    atexit.register(_stop, process, directory, os.getpid())
-    if not _is_ready(process):
-        process.kill()
+    supervisor = Supervisor(collector_address())
+    atexit.register(_stop, supervisor, directory, os.getpid())
+    if (code := supervisor.start()) is not None:
         del os.environ[RUNTIME_DIR]
         raise RefusedError(
-            "the collector process did not start; its message stands above "
-            f"(exit code {process.wait()})"
+            f"the collector process did not start; its message stands above (exit code {code})"
         )
-    threading.Thread(target=_watch, args=[process], name="moescope-watch", daemon=True).start()
+
+
+class Supervisor:
+    """Keeps a collector at an address: one that ends is followed by another.
+
+    The next one starts 0.5 s after the end of one that had lived, and then, where they end at once,
+    after pauses that double up to 30 s. It knows nothing of before; workers and API servers notice
+    and introduce themselves (`moescope_service.link`).
+
+    Args:
+        address: Where the collectors are bound.
+        first_pause_s: The shortest pause, in seconds.
+    """
+
+    def __init__(self, address: str, *, first_pause_s: float = 0.5) -> None:
+        self._address = address
+        self._first_pause_s = first_pause_s
+        self._is_stopping = threading.Event()
+        self._starting = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._epoch = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the newest collector; None before the first."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> int | None:
+        """Start the first collector, and watch it from a thread.
+
+        Returns:
+            Its exit code where it did not start; None where it did.
+        """
+        process = self._spawn()
+        if process is None or not _is_ready(process):
+            return self.stop()
+        threading.Thread(
+            target=self._watch, args=[process], name="moescope-watch", daemon=True
+        ).start()
+        return None
+
+    def stop(self) -> int | None:
+        """End the collector for good; return its exit code."""
+        self._is_stopping.set()
+        with self._starting:
+            process = self._process
+        if process is None:
+            return None
+        process.terminate()
+        try:
+            return process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def _spawn(self) -> subprocess.Popen[str] | None:
+        command = [sys.executable, "-P", "-m", "moescope_service.collector"]
+        with self._starting:
+            if self._is_stopping.is_set():
+                return None
+            self._process = subprocess.Popen(
+                [*command, self._address, str(os.getpid()), str(self._epoch)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            return self._process
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        pause_s, started_s = self._first_pause_s, time.monotonic()
+        while True:
+            code = process.wait()
+            if time.monotonic() - started_s > _LIVED_S:
+                pause_s = self._first_pause_s
+            if not self._is_stopping.is_set():
+                logger.error(
+                    "the collector process %d ended with code %d; its traces and counts are gone, "
+                    "another one is started in %g s", process.pid, code, pause_s,
+                )  # fmt: skip
+            self._is_stopping.wait(pause_s)
+            pause_s, started_s = min(2 * pause_s, _MAX_PAUSE_S), time.monotonic()
+            self._epoch += 1
+            follower = self._spawn()
+            if follower is None:
+                return
+            process = follower
+            if _is_ready(process):
+                logger.warning("the collector process %d is here", process.pid)
+            else:
+                process.kill()
 
 
 def _is_ready(process: subprocess.Popen[str]) -> bool:
+    """Wait until a collector says that it is bound; it writes nothing more afterwards."""
     lines: list[str] = []
 
     def read() -> None:
         if process.stdout is not None:
-            lines.append(process.stdout.readline())
+            with process.stdout:
+                lines.append(process.stdout.readline())
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
@@ -84,22 +166,10 @@ def _is_ready(process: subprocess.Popen[str]) -> bool:
     return lines == ["ready\n"]
 
 
-def _watch(process: subprocess.Popen[str]) -> None:
-    code = process.wait()
-    if code:
-        logger.error("the collector process %d ended with code %d", process.pid, code)
-        with contextlib.suppress(OSError):  # the deployment is ending as well
-            _path("ended").write_text(f"the collector process {process.pid} ended with code {code}")
-
-
-def _stop(process: subprocess.Popen[str], directory: str, owner: int) -> None:
+def _stop(supervisor: Supervisor, directory: str, owner: int) -> None:
     if os.getpid() != owner:  # a forked child runs its parent's exit handlers
         return
-    process.terminate()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    supervisor.stop()
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -110,11 +180,6 @@ def _path(name: str) -> Path:
 def _read(name: str) -> str | None:
     path = _path(name)
     return path.read_text() if path.exists() else None
-
-
-def collector_end() -> str | None:
-    """Return how the collector ended, if it did."""
-    return _read("ended")
 
 
 @contextlib.contextmanager

@@ -184,9 +184,10 @@ class Deployment:
         self.collector.wait(DEADLINE_S)
 
 
-def start_collector(address: str, **env: str) -> subprocess.Popen[str]:
+def start_collector(address: str, epoch: int = 0, **env: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "moescope_service.collector", address, str(os.getpid())],
+        [sys.executable, "-m", "moescope_service.collector", address, str(os.getpid()),
+         str(epoch)],
         stdout=subprocess.PIPE, text=True, env={**os.environ, **env},
     )  # fmt: skip
     assert process.stdout is not None

@@ -65,7 +65,7 @@ class Engine:
         self._next_block = 1
         self.recorder = Recorder(
             address, hello, sink=self.sink, read_batch=lambda: self.batch,
-            encoder=ControlEncoder(group=0), max_rows_bytes=max_rows_bytes,
+            encoder=ControlEncoder(0, HELLO.block_size), max_rows_bytes=max_rows_bytes,
         )  # fmt: skip
 
     def start(self, internal_id: str, prompt: list[int] = PROMPT) -> Running:

@@ -206,7 +206,7 @@ def test_the_simulated_engine_of_the_unit_tests_speaks_as_the_real_encoder():
             **{f: getattr(HELLO, f) for f in HELLO.__slots__} | {"num_blocks": 14}
         )
         engine = SimEngine(rng, hello, copies=True)
-        mine, real = SimEncoder(hello), ControlEncoder(0)
+        mine, real = SimEncoder(hello), ControlEncoder(0, HELLO.block_size)
         for number in range(6):
             prompt = [rng.randrange(2) for _ in range(rng.randint(1, 14))]
             engine.add(Seq(str(number), prompt, len(prompt), rng.randint(1, 6), surplus=False))
@@ -272,7 +272,7 @@ def test_the_batch_of_the_v2_runner():
 
 def message_of(rows, overshoot=0):
     batch = Batch(["a", "b"], np.array([0, 3, 4], np.int32), np.array([1, 40], np.int32))
-    encoder = ControlEncoder(0, overshoot)
+    encoder = ControlEncoder(0, HELLO.block_size, overshoot)
     return encoder.encode(StepMessage(encoder, 0, 0.0, 0.0, batch=batch, rows=rows))
 
 
@@ -324,7 +324,7 @@ def test_rows_are_waited_for_once_and_their_room_is_given_back():
         def release(self):
             log.append(f"release {self.name}")
 
-    encoder = ControlEncoder(0)
+    encoder = ControlEncoder(0, HELLO.block_size)
     batch = Batch(["a"], np.array([0, 1], np.int32), np.array([0], np.int32))
     messages = [
         StepMessage(encoder, number, 0.0, 0.0, batch=batch, rows=rows)

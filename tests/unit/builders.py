@@ -123,6 +123,7 @@ class Bench:
         self.hello = hello if isinstance(hello, Hello) else make_hello()
         self._number = 0
         self._seq = 0
+        self.collector.handle(API, pack("server"))
         if hello is not False:
             self.say_hello()
 

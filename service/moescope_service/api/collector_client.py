@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from moescope_service import runtime
+from moescope_service.api.journal import Journal
 from moescope_service.errors import CollectorGoneError
 from moescope_service.link import Link
 from moescope_service.messages import Frames, pack, unpack
 
 QUERY_TIMEOUT_S = 2.0
 _MAX_BYTES = 256 * 2**20
-_CONSEQUENCE = "serving goes on without routes and counts; restart the server to have them again"
+_CONSEQUENCE = (
+    "serving goes on without routes and counts; it is started again where it ended (the server's log "
+    "says so), without the traces of requests that ended before"
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -22,6 +26,9 @@ class Message:
     """A message whose frames are made already."""
 
     frames: Frames
+    journal: Journal
+    kind: str
+    internal_ids: Sequence[str]
 
     @property
     def size_bytes(self) -> int:
@@ -29,7 +36,8 @@ class Message:
         return sum(memoryview(frame).nbytes for frame in self.frames)
 
     def encode(self) -> Frames:
-        """Return its frames."""
+        """Return its frames; called in the link's thread, sent or not."""
+        self.journal.note(self.kind, self.internal_ids, self.frames)
         return self.frames
 
 
@@ -55,13 +63,19 @@ class CollectorClient:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._open: dict[int, asyncio.Future[Reply]] = {}
+        self._journal = Journal()
         self._link = Link(
-            address, self._on_message, max_bytes=_MAX_BYTES, name="moescope-collector-client"
+            address,
+            self._on_message,
+            max_bytes=_MAX_BYTES,
+            name="moescope-collector-client",
+            introduce=self._journal.introduce,
         )
 
     def tell(self, kind: str, arrays: Frames = (), **values: Any) -> None:
         """Send a message that has no answer; never blocks."""
-        self._link.put(Message(pack(kind, arrays, **values)))
+        about = values.get("internal_ids") or [values.get("internal_id", "")]
+        self._link.put(Message(pack(kind, arrays, **values), self._journal, kind, about))
 
     async def ask(self, op: str, *, timeout_s: float = QUERY_TIMEOUT_S, **values: Any) -> Reply:
         """Ask a question.
@@ -74,8 +88,8 @@ class CollectorClient:
         Raises:
             CollectorGoneError: No answer came in time.
         """
-        if end := runtime.collector_end():
-            raise CollectorGoneError(f"{end}; {_CONSEQUENCE}")
+        if self._link.is_away:
+            raise CollectorGoneError(f"the collector process has ended; {_CONSEQUENCE}")
         number = next(self._numbers)
         future = self._open[number] = self._loop.create_future()
         self.tell("query", number=number, op=op, **values)
@@ -93,6 +107,8 @@ class CollectorClient:
         if kind == "reply":
             number = values.pop("number")
             self._loop.call_soon_threadsafe(self._resolve, number, Reply(values, frames[1:]))
+        elif kind == "forget":
+            self._journal.forget(values["internal_ids"])
 
     def _resolve(self, number: int, reply: Reply) -> None:
         future = self._open.get(number)

@@ -83,6 +83,7 @@ class Snapshot(PrometheusCollector):
             "moescope_sequences_unclaimed": {(): values["unclaimed"]},
             "moescope_steps": {(): values["steps"]},
             "moescope_hook_seconds": {(): values["hook_seconds"]},
+            "moescope_collector_restarts": {(): values["epoch"]},
             "moescope_traces": by("traces", ("complete", "incomplete")),
             "moescope_trace_rows": by("trace_rows", [source.name.lower() for source in Source]),
             "moescope_trace_rows_missing": by("missing", CAUSES),

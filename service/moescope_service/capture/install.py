@@ -138,7 +138,7 @@ class WorkerCapture:
             self._hello(kv_cache_config.num_blocks, block_size),
             sink=self._sink,
             read_batch=functools.partial(self._read_batch, self._runner),
-            encoder=ControlEncoder(group, overshoot),
+            encoder=ControlEncoder(group, block_size, overshoot),
             max_rows_bytes=self._settings.queue,
         )
 

@@ -11,26 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from moescope_service.capture.control import (
-    CONTROL_BYTES,
-    ControlEncoder,
-    NewSequence,
-    StepMessage,
-)
+from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, PendingRows, StepSink
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Hello, pack_dataclass, unpack
+from moescope_service.messages import Frames, Hello, pack_dataclass, pack_hello, unpack
 
 _MAX_CONTROL_BYTES = 64 * 2**20
-
-
-@dataclasses.dataclass(slots=True)
-class _HelloMessage:
-    hello: Hello
-    size_bytes: int = CONTROL_BYTES
-
-    def encode(self) -> Frames:
-        return pack_dataclass("hello", self.hello)
 
 
 def _copied(block_ids: tuple[list[int], ...]) -> tuple[list[int], ...]:
@@ -59,6 +45,7 @@ class Recorder:
         encoder: ControlEncoder,
         max_rows_bytes: int,
     ) -> None:
+        self._hello = hello
         self._sink = sink
         self._read_batch = read_batch
         self._encoder = encoder
@@ -71,9 +58,9 @@ class Recorder:
             self._on_message,
             max_bytes=max_rows_bytes + _MAX_CONTROL_BYTES,
             name="moescope-recorder",
+            introduce=self._introduce,
             join=encoder.pack,
         )
-        self._link.put(_HelloMessage(hello))
 
     def start_step(self, scheduler_output: Any) -> None:
         """Prepare for a step; called on the worker's thread before the model runs.
@@ -120,6 +107,12 @@ class Recorder:
         if self._link.waiting_bytes > self._max_rows_bytes:
             return "queue_full"
         return self._sink.take(num_rows)
+
+    def _introduce(self) -> list[Frames]:
+        snapshot = self._encoder.snapshot(is_capturing=self._is_capturing)
+        if snapshot is None:
+            return [pack_dataclass("hello", self._hello)]
+        return [pack_hello(self._hello, snapshot)]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)

@@ -1,4 +1,4 @@
-"""``python -m moescope_service.collector ADDRESS PARENT_PID``."""
+"""``python -m moescope_service.collector ADDRESS PARENT_PID EPOCH``."""
 
 from moescope_service.collector.process import main
 

@@ -26,7 +26,8 @@ EMPTY, FILLED = 0, 1
 class Arena:
     """Rows by KV slot, ``[num_blocks * block_size, num_layers, top_k]``.
 
-    Memory is committed by the operating system as slots are first written.
+    Memory is committed by the operating system as slots are first written. Every slot begins with
+    ``state``, which says why there is no row in it.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class Arena:
         top_k: int,
         id_dtype: npt.DTypeLike,
         weights_dtype: npt.DTypeLike,
+        state: int = EMPTY,
     ) -> None:
         slots = num_blocks * block_size
         self.block_size = block_size
         self._topk_ids = np.zeros((slots, num_layers, top_k), id_dtype)
         self._topk_weights = np.zeros((slots, num_layers, top_k), weights_dtype)
-        self._state = np.full(slots, EMPTY, np.uint8)
+        self._state = np.full(slots, state, np.uint8)
         self._state_by_block = self._state.reshape(num_blocks, block_size)
         self.generation: npt.NDArray[np.int64] = np.zeros(num_blocks, np.int64)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,23 @@ import orjson
 
 from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.queries import Queries
-from moescope_service.collector.reassembly import Reassembler
+from moescope_service.collector.reassembly import CAUSES, Reassembler, Rows
 from moescope_service.collector.routes_log import RoutesLog
 from moescope_service.collector.sequences import Sequence, Sequences
 from moescope_service.collector.stats import Stats
 from moescope_service.collector.store import Kept, TraceStore
 from moescope_service.collector.windows import CountWindows
-from moescope_service.messages import Frames, Hello, Register, Step, pack, unpack, unpack_steps
+from moescope_service.messages import (
+    Frames,
+    Hello,
+    Register,
+    Snapshot,
+    Step,
+    pack,
+    unpack,
+    unpack_hello,
+    unpack_steps,
+)
 from moescope_service.settings import Settings
 
 logger = logging.getLogger("moescope.collector")
@@ -33,13 +43,21 @@ Peer = bytes
 class Collector:
     """Reassembles, keeps, counts and logs the routes of one deployment.
 
+    Every connection begins with an introduction: ``hello`` of a worker, ``server`` of an API server.
+    Whoever was connected to a collector before this one says there what this one has to know. What
+    peers tell that have not introduced themselves is left out; their questions are answered.
+
     Args:
         settings: What is kept, and how much.
         clock: Monotonic seconds.
+        epoch: How many collectors the deployment had before this one.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, settings: Settings, clock: Callable[[], float] = time.monotonic, *, epoch: int = 0
+    ) -> None:
         self.settings = settings
+        self.epoch = epoch
         self.hello: Hello | None = None
         """What the workers capture; None before the first said hello."""
         self.counters: ExpertCounters | None = None
@@ -51,6 +69,8 @@ class Collector:
         """(peer, frames) to be sent."""
         self.is_capturing = True
         self._workers: dict[Peer, Reassembler] = {}
+        self._servers: set[Peer] = set()
+        self._gaps_of_replaced = 0
         self._log = RoutesLog(settings.log, settings.log_layers) if settings.log else None
         self._queries = Queries(self, clock)
         self._clock = clock
@@ -65,6 +85,20 @@ class Collector:
         match kind:
             case "steps":
                 self._on_steps(peer, values, frames)
+            case "query":
+                self._queries.ask(peer, values)
+            case "hello":
+                self._on_hello(peer, *unpack_hello(values))
+            case "server":
+                self._servers.add(peer)
+            case "register" | "finish" | "alias":
+                if peer in self._servers:
+                    self._on_sequence(kind, values, frames)
+            case _:
+                raise ValueError(f"unknown kind of message: {kind!r}")
+
+    def _on_sequence(self, kind: str, values: dict[str, Any], frames: Frames) -> None:
+        match kind:
             case "register":
                 prompt_ids = np.frombuffer(frames[1], np.int32) if len(frames) > 1 else None
                 self._settle(self.sequences.register(Register(**values), prompt_ids))
@@ -73,12 +107,6 @@ class Collector:
                 self._settle(self.sequences.finish(**values, output_ids=output_ids))
             case "alias":
                 self._on_alias(**values)
-            case "query":
-                self._queries.ask(peer, values)
-            case "hello":
-                self._on_hello(peer, Hello(**values))
-            case _:
-                raise ValueError(f"unknown kind of message: {kind!r}")
 
     def tick(self) -> None:
         """Do what time demands; called at least every 50 ms."""
@@ -91,23 +119,36 @@ class Collector:
     @property
     def num_gaps(self) -> int:
         """Times that a worker's steps were lost altogether, and its running routes with them."""
-        return sum(worker.gaps for worker in self._workers.values())
+        return self._gaps_of_replaced + sum(worker.gaps for worker in self._workers.values())
 
     def set_capturing(self, on: bool) -> None:
         """Tell every worker to ship rows, or to hold them back."""
         self.is_capturing = on
         self.outbox += [(peer, pack("capture", on=on)) for peer in self._workers]
 
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Keep no trace of running sequences, nor let the next collector keep one."""
+        internal_ids = []
+        for sequence in sequences:
+            self.sequences.discard_ids(sequence)
+            internal_ids.append(sequence.register.internal_id)
+        forget = pack("forget", internal_ids=internal_ids)
+        self.outbox += [(server, forget) for server in self._servers if internal_ids]
+
     def close(self) -> None:
         """Write out the log."""
         if self._log is not None:
             self._log.close()
 
-    def _on_hello(self, peer: Peer, hello: Hello) -> None:
+    def _on_hello(self, peer: Peer, hello: Hello, snapshot: Snapshot | None) -> None:
         if self.hello is not None and _shape(hello) != _shape(self.hello):
             logger.error("a worker with another model said hello; its routes are left out")
             return
-        self._workers[peer] = Reassembler(hello)
+        for other, worker in list(self._workers.items()):
+            if worker.hello.sender == hello.sender:  # it comes again, on another connection
+                self._gaps_of_replaced += worker.gaps
+                del self._workers[other]
+        self._workers[peer] = Reassembler(hello, snapshot)
         if self.hello is None:
             self.hello = hello
             self.counters = ExpertCounters(hello.layers, hello.num_experts)
@@ -121,6 +162,11 @@ class Collector:
                 )  # fmt: skip
             if self._log is not None:
                 self._log.begin(hello)
+        if snapshot is not None:
+            self.is_capturing &= snapshot.is_capturing
+            for internal_id in snapshot.ended:
+                nothing = Rows.nothing(hello, CAUSES["restart"])
+                self._settle(self.sequences.end_unless_told(internal_id, nothing))
         self.outbox.append((peer, pack("capture", on=self.is_capturing)))
 
     def _on_steps(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:

@@ -22,7 +22,7 @@ logger = logging.getLogger("moescope.collector")
 _TICK_MS = 20
 
 
-def run(address: str, settings: Settings, parent: int) -> None:
+def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
     """Serve until SIGTERM, or until the process that started this one is gone.
 
     In the second case it removes the deployment's directory, which nobody else is left to do.
@@ -34,6 +34,7 @@ def run(address: str, settings: Settings, parent: int) -> None:
         address: Where to bind, such as ``ipc:///run/…/collector.sock``.
         settings: What is kept, and how much.
         parent: Id of the process that started this one.
+        epoch: How many collectors the deployment had before this one.
     """
     stopped = False
 
@@ -48,7 +49,7 @@ def run(address: str, settings: Settings, parent: int) -> None:
         socket.setsockopt(zmq.RCVHWM, SOCKET_QUEUE)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.bind(address)
-        collector = Collector(settings)
+        collector = Collector(settings, epoch=epoch)
         print("ready", flush=True)
         next_tick_s = 0.0
         while not stopped and os.getppid() == parent:
@@ -90,7 +91,7 @@ def _send(socket: zmq.Socket[bytes], collector: Collector) -> None:
 
 
 def main() -> None:
-    """Run the collector for the address and the parent's process id that are given as arguments.
+    """Run the collector for the address, the parent's process id and the epoch given as arguments.
 
     With ``VLLM_LOGGING_LEVEL=DEBUG`` it logs which positions of which sequences each step held.
     """
@@ -99,4 +100,4 @@ def main() -> None:
         level=os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper(),
         format="%(levelname)s %(asctime)s moescope collector: %(message)s",
     )
-    run(sys.argv[1], Settings.from_env(), int(sys.argv[2]))
+    run(sys.argv[1], Settings.from_env(), int(sys.argv[2]), int(sys.argv[3]))

@@ -111,8 +111,7 @@ class Queries:
     def _delete(self, query: dict[str, Any]) -> Answer:
         running = self._collector.sequences.find(query["request_id"])
         kept = self._collector.store.find(query["request_id"])
-        for sequence in running:
-            self._collector.sequences.discard_ids(sequence)
+        self._collector.forget(running)
         for one in kept:
             self._collector.store.remove(one)
         return {"deleted": len(running) + len(kept)}, ()
@@ -159,6 +158,7 @@ class Queries:
             "hello": None if hello is None else dataclasses.asdict(hello),
             "capture": "on" if self._collector.is_capturing else "paused",
             "started_s": self._collector.stats.started_s,
+            "epoch": self._collector.epoch,
             "store": {
                 "limit_bytes": store.limit_bytes,
                 "bytes": store.size_bytes,

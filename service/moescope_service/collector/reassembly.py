@@ -14,15 +14,16 @@ import numpy.typing as npt
 
 from moescope.trace import Source
 from moescope_service.collector.arena import EMPTY, FILLED, Arena
-from moescope_service.messages import LOST_REASONS, Admission, Hello, Step
+from moescope_service.messages import LOST_REASONS, Admission, Hello, Ongoing, Snapshot, Step
 
 CAUSES = {"not_captured": EMPTY} | {
     name: FILLED + number
-    for number, name in enumerate((*LOST_REASONS, "overwritten", "unknown"), start=1)
+    for number, name in enumerate((*LOST_REASONS, "overwritten", "unknown", "restart"), start=1)
 }
 """Why a row can be missing, and how the arena and `Rows.cause` write it: no worker ever shipped it
 (it came through a KV connector, or with steps that were lost altogether), one of `LOST_REASONS`,
-its block went to another sequence, or its worker never reported the sequence's end."""
+its block went to another sequence, its worker never reported the sequence's end, or it was routed
+before this collector was started in the place of another."""
 
 _STALE = -1  # generation of a table entry that was never set: equal to no block's
 
@@ -38,14 +39,16 @@ class Rows:
     cause: npt.NDArray[np.uint8]
     """Why each row is missing, one of `CAUSES`' numbers, or `FILLED`, ``[num_rows]``."""
     cached_len: int
+    lacking: int = CAUSES["unknown"]
+    """Why rows behind these are missing, one of `CAUSES`' numbers."""
 
     @classmethod
-    def nothing(cls, hello: Hello) -> Rows:
-        """Return the rows of a sequence that was never scheduled."""
+    def nothing(cls, hello: Hello, lacking: int = CAUSES["unknown"]) -> Rows:
+        """Return the rows of a sequence of which nothing is known."""
         shape = (0, len(hello.layers), hello.top_k)
         ids, weights = np.zeros(shape, hello.id_dtype), np.zeros(shape, hello.weights_dtype)
         none = np.zeros(0, np.uint8)
-        return cls(hello.layers, ids, weights, none, none, 0)
+        return cls(hello.layers, ids, weights, none, none, 0, lacking)
 
     def resized(self, num_rows: int) -> Rows:
         """Cut surplus rows, or add missing ones, so that there are ``num_rows``."""
@@ -65,7 +68,7 @@ class Rows:
             topk_ids=np.pad(self.topk_ids, pad),
             topk_weights=np.pad(self.topk_weights, pad),
             source=np.pad(self.source, (0, lacking), constant_values=Source.MISSING),
-            cause=np.pad(self.cause, (0, lacking), constant_values=CAUSES["unknown"]),
+            cause=np.pad(self.cause, (0, lacking), constant_values=self.lacking),
         )
 
 
@@ -86,6 +89,8 @@ class _Running:
     """Cached tokens when first admitted."""
     cached: list[tuple[int, int]]
     """Ranges of positions that came from the prefix cache."""
+    lacking: int = EMPTY
+    """Why rows are missing that no block of its table holds."""
 
 
 class Reassembler:
@@ -93,9 +98,14 @@ class Reassembler:
 
     Runs in the collector's only thread. All work of a step is vectorized over its rows; loops go
     over admissions and ends alone.
+
+    Args:
+        hello: What the worker captures.
+        snapshot: Where it stands, unless its first step is yet to come. No row from before it is
+            known, in no block: a later hit on one finds it missing.
     """
 
-    def __init__(self, hello: Hello) -> None:
+    def __init__(self, hello: Hello, snapshot: Snapshot | None = None) -> None:
         self.hello = hello
         self._arena = Arena(
             num_blocks=hello.num_blocks,
@@ -104,6 +114,7 @@ class Reassembler:
             top_k=hello.top_k,
             id_dtype=hello.id_dtype,
             weights_dtype=hello.weights_dtype,
+            state=EMPTY if snapshot is None else CAUSES["restart"],
         )
         # Tables by handle; they grow, since preempted sequences keep theirs.
         self._blocks = np.zeros((64, 16), np.int64)
@@ -116,6 +127,10 @@ class Reassembler:
         self._next_seq = 0
         self.gaps = 0
         """Times that steps were lost altogether and everything known had to be given up."""
+        if snapshot is not None:
+            self._next_seq = snapshot.next_seq
+            for ongoing in snapshot.ongoing:
+                self._restore(ongoing)
 
     def apply(self, step: Step) -> tuple[list[tuple[str, Rows]], Written | None]:
         """Take one step in.
@@ -176,6 +191,13 @@ class Reassembler:
         self._prompt_len[handle] = admission.prompt_len
         self._set_blocks(admission)
 
+    def _restore(self, ongoing: Ongoing) -> None:
+        self._admit(ongoing.admission)
+        # A preempted sequence may have routed more than its blocks still hold.
+        self._widen_tables(-(-ongoing.num_rows // self.hello.block_size))
+        self._num_rows[ongoing.admission.handle] = ongoing.num_rows
+        self._running[ongoing.admission.handle].lacking = CAUSES["restart"]
+
     def _double_handles(self) -> None:
         more = len(self._blocks)
         self._blocks = np.pad(self._blocks, [(0, more), (0, 0)])
@@ -220,15 +242,18 @@ class Reassembler:
     def _append_blocks(self, handle: int, block_ids: list[int]) -> None:
         start = int(self._num_blocks[handle])
         end = start + len(block_ids)
-        while end > self._blocks.shape[1]:
+        self._widen_tables(end)
+        self._blocks[handle, start:end] = block_ids
+        self._generations[handle, start:end] = self._arena.generation[block_ids]
+        self._num_blocks[handle] = end
+
+    def _widen_tables(self, num_blocks: int) -> None:
+        while num_blocks > self._blocks.shape[1]:
             width = self._blocks.shape[1]
             self._blocks = np.pad(self._blocks, [(0, 0), (0, width)])
             self._generations = np.pad(
                 self._generations, [(0, 0), (0, width)], constant_values=_STALE
             )
-        self._blocks[handle, start:end] = block_ids
-        self._generations[handle, start:end] = self._arena.generation[block_ids]
-        self._num_blocks[handle] = end
 
     def _write(self, step: Step) -> Written | None:
         handles, starts, lengths = step.spans.T.astype(np.int64)
@@ -268,6 +293,6 @@ class Reassembler:
         for start, end in running.cached:
             source[start:end] = Source.CACHED
         cause[~ours] = CAUSES["overwritten"]
-        cause[self._generations[handle, block] == _STALE] = CAUSES["not_captured"]
+        cause[self._generations[handle, block] == _STALE] = running.lacking
         source[cause != FILLED] = Source.MISSING
         return Rows(self.hello.layers, topk_ids, topk_weights, source, cause, running.cached_len)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.trace import RouteTrace, Source
-from moescope_service.collector.reassembly import Rows
+from moescope_service.collector.reassembly import CAUSES, Rows
 from moescope_service.messages import Hello, Register
 
 Tokens = npt.NDArray[np.int32]
@@ -113,8 +113,10 @@ class Sequences:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._open.values())
 
-    def register(self, register: Register, prompt_ids: Tokens | None) -> Sequence:
-        """Take in who a sequence is."""
+    def register(self, register: Register, prompt_ids: Tokens | None) -> Sequence | None:
+        """Take in who a sequence is; None where it was told already, on another connection."""
+        if register.internal_id in self._open:
+            return None
         sequence = Sequence(
             next(self._uids), register, prompt_ids, set(register.ids), register.keep
         )
@@ -157,6 +159,13 @@ class Sequences:
             sequence.deadline_s = self._clock() + API_TIMEOUT_S
         return sequence
 
+    def end_unless_told(self, internal_id: str, nothing: Rows) -> Sequence | None:
+        """Take in that a sequence ended whose rows nobody has, unless they came already."""
+        sequence = self._open.get(internal_id)
+        if internal_id in self._unclaimed or (sequence is not None and sequence.rows is not None):
+            return None
+        return self.end(internal_id, nothing)
+
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence: it has its trace, or nobody wants one."""
         del self._open[sequence.register.internal_id]
@@ -173,8 +182,8 @@ class Sequences:
     def overdue(self) -> list[Sequence]:
         """Return sequences that somebody will not report on any more; drop unclaimed rows."""
         now = self._clock()
-        for internal_id, (_, deadline_s) in list(self._unclaimed.items()):
+        for internal_id, (rows, deadline_s) in list(self._unclaimed.items()):
             if deadline_s <= now:
                 del self._unclaimed[internal_id]
-                self.num_unclaimed += 1
+                self.num_unclaimed += rows.lacking != CAUSES["restart"]  # some say so in vain
         return [s for s in self if s.deadline_s is not None and s.deadline_s <= now]
