@@ -23,9 +23,16 @@ Frames = Sequence[Any]
 class Hello:
     """What a worker captures; it introduces the worker on every new connection."""
 
-    sender: str
-    """Unique name of the sender: one a pipeline stage and data-parallel engine."""
+    engine: int
+    """Number of the data-parallel engine."""
+    num_engines: int
+    """Engines of the deployment."""
+    stage: int
+    """Number of the pipeline stage; of a stage's tensor-parallel workers the first one sends."""
+    num_stages: int
+    """Pipeline stages of each engine."""
     layers: list[int]
+    """The stage's layers with experts; a stage may have none, and then sends no steps."""
     num_hidden_layers: int
     """Layers of the model, those without experts included."""
     num_experts: int

@@ -10,7 +10,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from moescope_service import settings
-from moescope_service.errors import RefusedError
 
 if TYPE_CHECKING:
     from moescope_service.api.plugin import MoescopeEndpoints
@@ -68,11 +67,6 @@ def _wrap_create_engine_config(engine_args_class: Any) -> None:
         self.additional_config = {**(self.additional_config or {}), "moescope": __version__}
         config = create_engine_config(self, *args, **kwargs)
         check_config(config)
-        if getattr(self, "_api_process_count", 1) > 1:
-            raise RefusedError(
-                f"there are {self._api_process_count} API servers; this version of moescope "
-                "records with one: set --api-server-count 1"
-            )
         runtime.ensure_collector()
         return config
 

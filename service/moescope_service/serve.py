@@ -138,7 +138,6 @@ def _check_front_end(args: argparse.Namespace) -> None:
         "--grpc": args.grpc,
         "--headless": args.headless,
         "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,
-        "--api-server-count above 1": (args.api_server_count or 1) > 1,
     }
     for name, is_on in others.items():
         if is_on:

@@ -27,7 +27,10 @@ WORKER, API = b"worker", b"api"
 
 def make_hello(**changes: Any) -> Hello:
     values: dict[str, Any] = {
-        "sender": "worker-0",
+        "engine": 0,
+        "num_engines": 1,
+        "stage": 0,
+        "num_stages": 1,
         "layers": [1, 3],
         "num_hidden_layers": 5,
         "num_experts": 8,

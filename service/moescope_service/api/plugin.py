@@ -44,7 +44,7 @@ class MoescopeEndpoints:
         """Connect to the collector; called in the app's event loop, before requests are taken.
 
         Raises:
-            RefusedError: No worker said hello: nothing would be captured.
+            RefusedError: A worker did not say hello: its routes would be missing.
         """
         if not is_enabled():
             return
@@ -65,11 +65,11 @@ class MoescopeEndpoints:
                 values = (await collector.ask("info")).values
             except CollectorGoneError as error:
                 raise RefusedError(str(error)) from None
-            if values["hello"] is not None:
+            if values["workers_complete"]:
                 hello: dict[str, Any] = values["hello"]
                 return hello
             await asyncio.sleep(0.05)
         raise RefusedError(
-            f"no worker reported its routers within {HELLO_TIMEOUT_S:g} s, so nothing would be "
-            "captured; is moescope installed where the workers run, and named in VLLM_PLUGINS?"
+            f"not every worker reported its routers within {HELLO_TIMEOUT_S:g} s, so routes would "
+            "be missing; is moescope installed where the workers run, and named in VLLM_PLUGINS?"
         )

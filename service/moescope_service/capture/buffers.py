@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from moescope_service.capture import kernels
+from moescope_service.capture.own_rows import OwnRows
 
 ComputeRouting = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -34,6 +35,7 @@ class RoutingBuffers:
         top_k: Experts a token and layer.
         index_dtype: What the MoE kernels want ids to be; ``torch.int32`` where they do not care.
         device: The model's.
+        own_rows: Finds this worker's rows where routers see those of other ranks too.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class RoutingBuffers:
         top_k: int,
         index_dtype: torch.dtype | None,
         device: torch.device,
+        own_rows: OwnRows | None = None,
     ) -> None:
         shape = (num_layers, max_tokens, top_k)
-        self.max_tokens, self.top_k = max_tokens, top_k
+        self.max_tokens = max_tokens
         self.topk_ids = torch.full(shape, -1, dtype=index_dtype or torch.int32, device=device)
         self.topk_weights = torch.zeros(shape, dtype=torch.float32, device=device)
         self._index_dtype = index_dtype
+        self._own_rows = own_rows
         # An output of the routing kernels that nobody reads: one for all layers.
         self._token_expert = torch.empty(shape[1:], dtype=torch.int32, device=device)
 
@@ -70,7 +74,10 @@ class RoutingBuffers:
             topk_weights, topk_ids = compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
-            copy_routing(topk_ids, topk_weights, to_ids, to_weights)
+            own = (topk_ids, topk_weights)
+            if self._own_rows is not None:
+                own = self._own_rows(*own)
+            copy_routing(*own, to_ids, to_weights)
             return topk_weights, topk_ids
 
         return compute_and_copy
@@ -91,7 +98,11 @@ class RoutingBuffers:
             hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
         ) -> tuple[torch.Tensor, torch.Tensor]:
             num_tokens = len(hidden_states)
-            if num_tokens > self.max_tokens or indices_type != self._index_dtype:
+            if (
+                num_tokens > self.max_tokens
+                or indices_type != self._index_dtype
+                or not self._are_own(num_tokens)
+            ):
                 return compute_and_copy(
                     hidden_states, router_logits, indices_type, input_ids=input_ids
                 )
@@ -105,6 +116,9 @@ class RoutingBuffers:
             return weights, ids
 
         return compute_in_place
+
+    def _are_own(self, num_rows: int) -> bool:
+        return self._own_rows is None or self._own_rows.span(num_rows) == slice(0, num_rows)
 
 
 def copy_routing(

@@ -18,6 +18,7 @@ from moescope import formats
 from moescope_service import runtime
 from moescope_service.capture import layout_v1, layout_v2
 from moescope_service.capture.control import ControlEncoder
+from moescope_service.capture.ranks import place_of
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.routers import RoutedLayer, find_routed_layers
 from moescope_service.capture.rows import StepSink
@@ -48,6 +49,9 @@ def install(wrapper_class: Any) -> None:
 class WorkerCapture:
     """Follows one worker from loading its model to its last step.
 
+    Of the tensor-parallel workers of a stage the first one ships the rows; the others do nothing,
+    unless it needs their part of them.
+
     Args:
         worker: A vLLM ``Worker`` whose device is initialized.
         settings: What is captured.
@@ -57,6 +61,7 @@ class WorkerCapture:
         self._worker = worker
         self._runner = worker.model_runner
         self._settings = settings
+        self._place = place_of(worker)
         self._layers: list[RoutedLayer] = []
         self._sink: Any = None
         self._recorder: Recorder | None = None
@@ -65,10 +70,13 @@ class WorkerCapture:
             if worker.vllm_config.use_v2_model_runner
             else (layout_v1.read_batch, layout_v1.positions)
         )
-        self._wrap(worker, "load_model", after=self._hook_routers)
-        self._wrap(worker, "initialize_from_config", after=self._start)
-        self._wrap(worker, "compile_or_warm_up_model", after=self._record)
-        self._wrap(worker, "shutdown", before=self._stop)
+        if self._place.is_sender:
+            self._wrap(worker, "load_model", after=self._hook_routers)
+            self._wrap(worker, "initialize_from_config", after=self._start)
+            self._wrap(worker, "compile_or_warm_up_model", after=self._record)
+            self._wrap(worker, "shutdown", before=self._stop)
+        elif self._place.is_sharded:
+            self._wrap(worker, "load_model", after=self._take_part)
 
     @staticmethod
     def _wrap(target: Any, name: str, *, before: Any = None, after: Any = None) -> None:
@@ -85,10 +93,20 @@ class WorkerCapture:
 
         setattr(target, name, wrapped)
 
+    def _take_part(self, *_: Any, **__: Any) -> None:
+        for found in find_routed_layers(self._runner.get_model(), may_lack=True):
+            found.router._compute_routing = _sharing(
+                found.router._compute_routing, self._place.own_rows
+            )
+
     def _hook_routers(self, *_: Any, **__: Any) -> None:
+        is_only_stage = self._place.num_stages == 1
         with runtime.reported_refusal():
-            self._layers = find_routed_layers(self._runner.get_model())
-            self._check_log_layers()
+            self._layers = find_routed_layers(self._runner.get_model(), may_lack=not is_only_stage)
+            if is_only_stage:
+                self._check_log_layers()
+        if not self._layers:
+            return
         self._sink = self._make_sink()
         for column, found in enumerate(self._layers):
             self._sink.hook(column, found.router)
@@ -101,6 +119,7 @@ class WorkerCapture:
             "top_k": first.router.top_k,
             "id_dtype": self._id_dtype,
             "weights_dtype": self._settings.weights_dtype,
+            "own_rows": self._place.own_rows,
         }
         if self._worker.device.type == "cpu":
             from moescope_service.capture.sink_cpu import CpuSink
@@ -116,8 +135,20 @@ class WorkerCapture:
         )
 
     @property
+    def _num_experts(self) -> int:
+        if self._layers:
+            return self._layers[0].router.global_num_experts
+        return self._worker.vllm_config.model_config.get_num_experts()
+
+    @property
+    def _top_k(self) -> int:
+        if self._layers:
+            return self._layers[0].router.top_k
+        return self._worker.vllm_config.model_config.get_num_experts_per_tok()
+
+    @property
     def _id_dtype(self) -> str:
-        return np.dtype(formats.id_dtype(self._layers[0].router.global_num_experts)).name
+        return np.dtype(formats.id_dtype(self._num_experts)).name
 
     def _check_log_layers(self) -> None:
         captured = [found.layer for found in self._layers]
@@ -145,7 +176,7 @@ class WorkerCapture:
     def _record(self) -> None:
         """Record from here on; the steps of the warm-up are nobody's."""
         recorder = self._recorder
-        if recorder is None:
+        if recorder is None or not self._layers:  # a stage without experts says hello alone
             return
         execute_model = self._runner.execute_model
 
@@ -169,14 +200,16 @@ class WorkerCapture:
 
     def _hello(self, num_blocks: int, block_size: int) -> Hello:
         config = self._worker.vllm_config
-        router = self._layers[0].router
         served = config.model_config.served_model_name
         return Hello(
-            sender="worker-0",
+            engine=self._place.engine,
+            num_engines=self._place.num_engines,
+            stage=self._place.stage,
+            num_stages=self._place.num_stages,
             layers=[found.layer for found in self._layers],
             num_hidden_layers=config.model_config.get_total_num_hidden_layers(),
-            num_experts=router.global_num_experts,
-            top_k=router.top_k,
+            num_experts=self._num_experts,
+            top_k=self._top_k,
             id_dtype=self._id_dtype,
             weights_dtype=self._settings.weights_dtype,
             router_types=sorted({type(found.router).__name__ for found in self._layers}),
@@ -188,6 +221,18 @@ class WorkerCapture:
             seed=config.model_config.seed,
             versions=versions(),
         )
+
+
+def _sharing(compute_routing: Any, own_rows: Any) -> Any:
+    """Let a router's results take part in the gathering of a stage's shards."""
+
+    @functools.wraps(compute_routing)
+    def compute_and_share(*args: Any, **kwargs: Any) -> Any:
+        topk_weights, topk_ids = compute_routing(*args, **kwargs)
+        own_rows(topk_ids, topk_weights)
+        return topk_weights, topk_ids
+
+    return compute_and_share
 
 
 def full_attention_group(kv_cache_config: Any) -> tuple[int, int]:

@@ -42,15 +42,20 @@ def _model(config: Any) -> str | None:
 def _parallel(config: Any) -> str | None:
     parallel = config.parallel_config
     sizes = {
-        "--tensor-parallel-size": parallel.tensor_parallel_size,
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
-        "--data-parallel-size": parallel.data_parallel_size,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size,
     }
     for option, size in sizes.items():
         if size > 1:
-            return f"{option} is {size}; this version of moescope records one worker: set it to 1"
+            return f"{option} is {size}, which splits sequences between workers: set it to 1"
+    is_balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    if parallel.nnodes > 1 or (
+        not is_balanced and parallel.data_parallel_size_local != parallel.data_parallel_size
+    ):
+        return (
+            "workers of other machines cannot reach the collector of this one; this version of "
+            "moescope records the engines of one machine"
+        )
     if config.scheduler_config.policy != "fcfs":
         return (
             f"--scheduling-policy is {config.scheduler_config.policy!r}, under which vLLM hands on "

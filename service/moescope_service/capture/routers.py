@@ -29,11 +29,12 @@ class RoutedLayer:
     """``torch.dtype`` that the layer's MoE kernel wants ids to be; None where it does not care."""
 
 
-def find_routed_layers(model: Any) -> list[RoutedLayer]:
+def find_routed_layers(model: Any, *, may_lack: bool = False) -> list[RoutedLayer]:
     """Return a model's routed layers in order.
 
     Args:
         model: A loaded ``torch.nn.Module``.
+        may_lack: Whether it is a part of a model, which need not have any.
 
     Raises:
         RefusedError: The model has no routed layer, or one whose routing cannot be seen.
@@ -53,7 +54,7 @@ def find_routed_layers(model: Any) -> list[RoutedLayer]:
                 "vLLM's MoERunner; choose another MoE backend (--moe-backend)"
             )
     layers = sorted((check_runner(runner) for runner in runners), key=lambda found: found.layer)
-    if not layers:
+    if not layers and not may_lack:
         raise RefusedError(
             f"{type(model).__name__} has no mixture-of-experts layer that vLLM routes: "
             "there is nothing to capture; serve it with vLLM itself"

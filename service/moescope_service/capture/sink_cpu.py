@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moescope_service.capture.own_rows import OwnRows
 from moescope_service.capture.rows import StepRows
 
 _sinks: list[CpuSink] = []
@@ -24,7 +25,11 @@ _library = torch.library.Library("moescope", "FRAGMENT")
 def _record_routing(
     topk_ids: torch.Tensor, topk_weights: torch.Tensor, sink: int, column: int
 ) -> torch.Tensor:
-    _sinks[sink].write(column, topk_ids, topk_weights)
+    own_rows = _sinks[sink].own_rows
+    if own_rows is None:
+        _sinks[sink].write(column, topk_ids, topk_weights)
+    else:
+        _sinks[sink].write(column, *own_rows(topk_ids, topk_weights))
     return topk_ids.clone()
 
 
@@ -57,6 +62,7 @@ class CpuSink:
         top_k: Experts a token and layer.
         id_dtype: numpy's dtype of the shipped ids.
         weights_dtype: numpy's dtype of the shipped weights.
+        own_rows: Finds this worker's rows where routers see those of other ranks too.
     """
 
     def __init__(
@@ -67,9 +73,11 @@ class CpuSink:
         top_k: int,
         id_dtype: npt.DTypeLike,
         weights_dtype: npt.DTypeLike,
+        own_rows: OwnRows | None = None,
     ) -> None:
         if not _sinks:
             _register_op()
+        self.own_rows = own_rows
         self._positions = positions.numpy()
         shape = (len(positions), num_layers, top_k)
         self._topk_ids = np.zeros(shape, id_dtype)

@@ -13,6 +13,7 @@ import torch
 
 from moescope_service.capture import kernels
 from moescope_service.capture.buffers import RoutingBuffers
+from moescope_service.capture.own_rows import OwnRows
 from moescope_service.capture.ring import ReservedRows, RowRing
 
 
@@ -30,6 +31,7 @@ class CudaSink:
         id_dtype: numpy's name of the dtype of the shipped ids.
         weights_dtype: numpy's name of the dtype of the shipped weights.
         queue_bytes: Size of the ring; at least two steps fit in any case.
+        own_rows: Finds this worker's rows where routers see those of other ranks too.
     """
 
     def __init__(
@@ -43,9 +45,12 @@ class CudaSink:
         id_dtype: str,
         weights_dtype: str,
         queue_bytes: int,
+        own_rows: OwnRows | None = None,
     ) -> None:
         max_tokens = len(positions)
-        self.buffers = RoutingBuffers(num_layers, max_tokens, top_k, index_dtype, positions.device)
+        self.buffers = RoutingBuffers(
+            num_layers, max_tokens, top_k, index_dtype, positions.device, own_rows
+        )
         ids, weights = getattr(torch, id_dtype), getattr(torch, weights_dtype)
         row_bytes = num_layers * top_k * (ids.itemsize + weights.itemsize)
         num_slots = max(queue_bytes // row_bytes, 2 * max_tokens)

@@ -21,6 +21,7 @@ from moescope_service.collector.sequences import Sequence, Sequences
 from moescope_service.collector.stats import Stats
 from moescope_service.collector.store import Kept, TraceStore
 from moescope_service.collector.windows import CountWindows
+from moescope_service.collector.workers import Peer, Workers
 from moescope_service.messages import (
     Frames,
     Hello,
@@ -35,9 +36,6 @@ from moescope_service.messages import (
 from moescope_service.settings import Settings
 
 logger = logging.getLogger("moescope.collector")
-
-Peer = bytes
-"""ZMQ identity of a worker or an API server."""
 
 
 class Collector:
@@ -59,7 +57,7 @@ class Collector:
         self.settings = settings
         self.epoch = epoch
         self.hello: Hello | None = None
-        """What the workers capture; None before the first said hello."""
+        """What the workers capture; None before all of an engine have said hello."""
         self.counters: ExpertCounters | None = None
         self.windows: CountWindows | None = None
         self.sequences = Sequences(clock)
@@ -68,9 +66,9 @@ class Collector:
         self.outbox: list[tuple[Peer, Frames]] = []
         """(peer, frames) to be sent."""
         self.is_capturing = True
-        self._workers: dict[Peer, Reassembler] = {}
-        self._servers: set[Peer] = set()
-        self._gaps_of_replaced = 0
+        self.workers = Workers(clock)
+        self.servers: set[Peer] = set()
+        """The API servers."""
         self._log = RoutesLog(settings.log, settings.log_layers) if settings.log else None
         self._queries = Queries(self, clock)
         self._clock = clock
@@ -90,9 +88,9 @@ class Collector:
             case "hello":
                 self._on_hello(peer, *unpack_hello(values))
             case "server":
-                self._servers.add(peer)
+                self.servers.add(peer)
             case "register" | "finish" | "alias":
-                if peer in self._servers:
+                if peer in self.servers:
                     self._on_sequence(kind, values, frames)
             case _:
                 raise ValueError(f"unknown kind of message: {kind!r}")
@@ -110,21 +108,18 @@ class Collector:
 
     def tick(self) -> None:
         """Do what time demands; called at least every 50 ms."""
+        for internal_id, rows in self.workers.overdue():
+            self._settle(self.sequences.end(internal_id, rows))
         for sequence in self.sequences.overdue():
             self._settle(sequence, timed_out=True)
         self._queries.expire()
         if self.windows is not None:
             self.windows.tick()
 
-    @property
-    def num_gaps(self) -> int:
-        """Times that a worker's steps were lost altogether, and its running routes with them."""
-        return self._gaps_of_replaced + sum(worker.gaps for worker in self._workers.values())
-
     def set_capturing(self, on: bool) -> None:
         """Tell every worker to ship rows, or to hold them back."""
         self.is_capturing = on
-        self.outbox += [(peer, pack("capture", on=on)) for peer in self._workers]
+        self.outbox += [(peer, pack("capture", on=on)) for peer in self.workers]
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
         """Keep no trace of running sequences, nor let the next collector keep one."""
@@ -133,7 +128,7 @@ class Collector:
             self.sequences.discard_ids(sequence)
             internal_ids.append(sequence.register.internal_id)
         forget = pack("forget", internal_ids=internal_ids)
-        self.outbox += [(server, forget) for server in self._servers if internal_ids]
+        self.outbox += [(server, forget) for server in self.servers if internal_ids]
 
     def close(self) -> None:
         """Write out the log."""
@@ -141,49 +136,54 @@ class Collector:
             self._log.close()
 
     def _on_hello(self, peer: Peer, hello: Hello, snapshot: Snapshot | None) -> None:
-        if self.hello is not None and _shape(hello) != _shape(self.hello):
+        if not self.workers.fits(hello):
             logger.error("a worker with another model said hello; its routes are left out")
             return
-        for other, worker in list(self._workers.items()):
-            if worker.hello.sender == hello.sender:  # it comes again, on another connection
-                self._gaps_of_replaced += worker.gaps
-                del self._workers[other]
-        self._workers[peer] = Reassembler(hello, snapshot)
-        if self.hello is None:
-            self.hello = hello
-            self.counters = ExpertCounters(hello.layers, hello.num_experts)
-            self.windows = CountWindows(self.counters, self._clock)
-            if self.settings.metrics_window > self.windows.kept_s:
-                logger.warning(
-                    "the load balance metrics look back %g s instead of %g: no more is kept of a "
-                    "model of %d layers of %d experts",
-                    self.windows.kept_s, self.settings.metrics_window,
-                    len(hello.layers), hello.num_experts,
-                )  # fmt: skip
-            if self._log is not None:
-                self._log.begin(hello)
+        worker = self.workers.add(peer, hello, snapshot)
+        if self.hello is None and (model := self.workers.model) is not None:
+            self._begin(model)
         if snapshot is not None:
             self.is_capturing &= snapshot.is_capturing
             for internal_id in snapshot.ended:
-                nothing = Rows.nothing(hello, CAUSES["restart"])
-                self._settle(self.sequences.end_unless_told(internal_id, nothing))
+                nothing = self.workers.end(
+                    worker, internal_id, Rows.nothing(hello, CAUSES["restart"])
+                )
+                if nothing is not None:
+                    self._settle(self.sequences.end_unless_told(internal_id, nothing))
         self.outbox.append((peer, pack("capture", on=self.is_capturing)))
 
+    def _begin(self, model: Hello) -> None:
+        self.hello = model
+        self.counters = ExpertCounters(model.layers, model.num_experts)
+        self.windows = CountWindows(self.counters, self._clock)
+        if self.settings.metrics_window > self.windows.kept_s:
+            logger.warning(
+                "the load balance metrics look back %g s instead of %g: no more is kept of a "
+                "model of %d layers of %d experts",
+                self.windows.kept_s, self.settings.metrics_window,
+                len(model.layers), model.num_experts,
+            )  # fmt: skip
+        if self._log is not None:
+            self._log.begin(model)
+
     def _on_steps(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
-        worker = self._workers.get(peer)
+        worker = self.workers.get(peer)
         if worker is not None:
             for step in unpack_steps(values, frames, worker.hello):
                 self._apply(worker, step)
 
     def _apply(self, worker: Reassembler, step: Step) -> None:
-        self.stats.add_step(step)
+        is_first = self.workers.is_first(worker)
+        self.stats.add_step(step, is_first=is_first)
         ended, written = worker.apply(step)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("step %d %s", step.seq, orjson.dumps(worker.describe(step)).decode())
         if written is not None and self.counters is not None:
-            self.counters.add(written)
-        for internal_id, rows in ended:
-            self._settle(self.sequences.end(internal_id, rows))
+            self.counters.add(written, worker.hello.layers, with_rows=is_first)
+        for internal_id, part in ended:
+            rows = self.workers.end(worker, internal_id, part)
+            if rows is not None:
+                self._settle(self.sequences.end(internal_id, rows))
 
     def _on_alias(self, internal_ids: list[str], alias: str) -> None:
         for internal_id in internal_ids:
@@ -207,7 +207,3 @@ class Collector:
                 self._log.write(trace)
             self.store.add(Kept(sequence.uid, trace, ids))
         self._queries.retry(ids)
-
-
-def _shape(hello: Hello) -> tuple[list[int], int, int]:
-    return hello.layers, hello.num_experts, hello.top_k

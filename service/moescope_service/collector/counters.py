@@ -28,18 +28,28 @@ class ExpertCounters:
         """Selections, ``[num_phases, num_layers, num_experts]``."""
         self.rows = np.zeros(len(PHASES), np.int64)
         """Rows, ``[num_phases]``."""
-        self._offsets = np.arange(len(layers), dtype=np.int64)[None, :, None] * num_experts
+        self._offset = {layer: column * num_experts for column, layer in enumerate(layers)}
         self.reset()
 
-    def add(self, written: Written) -> None:
-        """Count the rows of a step."""
+    def add(
+        self, written: Written, layers: Sequence[int] | None = None, *, with_rows: bool = True
+    ) -> None:
+        """Count the selections of a step.
+
+        Args:
+            written: What was routed.
+            layers: In which layers, those of one pipeline stage; None: in all.
+            with_rows: Whether to count the rows too: every stage has the same ones.
+        """
         num_layers = len(self.layers)
-        flat = written.topk_ids + self._offsets
+        offsets = np.array([self._offset[layer] for layer in layers or self.layers], np.int64)
+        flat = written.topk_ids + offsets[None, :, None]
         flat += written.is_decode[:, None, None] * (num_layers * self.num_experts)
         counts = np.bincount(flat.ravel(), minlength=self.totals.size)
         self.totals += counts.reshape(self.totals.shape)
-        decode = int(np.count_nonzero(written.is_decode))
-        self.rows += (len(written.is_decode) - decode, decode)
+        if with_rows:
+            decode = int(np.count_nonzero(written.is_decode))
+            self.rows += (len(written.is_decode) - decode, decode)
 
     def reset(self) -> None:
         """Start `since_reset` anew."""

@@ -35,14 +35,20 @@ class Stats:
         self.lag_seconds = 0.0
         """Age of the newest step when it arrived."""
 
-    def add_step(self, step: Step) -> None:
-        """Count one step."""
+    def add_step(self, step: Step, *, is_first: bool = True) -> None:
+        """Count one step.
+
+        Args:
+            step: The step.
+            is_first: Whether its worker is the first pipeline stage that routes: the others have
+                the same rows, of their own layers; what they lose is counted all the same.
+        """
         rows = int(step.spans[:, 2].sum())
-        self.steps += 1
+        self.steps += is_first
         self.hook_seconds += step.host_s
         self.lag_seconds = max(0.0, time.time() - step.time_s)
         if step.lost is None:
-            self.rows_captured += rows
+            self.rows_captured += rows * is_first
         else:
             self.rows_lost[step.lost] += rows
 

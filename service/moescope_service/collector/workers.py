@@ -1,0 +1,198 @@
+"""The workers of a deployment: pipeline stages of data-parallel engines.
+
+Every stage routes layers of its own for all sequences of its engine, so a sequence has ended when
+all stages have said so, and its rows are theirs side by side. Engines route the same layers for
+sequences of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from moescope.trace import Source
+from moescope_service.collector.reassembly import CAUSES, Reassembler, Rows
+from moescope_service.messages import Hello, Snapshot
+
+Peer = bytes
+"""ZMQ identity of a worker or an API server."""
+
+STAGE_TIMEOUT_S = 60.0
+"""How long the end of a sequence that one stage has told waits for the other stages."""
+
+
+def merged_hello(hellos: Sequence[Hello]) -> Hello:
+    """Return what the stages of an engine capture together.
+
+    Args:
+        hellos: One a stage, at least one.
+    """
+    return dataclasses.replace(
+        hellos[0],
+        layers=sorted(layer for hello in hellos for layer in hello.layers),
+        router_types=sorted({name for hello in hellos for name in hello.router_types}),
+    )
+
+
+def merged_rows(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of a sequence of what each stage has of them.
+
+    A row that a stage lacks is missing: the cause is that of the first such stage.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    num_rows = max(len(part.source) for part in parts)
+    parts = [part.resized(num_rows) for part in parts]
+    order = np.argsort([layer for part in parts for layer in part.layers])
+    source, cause = parts[0].source, parts[0].cause
+    for part in parts[1:]:
+        cause = np.where(source == Source.MISSING, cause, part.cause)
+        source = np.where(part.source == Source.MISSING, part.source, source)
+    return dataclasses.replace(
+        parts[0],
+        layers=sorted(layer for part in parts for layer in part.layers),
+        topk_ids=np.concatenate([part.topk_ids for part in parts], 1)[:, order],
+        topk_weights=np.concatenate([part.topk_weights for part in parts], 1)[:, order],
+        source=source,
+        cause=cause,
+        cached_len=max(part.cached_len for part in parts),
+        lacking=max(part.lacking for part in parts),
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class Ended:
+    """A sequence that some stages have told the end of."""
+
+    parts: dict[int, Rows]
+    """By stage."""
+    deadline_s: float
+
+
+class Engine:
+    """The stages of one data-parallel engine."""
+
+    def __init__(self) -> None:
+        self.stages: dict[int, tuple[Peer, Reassembler]] = {}
+        self.ended: dict[str, Ended] = {}
+
+    @property
+    def hellos(self) -> list[Hello]:
+        """What the stages capture that are here, in their order."""
+        return [worker.hello for _, (_, worker) in sorted(self.stages.items())]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every stage is here."""
+        return bool(self.stages) and len(self.stages) == self.hellos[0].num_stages
+
+    @property
+    def routing_stages(self) -> list[int]:
+        """The stages that have layers with experts."""
+        return sorted(stage for stage, (_, one) in self.stages.items() if one.hello.layers)
+
+
+class Workers:
+    """Who captures, and what they have of sequences that are ending.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._engines: dict[int, Engine] = {}
+        self._by_peer: dict[Peer, Reassembler] = {}
+        self._gaps_of_replaced = 0
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._by_peer)
+
+    def get(self, peer: Peer) -> Reassembler | None:
+        """Return what follows a worker; None where the peer never said hello."""
+        return self._by_peer.get(peer)
+
+    @property
+    def model(self) -> Hello | None:
+        """What the deployment captures; None until every stage of an engine has said hello."""
+        for engine in self._engines.values():
+            if engine.is_complete:
+                return merged_hello(engine.hellos)
+        return None
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether every stage of every engine has said hello."""
+        engines = list(self._engines.values())
+        return (
+            bool(engines)
+            and all(engine.is_complete for engine in engines)
+            and len(engines) == engines[0].hellos[0].num_engines
+        )
+
+    @property
+    def num_gaps(self) -> int:
+        """Times that a worker's steps were lost altogether, and its running routes with them."""
+        return self._gaps_of_replaced + sum(worker.gaps for worker in self._by_peer.values())
+
+    def fits(self, hello: Hello) -> bool:
+        """Whether a worker can be part of the model that the others capture."""
+        for engine in self._engines.values():
+            for other in engine.hellos:
+                if (hello.num_experts, hello.top_k) != (other.num_experts, other.top_k):
+                    return False
+                if hello.stage == other.stage and hello.layers != other.layers:
+                    return False
+                if hello.stage != other.stage and set(hello.layers) & set(other.layers):
+                    return False
+        return True
+
+    def add(self, peer: Peer, hello: Hello, snapshot: Snapshot | None) -> Reassembler:
+        """Follow a worker, in the place of the one that it was before, if any."""
+        engine = self._engines.setdefault(hello.engine, Engine())
+        if hello.stage in engine.stages:  # it comes again, on another connection
+            other, before = engine.stages[hello.stage]
+            self._gaps_of_replaced += before.gaps
+            del self._by_peer[other]
+        worker = Reassembler(hello, snapshot)
+        engine.stages[hello.stage] = peer, worker
+        self._by_peer[peer] = worker
+        return worker
+
+    def is_first(self, worker: Reassembler) -> bool:
+        """Whether a worker is the first of its engine that routes: it alone counts the rows."""
+        return worker.hello.stage == self._engines[worker.hello.engine].routing_stages[0]
+
+    def end(self, worker: Reassembler, internal_id: str, rows: Rows) -> Rows | None:
+        """Take in that a stage has seen a sequence end.
+
+        Returns:
+            The sequence's rows, once every stage that routes has told its own.
+        """
+        engine, stage = self._engines[worker.hello.engine], worker.hello.stage
+        if worker.hello.num_stages == 1:
+            return rows
+        ended = engine.ended.get(internal_id)
+        if ended is None:
+            ended = engine.ended[internal_id] = Ended({}, self._clock() + STAGE_TIMEOUT_S)
+        ended.parts[stage] = rows
+        if not engine.is_complete or len(ended.parts) < len(engine.routing_stages):
+            return None
+        del engine.ended[internal_id]
+        return merged_rows([part for _, part in sorted(ended.parts.items())])
+
+    def overdue(self) -> Iterator[tuple[str, Rows]]:
+        """Yield (internal id, rows) of sequences whose other stages have not told in time."""
+        now_s = self._clock()
+        for engine in self._engines.values():
+            late = [name for name, ended in engine.ended.items() if ended.deadline_s <= now_s]
+            for internal_id in late:
+                told = engine.ended.pop(internal_id).parts
+                parts = [
+                    told.get(hello.stage, Rows.nothing(hello, CAUSES["unknown"]))
+                    for hello in engine.hellos
+                    if hello.layers
+                ]
+                yield internal_id, merged_rows(parts)

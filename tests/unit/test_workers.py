@@ -1,0 +1,144 @@
+"""Pipeline stages and data-parallel engines: who has which rows of a sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moescope.trace import Source
+from moescope_service.collector.reassembly import CAUSES, FILLED, Rows
+from moescope_service.collector.workers import STAGE_TIMEOUT_S, Workers, merged_rows
+from moescope_service.messages import Hello
+
+from builders import make_hello, make_rows
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def stage(number: int, layers: list[int], engine: int = 0, **changes: object) -> Hello:
+    return make_hello(stage=number, num_stages=2, layers=layers, engine=engine, **changes)
+
+
+def part(hello: Hello, num_rows: int, missing: dict[int, str] | None = None) -> Rows:
+    ids, weights = make_rows(hello.stage * 100, num_rows, hello)
+    source = np.full(num_rows, Source.COMPUTED, np.uint8)
+    cause = np.full(num_rows, FILLED, np.uint8)
+    for row, name in (missing or {}).items():
+        source[row], cause[row] = Source.MISSING, CAUSES[name]
+    return Rows(hello.layers, ids, weights, source, cause, 0)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def workers(clock: Clock) -> Workers:
+    return Workers(clock)
+
+
+def test_the_model_is_what_all_stages_of_an_engine_capture(workers: Workers) -> None:
+    workers.add(b"late", stage(1, [4, 6], router_types=["Biased"], num_engines=2), None)
+    assert workers.model is None
+    workers.add(b"early", stage(0, [1, 3], router_types=["Grouped"], num_engines=2), None)
+    assert workers.model is not None
+    assert workers.model.layers == [1, 3, 4, 6]
+    assert workers.model.router_types == ["Biased", "Grouped"]
+    assert not workers.are_complete  # the second engine is yet to come
+    for number, layers in enumerate(([1, 3], [4, 6])):
+        workers.add(b"%d" % number, stage(number, layers, engine=1, num_engines=2), None)
+    assert workers.are_complete
+    assert len(list(workers)) == 4
+
+
+def test_a_worker_of_another_model_does_not_fit(workers: Workers) -> None:
+    workers.add(b"a", stage(0, [1, 3]), None)
+    assert workers.fits(stage(1, [4, 6]))
+    assert workers.fits(stage(0, [1, 3], engine=1))
+    assert not workers.fits(stage(0, [1, 2], engine=1))
+    assert not workers.fits(stage(1, [3, 4]))
+    assert not workers.fits(stage(1, [4, 6], num_experts=9))
+    assert not workers.fits(stage(1, [4, 6], top_k=3))
+
+
+def test_a_sequence_has_ended_when_every_stage_has_told_so(workers: Workers) -> None:
+    second, first = stage(1, [4, 6]), stage(0, [1, 3])
+    late = workers.add(b"late", second, None)
+    early = workers.add(b"early", first, None)
+    assert workers.is_first(early)
+    assert not workers.is_first(late)
+    assert workers.end(late, "a", part(second, 3)) is None
+    assert workers.end(early, "b", part(first, 2)) is None
+    rows = workers.end(early, "a", part(first, 3))
+    assert rows is not None
+    assert rows.layers == [1, 3, 4, 6]
+    np.testing.assert_array_equal(rows.topk_ids[:, :2], part(first, 3).topk_ids)
+    np.testing.assert_array_equal(rows.topk_ids[:, 2:], part(second, 3).topk_ids)
+    np.testing.assert_array_equal(rows.topk_weights[:, 2:], part(second, 3).topk_weights)
+    assert (rows.source == Source.COMPUTED).all()
+    rows = workers.end(late, "b", part(second, 2))
+    assert rows is not None
+    assert len(rows.source) == 2
+
+
+def test_engines_end_their_own_sequences(workers: Workers) -> None:
+    hellos = [make_hello(engine=number, num_engines=2) for number in range(2)]
+    for number, hello in enumerate(hellos):
+        worker = workers.add(b"%d" % number, hello, None)
+        assert workers.is_first(worker)
+        assert workers.end(worker, f"of-{number}", part(hello, 1)) is not None
+
+
+def test_a_stage_without_experts_is_not_waited_for(workers: Workers) -> None:
+    workers.add(b"dense", stage(0, []), None)
+    hello = stage(1, [4, 6])
+    worker = workers.add(b"routed", hello, None)
+    assert workers.are_complete
+    assert workers.is_first(worker)
+    rows = workers.end(worker, "a", part(hello, 2))
+    assert rows is not None
+    assert rows.layers == [4, 6]
+
+
+def test_a_row_that_one_stage_lacks_is_missing(workers: Workers) -> None:
+    first, second = stage(0, [1, 3]), stage(1, [4, 6])
+    rows = merged_rows([part(first, 4, {1: "queue_full"}), part(second, 3, {2: "paused"})])
+    assert rows.source.tolist() == [Source.COMPUTED] + [Source.MISSING] * 3
+    assert rows.cause.tolist() == [
+        FILLED,
+        *(CAUSES[n] for n in ("queue_full", "paused", "unknown")),
+    ]
+    assert rows.topk_ids.shape == (4, 4, 2)
+
+
+def test_a_stage_that_never_tells_costs_its_rows_and_not_the_trace(
+    workers: Workers, clock: Clock
+) -> None:
+    first, second = stage(0, [1, 3]), stage(1, [4, 6])
+    worker = workers.add(b"first", first, None)
+    workers.add(b"second", second, None)
+    assert workers.end(worker, "a", part(first, 2)) is None
+    clock.now_s = STAGE_TIMEOUT_S - 1
+    assert list(workers.overdue()) == []
+    clock.now_s = STAGE_TIMEOUT_S
+    ((internal_id, rows),) = workers.overdue()
+    assert internal_id == "a"
+    assert rows.layers == [1, 3, 4, 6]
+    assert (rows.source == Source.MISSING).all()
+    assert list(workers.overdue()) == []
+
+
+def test_a_worker_that_comes_again_takes_its_own_place(workers: Workers) -> None:
+    hello = make_hello()
+    before = workers.add(b"one", hello, None)
+    before.gaps = 2
+    workers.add(b"two", hello, None)
+    assert list(workers) == [b"two"]
+    assert workers.get(b"one") is None
+    assert workers.num_gaps == 2
