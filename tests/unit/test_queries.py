@@ -60,7 +60,7 @@ class TestRecent:
 
 class TestCapture:
     def test_pause_and_resume_reach_every_worker(self, bench):
-        bench.collector.handle(b"second", pack_dataclass("hello", make_hello()))
+        bench.collector.handle(b"second", pack_dataclass("hello", make_hello(sender="second")))
         assert bench.answered("capture", on=False).values["capture"] == "paused"
         assert bench.answered("info").values["capture"] == "paused"
         assert bench.answered("capture", on=True).values["capture"] == "on"
