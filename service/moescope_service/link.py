@@ -58,6 +58,7 @@ class Link:
             are given up; it notices by the numbers of the steps, should it go on.
         name: Name of the thread.
         introduce: Makes the messages that begin a connection, in the link's thread.
+        on_away: Called in the link's thread when the collector has gone.
         join: Makes one message of several of the same type, in the link's thread: much cheaper than
             one by one where many wait. Without it each is sent by itself.
     """
@@ -70,12 +71,14 @@ class Link:
         max_bytes: int,
         name: str,
         introduce: Callable[[], Iterable[Frames]] = tuple,
+        on_away: Callable[[], None] = lambda: None,
         join: Callable[[list[Any]], Frames] | None = None,
     ) -> None:
         self._address = address
         self._on_message = on_message
         self._max_bytes = max_bytes
         self._introduce = introduce
+        self._on_away = on_away
         self._join = join
         self._waiting: collections.deque[Outgoing] = collections.deque()
         self._introduction: collections.deque[Frames] = collections.deque()
@@ -178,6 +181,8 @@ class Link:
         self._introduction.clear()
         if self._is_connected:
             self._introduction.extend(self._introduce())
+        else:
+            self._on_away()
 
     def _receive(self, frames: Frames) -> None:
         try:

@@ -124,11 +124,12 @@ class Deployment:
             for name, value in {**self.env, **env}.items():
                 patch.setenv(name, value)
             self.collector = start_collector(collector_address())
-            stack.callback(stop_collector, self.collector)
+            stack.callback(lambda: stop_collector(self.collector))
             self.engine = Engine(collector_address(), self.hello)
             stack.callback(self.engine.recorder.close)
             self.frontend = Frontend(self.engine)
-            self.url = stack.enter_context(serving(self.make_app()))
+            self.app = self.make_app()
+            self.url = stack.enter_context(serving(self.app))
             self.http = stack.enter_context(httpx.Client(base_url=self.url, timeout=DEADLINE_S))
             yield self
 

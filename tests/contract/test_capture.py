@@ -129,9 +129,11 @@ def hook(layers, sink):
 def make_config(**changes):
     model = {"is_moe": True, "model": "m", "architectures": ["A"], "runner_type": "generate"}
     parallel = dict.fromkeys(
-        ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+        ["data_parallel_size", "data_parallel_size_local", "nnodes",
          "prefill_context_parallel_size", "decode_context_parallel_size"], 1,
-    ) | {"use_ubatching": False}  # fmt: skip
+    ) | dict.fromkeys(
+        ["use_ubatching", "data_parallel_external_lb", "data_parallel_hybrid_lb"], False
+    )  # fmt: skip
     top = {"use_v2_model_runner": False}
     groups = {
         "model_config": model,
@@ -155,9 +157,8 @@ def test_a_configuration_that_can_be_captured():
     [
         ("is_moe", False, "m (A) is a dense model"),
         ("runner_type", "pooling", "'pooling'"),
-        ("tensor_parallel_size", 2, "--tensor-parallel-size is 2"),
-        ("pipeline_parallel_size", 4, "--pipeline-parallel-size is 4"),
-        ("data_parallel_size", 2, "--data-parallel-size is 2"),
+        ("data_parallel_size", 2, "workers of other machines"),
+        ("nnodes", 2, "workers of other machines"),
         ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size is 2"),
         ("decode_context_parallel_size", 2, "--decode-context-parallel-size is 2"),
         ("use_ubatching", True, "--enable-dbo"),

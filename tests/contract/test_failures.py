@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 
@@ -12,7 +13,7 @@ from moescope import errors
 from moescope_service.runtime import collector_address
 
 from .deployment import Deployment, Frontend, wait_until
-from .fake_engine import PROMPT, Engine
+from .fake_engine import HELLO, PROMPT, Engine
 
 GUARDED = [
     ("GET", "/routes"), ("GET", "/routes/x"), ("DELETE", "/routes/x"), ("POST", "/routes/batch"),
@@ -80,7 +81,9 @@ def test_a_collector_that_was_killed(fresh):
 def test_rows_that_the_queue_cannot_take_are_counted_and_named():
     """The collector stops for a while: rows are dropped, control is not."""
     with Deployment().running() as deployment:
-        engine = Engine(collector_address(), max_rows_bytes=100_000)
+        engine = Engine(
+            collector_address(), dataclasses.replace(HELLO, sender="slow"), max_rows_bytes=100_000
+        )
         try:
             frontend = Frontend(engine)
             frontend.output_processor = deployment.frontend.output_processor

@@ -23,6 +23,7 @@ else:
     from kv_sim import KvCache, Seq
 
 VOCABULARY = 3
+MAX_DRAFTS = 3
 
 
 def truth(hashes: list[int], hello: Hello) -> tuple[Any, Any]:
@@ -89,15 +90,24 @@ class Engine:
         hello: Blocks and shape of the rows.
         token_budget: Tokens a step at most.
         copies: Whether blocks that match in part are hit and copied.
+        speculation: How often a decoding sequence has drafts, most of which are rejected.
     """
 
     def __init__(
-        self, rng: random.Random, hello: Hello, *, token_budget: int = 9, copies: bool = False
+        self,
+        rng: random.Random,
+        hello: Hello,
+        *,
+        token_budget: int = 9,
+        copies: bool = False,
+        speculation: float = 0.0,
     ) -> None:
         self.rng = rng
         self.kv = KvCache(hello.num_blocks, hello.block_size)
         self.token_budget = token_budget
         self.copies = copies
+        self.speculation = speculation
+        self.num_rejected = 0
         self.waiting: list[Seq] = []
         self.running: list[Seq] = []
         self.num_preemptions = 0
@@ -129,7 +139,8 @@ class Engine:
         for seq in list(self.running):
             if seq not in self.running:
                 continue
-            count = min(len(seq.tokens) - seq.num_computed, budget)
+            self._draft(seq, budget)
+            count = min(len(seq.tokens) + len(seq.drafts) - seq.num_computed, budget)
             if count <= 0:
                 continue
             while (blocks := self._grow(seq, seq.num_computed + count)) is None:
@@ -152,6 +163,12 @@ class Engine:
         output.kv_cache_block_copies = self._copies or None
         output.total_num_scheduled_tokens = sum(count for _, _, count in batch)
         return output
+
+    def _draft(self, seq: Seq, budget: int) -> None:
+        is_decoding = len(seq.tokens) - seq.num_computed == 1 and not seq.is_over
+        if self.speculation and is_decoding and self.rng.random() < self.speculation:
+            count = min(self.rng.randint(1, MAX_DRAFTS), max(budget - 1, 0))
+            seq.drafts = [self.rng.randrange(VOCABULARY) for _ in range(count)]
 
     def _list(self, cached: Cached, seq: Seq, blocks: list[int]) -> None:
         cached.req_ids.append(seq.name)
@@ -214,12 +231,13 @@ class Engine:
         seq.blocks += blocks
         seq.table += [(block, self.kv.generation[block]) for block in blocks]
         if not seq.is_over:
-            self.kv.remember(seq, num_tokens)
+            self.kv.remember(seq, min(num_tokens, len(seq.tokens)))  # drafts are nobody's prefix
         return blocks
 
     def _preempt(self, seq: Seq) -> None:
         self.running.remove(seq)
         self.num_preemptions += 1
+        seq.drafts = []
         if seq.is_over:
             self._free(seq)
             return
@@ -240,9 +258,9 @@ class Engine:
                 source, slot = copy.src_block_id * kv.size + i, copy.dst_block_id * kv.size + i
                 kv.content[slot], kv.shipped[slot] = kv.content[source], kv.shipped[source]
         for seq, start, count in output.batch:
-            for position in range(start, start + count):
+            for position, content in enumerate(seq.row_hashes(start, count), start):
                 slot = seq.blocks[position // kv.size] * kv.size + position % kv.size
-                kv.content[slot], kv.shipped[slot] = seq.hashes[position], shipped
+                kv.content[slot], kv.shipped[slot] = content, shipped
             seq.num_computed = start + count
             seq.num_routed = max(seq.num_routed, seq.num_computed)
         for seq, start, _ in output.batch:
@@ -250,9 +268,8 @@ class Engine:
             if seq.is_over:  # this was its surplus row
                 self.running.remove(seq)
                 self._free(seq)
-            elif seq.num_computed == len(seq.tokens):
-                seq.tokens.append(seq.hashes[-1] % VOCABULARY)
-                seq.extend_hashes()
+            elif seq.num_computed >= len(seq.tokens):
+                self._sample(seq)
                 if len(seq.tokens) - seq.prompt_len >= seq.max_output:
                     over.append(seq)
                     seq.is_over = True
@@ -260,6 +277,18 @@ class Engine:
                         self.running.remove(seq)
                         self._free(seq)
         return over
+
+    def _sample(self, seq: Seq) -> None:
+        """Append the next token, and as many more as the drafts had guessed."""
+        drafts, seq.drafts = seq.drafts, []
+        while True:
+            seq.tokens.append(seq.hashes[-1] % VOCABULARY)
+            seq.extend_hashes()
+            is_full = len(seq.tokens) - seq.prompt_len >= seq.max_output
+            if is_full or not drafts or drafts.pop(0) != seq.tokens[-1]:
+                break
+        self.num_rejected += seq.num_computed - len(seq.tokens) + 1
+        seq.num_computed = len(seq.tokens) - 1
 
     def _check_prefix(self, seq: Seq, start: int) -> None:
         """The engine itself must be right: every KV entry is that of its own prefix."""

@@ -24,6 +24,8 @@ class Seq:
     max_output: int
     surplus: bool
     hashes: list[int] = dataclasses.field(default_factory=list)
+    drafts: list[int] = dataclasses.field(default_factory=list)
+    """Guesses of the tokens that follow, which this step routes as well (speculation)."""
     blocks: list[int] = dataclasses.field(default_factory=list)
     table: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(block, generation): kept after a preemption, as the collector keeps its own."""
@@ -40,6 +42,13 @@ class Seq:
     def extend_hashes(self) -> None:
         for token in self.tokens[len(self.hashes) :]:
             self.hashes.append(chain(self.hashes[-1] if self.hashes else 7, token))
+
+    def row_hashes(self, start: int, count: int) -> list[int]:
+        """Hashes of the prefixes that the rows of this step end."""
+        hashes = list(self.hashes)
+        for token in self.drafts:
+            hashes.append(chain(hashes[-1], token))
+        return hashes[start : start + count]
 
 
 class KvCache:

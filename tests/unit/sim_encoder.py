@@ -59,7 +59,7 @@ class SimEncoder:
     def _add_rows(self, step: Step, output: Output, lost: str | None) -> None:
         step.lost = lost
         if lost is None:
-            hashes = [h for seq, start, n in output.batch for h in seq.hashes[start : start + n]]
+            hashes = [h for seq, start, n in output.batch for h in seq.row_hashes(start, n)]
             step.topk_ids, step.topk_weights = truth(hashes, self.hello)
 
     def _admission(self, name: str, prompt_len: int, num_computed: int, blocks: Any) -> Admission:

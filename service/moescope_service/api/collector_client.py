@@ -20,6 +20,8 @@ _CONSEQUENCE = (
     "says so), without the traces of requests that ended before"
 )
 
+_ENDED = f"the collector process has ended; {_CONSEQUENCE}"
+
 
 @dataclasses.dataclass(slots=True)
 class Message:
@@ -70,6 +72,7 @@ class CollectorClient:
             max_bytes=_MAX_BYTES,
             name="moescope-collector-client",
             introduce=self._journal.introduce,
+            on_away=lambda: self._loop.call_soon_threadsafe(self._give_up_questions),
         )
 
     def tell(self, kind: str, arrays: Frames = (), **values: Any) -> None:
@@ -86,10 +89,10 @@ class CollectorClient:
             values: Its parameters.
 
         Raises:
-            CollectorGoneError: No answer came in time.
+            CollectorGoneError: No answer came in time, or the collector has ended.
         """
         if self._link.is_away:
-            raise CollectorGoneError(f"the collector process has ended; {_CONSEQUENCE}")
+            raise CollectorGoneError(_ENDED)
         number = next(self._numbers)
         future = self._open[number] = self._loop.create_future()
         self.tell("query", number=number, op=op, **values)
@@ -109,6 +112,11 @@ class CollectorClient:
             self._loop.call_soon_threadsafe(self._resolve, number, Reply(values, frames[1:]))
         elif kind == "forget":
             self._journal.forget(values["internal_ids"])
+
+    def _give_up_questions(self) -> None:
+        for future in self._open.values():
+            if not future.done():
+                future.set_exception(CollectorGoneError(_ENDED))
 
     def _resolve(self, number: int, reply: Reply) -> None:
         future = self._open.get(number)

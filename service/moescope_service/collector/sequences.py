@@ -59,10 +59,10 @@ class Sequence:
         Returns:
             The trace, and why each of its rows is missing: see `Rows.cause`.
         """
+        # Where its API server is gone, nobody knows which rows behind the prompt are of tokens that
+        # were kept, and which of rejected drafts: they are left out.
         output = self.output_ids if self.output_ids is not None else np.empty(0, np.int32)
         num_tokens = self.register.prompt_len + len(output)
-        if not self.is_finishing and self.rows is not None:  # its API server is gone
-            num_tokens = len(self.rows.source) + 1
         rows = (self.rows or Rows.nothing(hello)).resized(max(num_tokens - 1, 0))
         tokens = None
         if with_token_ids and self.is_finishing and self.prompt_ids is not None:

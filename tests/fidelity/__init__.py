@@ -1,0 +1,1 @@
+"""Long comparisons of routes with the truth, each a command with its last result committed."""

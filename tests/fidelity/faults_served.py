@@ -1,0 +1,212 @@
+"""Requests to a real vLLM server whose transport fails, their traces compared with HF's routing."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from moescope import RouteTrace, Source, formats
+from moescope.servers import Server, captured_command
+from moescope_service import bundled_model
+from tests.e2e.conftest import API_KEY, MODEL, serving
+from tests.e2e.fidelity import SENTENCE, reference
+
+from . import fault_plugin
+
+CHANCES = {"rows_lost": 0.02, "given_up": 0.002, "delay": 0.05}
+"""Of each fault, a message."""
+CONCURRENCY = 8
+KV_BLOCKS = 80
+"""Of 32 tokens: few, so that blocks are hit, evicted and used again."""
+NEAR_TIE = 1e-6
+"""Probabilities so close that float32 may order them otherwise than float64."""
+_BACK_TIMEOUT_S = 60.0
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run of requests came to."""
+
+    counts: collections.Counter[str]
+    traces: list[RouteTrace]
+
+
+@contextlib.contextmanager
+def faulty_server(directory: Path, seed: int, chances: dict[str, float]) -> Any:
+    """A server with the bundled model in float32 and the fault plugin in all its processes."""
+    plugin = directory / "plugin"
+    fault_plugin.install(plugin)
+    command = captured_command([str(bundled_model.path()), "--enforce-eager"])
+    command += ["--routes-weights-dtype", "float32", "--num-gpu-blocks-override", str(KV_BLOCKS)]
+    env = {
+        **fault_plugin.environment(plugin, chances, seed),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+    with serving(command, env, directory / "faulty.log") as server:
+        yield server
+
+
+def collector_pid(server: Server) -> int | None:
+    """Return the process id of a server's collector, if it runs."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+            command = stat.with_name("cmdline").read_bytes()
+            if int(parent) == server.pid and state != "Z" and b"moescope_service.coll" in command:
+                return int(stat.parent.name)
+    return None
+
+
+class Load:
+    """Requests with shared beginnings, some aborted, while the service is disturbed."""
+
+    def __init__(self, server: Server, num_requests: int, seed: int) -> None:
+        self._server = server
+        self._numbers = iter(range(num_requests))
+        self._rng = random.Random(seed)
+        self.outcome = Outcome(collections.Counter(), [])
+        self._is_over = asyncio.Event()
+
+    async def run(self, *, kill_every_s: float, pause_every_s: float) -> Outcome:
+        """Send all requests and fetch the trace of each at once."""
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        async with httpx.AsyncClient(
+            base_url=self._server.url, headers=headers, timeout=120
+        ) as http:
+            disturbers = [
+                asyncio.create_task(self._disturb(kill_every_s, self._kill)),
+                asyncio.create_task(self._disturb(pause_every_s, lambda: self._pause(http))),
+            ]
+            await asyncio.gather(*(self._client(http) for _ in range(CONCURRENCY)))
+            self._is_over.set()
+            await asyncio.gather(*disturbers)
+        return self.outcome
+
+    async def _disturb(self, every_s: float, disturb: Any) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_over.wait(), every_s)
+            if self._is_over.is_set():
+                return
+            await disturb()
+
+    async def _kill(self) -> None:
+        pid = collector_pid(self._server)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            self.outcome.counts["collector_kills"] += 1
+
+    async def _pause(self, http: httpx.AsyncClient) -> None:
+        answer = await http.post("/routes/pause")
+        self.outcome.counts["pauses"] += answer.status_code == 200
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._is_over.wait(), 0.5)
+        await until_200(http, "POST", "/routes/resume")
+
+    async def _client(self, http: httpx.AsyncClient) -> None:
+        for number in self._numbers:
+            request_id = f"f{number}"
+            body = {
+                "model": MODEL,
+                "prompt": self._prompt(),
+                "max_tokens": self._rng.randint(1, 24),
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+            aborts = self._rng.random() < 0.05
+            timeout_s = self._rng.uniform(0.01, 0.3) if aborts else 120
+            try:
+                answer = await http.post(
+                    "/v1/completions",
+                    json=body,
+                    headers={"X-Request-Id": request_id},
+                    timeout=timeout_s,
+                )
+                answer.raise_for_status()
+            except httpx.TimeoutException:
+                self.outcome.counts["aborted"] += 1
+            self.outcome.counts["requests"] += 1
+            await self._fetch(http, request_id)
+
+    def _prompt(self) -> str:
+        rng = self._rng
+        start = rng.choice(["", "A book has many pages. ", "Mia has a garden. "])
+        return start + SENTENCE * rng.randint(1, 16) + f"How many in {rng.randrange(50)} weeks?"
+
+    async def _fetch(self, http: httpx.AsyncClient, request_id: str) -> None:
+        answer = await http.get(f"/routes/{request_id}?format=npz&wait_s=5")
+        self.outcome.counts[f"answer_{answer.status_code}"] += 1
+        if answer.status_code == 200:
+            self.outcome.traces += formats.load_npz(answer.content)
+
+
+async def until_200(http: httpx.AsyncClient, method: str, path: str) -> None:
+    """Ask until the collector answers: it may have just been killed."""
+    deadline_s = time.monotonic() + _BACK_TIMEOUT_S
+    while (await http.request(method, path)).status_code != 200:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{method} {path} is not answered")
+        await asyncio.sleep(0.2)
+
+
+def judge(traces: list[RouteTrace]) -> collections.Counter[str]:
+    """Compare every row of every trace with HF's routing of the same tokens in float64."""
+    counts: collections.Counter[str] = collections.Counter()
+    for trace in traces:
+        wrong = wrong_rows(trace, counts)
+        here = trace.source != Source.MISSING
+        counts.update(Source(source).name.lower() for source in trace.source.tolist())
+        counts["traces"] += 1
+        counts["complete"] += trace.complete
+        counts["wrong_rows"] += wrong
+        counts["complete_and_wrong"] += trace.complete and bool(wrong or not here.all())
+    return counts
+
+
+def wrong_rows(trace: RouteTrace, counts: collections.Counter[str]) -> int:
+    """Return how many rows are there and are not the reference's."""
+    if trace.token_ids is None or trace.topk_weights is None:
+        raise ValueError(f"{trace.request_id} has no tokens or weights to compare with")
+    here = np.flatnonzero(trace.source != Source.MISSING)
+    if not len(here):
+        return 0
+    want_ids, want_weights = reference(trace.token_ids[:-1], trace.top_k)
+    order = np.argsort(trace.topk_ids, axis=-1)
+    ids = np.take_along_axis(trace.topk_ids, order, -1)[here]
+    weights = np.take_along_axis(trace.topk_weights, order, -1)[here]
+    same_ids = (ids == want_ids[here]).all(-1)
+    counts["comparisons"] += same_ids.size
+    close = np.abs(np.sort(weights, -1) - np.sort(want_weights[here], -1)).max(-1) <= NEAR_TIE
+    near_ties = ~same_ids & close  # other experts of the same probability
+    counts["near_ties"] += int(near_ties.sum())
+    return int((~(same_ids & close) & ~near_ties).any(-1).sum())
+
+
+def run(num_requests: int, seed: int, *, kill_every_s: float = 6.0) -> dict[str, Any]:
+    """Serve, disturb, compare; return the figures."""
+    with tempfile.TemporaryDirectory() as name, faulty_server(Path(name), seed, CHANCES) as server:
+        load = Load(server, num_requests, seed)
+        started_s = time.perf_counter()
+        outcome = asyncio.run(load.run(kill_every_s=kill_every_s, pause_every_s=2.5))
+        served_s = time.perf_counter() - started_s
+    judged = judge(outcome.traces)
+    zeros = dict.fromkeys(["complete_and_wrong", "wrong_rows", "near_ties"], 0)
+    return {
+        "chances": CHANCES,
+        "kill_every_s": kill_every_s,
+        "served_s": round(served_s, 1),
+        **dict(sorted((zeros | outcome.counts | judged).items())),
+    }

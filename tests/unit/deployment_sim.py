@@ -1,0 +1,364 @@
+"""A deployment around the simulated engine, with a transport that fails in every way it can.
+
+What is real: the collector, the worker's encoder, the API server's journal. What is simulated: the
+engine, and two links which behave as `moescope_service.link.Link` does (first in, first out; an
+introduction at the start of a connection; what is put while the collector is away is encoded and
+left out), whose messages are delivered whenever chance wants it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from moescope.trace import RouteTrace, Source
+from moescope_service.api.journal import Journal
+from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
+from moescope_service.capture.rows import Batch, StepRows
+from moescope_service.collector.core import Collector
+from moescope_service.collector.sequences import WORKER_TIMEOUT_S
+from moescope_service.messages import (
+    Frames,
+    Register,
+    pack,
+    pack_dataclass,
+    pack_hello,
+    unpack,
+)
+from moescope_service.settings import Settings
+
+if __package__:
+    from .builders import Clock, make_hello
+    from .engine_sim import MAX_DRAFTS, VOCABULARY, Engine, Output, truth
+    from .kv_sim import Seq
+else:
+    from builders import Clock, make_hello
+    from engine_sim import MAX_DRAFTS, VOCABULARY, Engine, Output, truth
+    from kv_sim import Seq
+
+FAULTS = ("rows_lost", "given_up", "duplicate", "pause", "kill", "kill_server", "abort")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chances:
+    """How often what happens, a step."""
+
+    rows_lost: float = 0.0
+    given_up: float = 0.0
+    """A message that the link does not take."""
+    duplicate: float = 0.0
+    """Of the message that was delivered last."""
+    pause: float = 0.0
+    """Or resume."""
+    kill: float = 0.0
+    """Of the collector, which comes back some steps later."""
+    kill_server: float = 0.0
+    """Of the API server: another one takes the requests that follow."""
+    abort: float = 0.0
+    speculation: float = 0.0
+    optimism: int = 0
+    """By how many positions the scheduler may be ahead of the device."""
+
+
+class SimLink:
+    """One peer's way to the collector."""
+
+    def __init__(self, name: str, introduce: Callable[[], Iterable[Frames]]) -> None:
+        self.name = name
+        self.waiting: collections.deque[Any] = collections.deque()
+        self.pipe: collections.deque[Frames] = collections.deque()
+        self.last: Frames | None = None
+        self.is_away = True
+        self._introduce = introduce
+        self._number = 0
+
+    @property
+    def peer(self) -> bytes:
+        return f"{self.name} {self._number}".encode()
+
+    def put(self, message: Any) -> None:
+        if self.is_away:
+            message.encode()
+        else:
+            self.waiting.append(message)
+
+    def connect(self) -> None:
+        self.is_away = False
+        self._number += 1  # ZMQ gives every connection another identity
+        self.pipe = collections.deque(_wire(frames) for frames in self._introduce())
+
+    def break_off(self) -> None:
+        self.is_away, self.last = True, None
+        self.pipe.clear()
+        while self.waiting:
+            self.waiting.popleft().encode()
+
+    def send(self, count: int) -> None:
+        for _ in range(min(count, len(self.waiting))):
+            self.pipe.append(_wire(self.waiting.popleft().encode()))
+
+    def deliver(self, collector: Collector, count: int) -> None:
+        for _ in range(min(count, len(self.pipe))):
+            self.last = self.pipe.popleft()
+            collector.handle(self.peer, self.last)
+
+
+@dataclasses.dataclass
+class Told:
+    """A message of an API server."""
+
+    journal: Journal
+    kind: str
+    name: str
+    frames: Frames
+
+    def encode(self) -> Frames:
+        self.journal.note(self.kind, [self.name], self.frames)
+        return self.frames
+
+
+class Deployment:
+    """Requests from their arrival to their traces.
+
+    Args:
+        rng: Decides everything that is random.
+        num_requests: How many there are.
+        chances: How often what goes wrong.
+        num_blocks: Of the KV cache: few, so that they are used again and again.
+    """
+
+    def __init__(
+        self, rng: random.Random, num_requests: int, chances: Chances, *, num_blocks: int = 12
+    ) -> None:
+        self.rng, self.chances = rng, chances
+        self.hello = make_hello(block_size=3, num_blocks=num_blocks)
+        self.engine = Engine(
+            rng,
+            self.hello,
+            token_budget=rng.choice([4, 9, 30]),
+            copies=True,
+            speculation=chances.speculation,
+        )
+        overshoot = MAX_DRAFTS if chances.optimism else 0
+        self.encoder = ControlEncoder(0, self.hello.block_size, overshoot)
+        self.seqs: dict[str, Seq] = {}
+        self.missing: dict[str, set[int]] = {}
+        self.ended_in: dict[str, int] = {}
+        """Epoch in which the engine ended each sequence."""
+        self.happened: collections.Counter[str] = collections.Counter()
+        self.traces: dict[str, RouteTrace] = {}
+        self.early: list[RouteTrace] = []
+        """Traces that a collector had made before it was killed."""
+        self._num_requests, self._seq, self._is_capturing = num_requests, 0, True
+        self._orphans: set[str] = set()
+        self.epoch = -1
+        self.worker = SimLink("worker", self._introduce_worker)
+        self._begin_server()
+        self._begin_collector()
+        for link in (self.worker, self.server):
+            link.connect()
+
+    def run(self) -> None:
+        """Go on until every request has its trace or never will have one."""
+        number = 0
+        while number < self._num_requests or self.engine.is_busy:
+            if number < self._num_requests and self.rng.random() < 0.5:
+                self._add(str(number))
+                number += 1
+            fault = self._choose_fault()
+            self.happened[fault] += 1
+            getattr(self, f"_{fault}", lambda: None)()
+            self._step(fault)
+            self._transport()
+        for link in (self.worker, self.server):
+            if link.is_away:
+                link.connect()
+        for link in self._in_some_order():
+            link.send(len(link.waiting))
+            link.deliver(self.collector, len(link.pipe))
+        self._keep_traces()
+        self.clock.now_s += WORKER_TIMEOUT_S + 1
+        self.collector.tick()
+        self._keep_traces()
+
+    def check(self) -> collections.Counter[str]:
+        """No row is wrong, and no trace that lacks a row says that it is complete.
+
+        Returns:
+            How many traces there are, complete ones, and rows by source.
+        """
+        counts: collections.Counter[str] = collections.Counter()
+        for trace in (*self.early, *self.traces.values()):
+            seq = self.seqs[trace.request_id]
+            here = trace.source != Source.MISSING
+            assert trace.num_rows <= max(len(seq.tokens) - 1, 0), seq.name
+            ids, weights = truth(seq.hashes[: trace.num_rows], self.hello)
+            np.testing.assert_array_equal(trace.topk_ids[here], ids[here], seq.name)
+            np.testing.assert_array_equal(trace.topk_weights[here], weights[here], seq.name)
+            if trace.complete:
+                assert here.all(), seq.name
+                assert trace.num_tokens == len(seq.tokens), seq.name
+                assert trace.token_ids is not None
+                assert trace.token_ids.tolist() == seq.tokens
+            counts["traces"] += 1
+            counts["complete"] += trace.complete
+            counts.update(Source(source).name.lower() for source in trace.source.tolist())
+        return counts
+
+    def check_missing(self, *, exactly: bool) -> None:
+        """Missing is what was lost; where ``exactly``, nothing else is, restarts or not."""
+        for name, trace in self.traces.items():
+            missing = set(np.flatnonzero(trace.source == Source.MISSING).tolist())
+            expected = {p for p in self.missing.get(name, ()) if p < trace.num_rows}
+            assert missing >= expected, name
+            if exactly and self.ended_in[name] == self.epoch and name not in self._orphans:
+                assert missing == expected, name
+                assert trace.complete == (not missing)
+
+    # --- what happens
+
+    def _choose_fault(self) -> str:
+        drawn = self.rng.random()
+        for fault in FAULTS:
+            drawn -= getattr(self.chances, fault)
+            if drawn < 0:
+                return fault
+        return "nothing"
+
+    def _add(self, name: str) -> None:
+        rng = self.rng
+        common = [int(t) for t in f"{10**9 + 7 * rng.randrange(2):b}"]  # one of two beginnings
+        prompt = common[: rng.randint(1, 14)] + [rng.randrange(VOCABULARY)] * rng.randint(0, 3)
+        seq = Seq(name, prompt, len(prompt), rng.randint(1, 9), surplus=bool(rng.randrange(2)))
+        self.seqs[name] = seq
+        self.engine.add(seq)
+        register = Register(
+            internal_id=name, request_id=name, ids=[name], index=0, model="tiny", lora=None,
+            prompt_len=len(prompt), created_s=float(name), keep=True,
+        )  # fmt: skip
+        frames = pack_dataclass("register", register, [np.array(prompt, np.int32)])
+        self.server.put(Told(self.journal, "register", name, frames))
+
+    def _finish(self, seq: Seq, reason: str) -> None:
+        if seq.name not in self._orphans:
+            output = np.array(seq.tokens[seq.prompt_len :], np.int32)
+            frames = pack("finish", [output], internal_id=seq.name, reason=reason)
+            self.server.put(Told(self.journal, "finish", seq.name, frames))
+
+    def _abort(self) -> None:
+        running = [s for s in (*self.engine.running, *self.engine.waiting) if not s.is_over]
+        if running:
+            seq = self.rng.choice(running)
+            self.engine.abort(seq)
+            self._finish(seq, "abort")
+
+    def _pause(self) -> None:
+        self.collector.set_capturing(not self.collector.is_capturing)
+
+    def _duplicate(self) -> None:
+        link = self.rng.choice([self.worker, self.server])
+        if link.last is not None:
+            self.collector.handle(link.peer, link.last)
+
+    def _kill(self) -> None:
+        self._keep_traces()
+        self.early += self.traces.values()
+        self._begin_collector()
+        self.engine.kv.shipped = [False] * len(self.engine.kv.shipped)
+
+    def _kill_server(self) -> None:
+        self._orphans |= self.seqs.keys()
+        self._begin_server()
+
+    def _begin_collector(self) -> None:
+        self.clock = Clock()
+        self.epoch += 1
+        self.collector = Collector(Settings(), self.clock, epoch=self.epoch)
+        self.traces = {}
+        for link in (self.worker, self.server):
+            link.break_off()
+
+    def _begin_server(self) -> None:
+        self.journal = Journal()
+        self.server = SimLink("server", self.journal.introduce)
+
+    def _introduce_worker(self) -> list[Frames]:
+        snapshot = self.encoder.snapshot(is_capturing=self._is_capturing)
+        if snapshot is None:
+            return [pack_dataclass("hello", self.hello)]
+        return [pack_hello(self.hello, snapshot)]
+
+    # --- a step
+
+    def _step(self, fault: str) -> None:
+        output = self.engine.schedule()
+        self.missing |= output.missing
+        self.ended_in |= dict.fromkeys(output.finished_req_ids, self.epoch)
+        rows = self._rows(output) if self._is_capturing else "paused"
+        if fault == "rows_lost":
+            rows = self.rng.choice(["queue_full", "hook_missed"])
+        message = self._message(output, rows)
+        is_shipped = not isinstance(rows, str) and not self.worker.is_away and fault != "given_up"
+        if fault != "given_up":
+            self.worker.put(message)
+        for seq in self.engine.execute(output, shipped=is_shipped):
+            self._finish(seq, "length")
+
+    def _rows(self, output: Output) -> Any:
+        spans = output.batch
+        hashes = [h for seq, start, count in spans for h in seq.row_hashes(start, count)]
+        positions = [p for _, start, count in spans for p in range(start, start + count)]
+        return StepRows(np.array(positions, np.int32), *truth(hashes, self.hello))
+
+    def _message(self, output: Output, rows: Any) -> StepMessage:
+        new = [
+            NewSequence(n.req_id, n.prompt_len, n.num_computed_tokens, n.block_ids)
+            for n in output.scheduled_new_reqs
+        ]
+        message = StepMessage(
+            self.encoder, self._seq, 0.0, 0.0, output.finished_req_ids, new,
+            output.scheduled_cached_reqs, output.kv_cache_block_copies or (),
+        )  # fmt: skip
+        self._seq += 1
+        if output.batch:
+            counts = [count for _, _, count in output.batch]
+            message.batch = Batch(
+                [seq.name for seq, _, _ in output.batch],
+                np.cumsum([0, *counts]).astype(np.int32),
+                np.array([self._scheduled(seq, start) for seq, start, _ in output.batch], np.int32),
+            )
+            message.rows = rows
+        return message
+
+    def _scheduled(self, seq: Seq, start: int) -> int:
+        ahead = self.chances.optimism and start >= seq.prompt_len
+        return start + (self.rng.randint(0, MAX_DRAFTS) if ahead else 0)
+
+    def _in_some_order(self) -> list[SimLink]:
+        links = [self.worker, self.server]
+        return links if self.rng.randrange(2) else links[::-1]
+
+    def _transport(self) -> None:
+        for link in self._in_some_order():
+            count = self.rng.randrange(4)
+            if link.is_away and count:
+                link.connect()
+            link.send(count)
+            link.deliver(self.collector, count)
+        for peer, frames in self.collector.outbox:
+            kind, values = unpack(frames)
+            if peer == self.worker.peer and kind == "capture":
+                self._is_capturing = values["on"]
+        self.collector.outbox.clear()
+
+    def _keep_traces(self) -> None:
+        self.traces |= {kept.trace.request_id: kept.trace for kept in self.collector.store}
+
+
+def _wire(frames: Frames) -> Frames:
+    return [bytes(memoryview(f).cast("B")) if memoryview(f).nbytes else b"" for f in frames]
