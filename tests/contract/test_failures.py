@@ -82,7 +82,7 @@ def test_rows_that_the_queue_cannot_take_are_counted_and_named():
     """The collector stops for a while: rows are dropped, control is not."""
     with Deployment().running() as deployment:
         engine = Engine(
-            collector_address(), dataclasses.replace(HELLO, sender="slow"), max_rows_bytes=100_000
+            collector_address(), dataclasses.replace(HELLO, engine=1), max_rows_bytes=100_000
         )
         try:
             frontend = Frontend(engine)

@@ -12,11 +12,17 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from moescope_service.capture.install import WorkerCapture
+from moescope_service.capture.ranks import Place
 from moescope_service.messages import Hello, unpack, unpack_steps
 from moescope_service.settings import RUNTIME_DIR, Settings
 
 from .deployment import DEADLINE_S
 from .test_capture import Model, Runner
+
+
+PLACE = Place(
+    engine=0, num_engines=1, stage=0, num_stages=1, is_sender=True, own_rows=None, is_sharded=False
+)
 
 
 class Worker:
@@ -69,7 +75,7 @@ def worker(tmp_path_factory, monkeypatch):
     directory = tmp_path_factory.mktemp("z")
     monkeypatch.setenv(RUNTIME_DIR, str(directory))
     worker = Worker(Model(Runner(1), Runner(3)))
-    WorkerCapture(worker, Settings())
+    WorkerCapture(worker, Settings(), PLACE)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(f"ipc://{directory}/collector.sock")

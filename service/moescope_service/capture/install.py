@@ -18,7 +18,7 @@ from moescope import formats
 from moescope_service import runtime
 from moescope_service.capture import layout_v1, layout_v2
 from moescope_service.capture.control import ControlEncoder
-from moescope_service.capture.ranks import place_of
+from moescope_service.capture.ranks import Place, place_of
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.routers import RoutedLayer, find_routed_layers
 from moescope_service.capture.rows import StepSink
@@ -40,7 +40,7 @@ def install(wrapper_class: Any) -> None:
     def init_device_and_capture(self: Any) -> None:
         init_device(self)
         with runtime.reported_refusal():
-            WorkerCapture(self.worker, Settings.from_env())
+            WorkerCapture(self.worker, Settings.from_env(), place_of(self.worker))
 
     setattr(init_device_and_capture, _MARK, True)
     wrapper_class.init_device = init_device_and_capture
@@ -55,13 +55,14 @@ class WorkerCapture:
     Args:
         worker: A vLLM ``Worker`` whose device is initialized.
         settings: What is captured.
+        place: Where it stands among the others.
     """
 
-    def __init__(self, worker: Any, settings: Settings) -> None:
+    def __init__(self, worker: Any, settings: Settings, place: Place) -> None:
         self._worker = worker
         self._runner = worker.model_runner
         self._settings = settings
-        self._place = place_of(worker)
+        self._place = place
         self._layers: list[RoutedLayer] = []
         self._sink: Any = None
         self._recorder: Recorder | None = None
