@@ -30,8 +30,8 @@ CHANCES = {"rows_lost": 0.02, "given_up": 0.002, "delay": 0.05}
 CONCURRENCY = 8
 KV_BLOCKS = 80
 """Of 32 tokens: few, so that blocks are hit, evicted and used again."""
-NEAR_TIE = 1e-6
-"""Probabilities so close that float32 may order them otherwise than float64."""
+ROUNDING = 1e-5
+"""How far a float32 weight may be from float64's; without any fault 2e-6 were seen."""
 _BACK_TIMEOUT_S = 60.0
 
 
@@ -122,7 +122,7 @@ class Load:
             body = {
                 "model": MODEL,
                 "prompt": self._prompt(),
-                "max_tokens": self._rng.randint(1, 24),
+                "max_tokens": self._rng.randint(1, 48),
                 "temperature": 0,
                 "ignore_eos": True,
             }
@@ -189,13 +189,13 @@ def wrong_rows(trace: RouteTrace, counts: collections.Counter[str]) -> int:
     weights = np.take_along_axis(trace.topk_weights, order, -1)[here]
     same_ids = (ids == want_ids[here]).all(-1)
     counts["comparisons"] += same_ids.size
-    close = np.abs(np.sort(weights, -1) - np.sort(want_weights[here], -1)).max(-1) <= NEAR_TIE
-    near_ties = ~same_ids & close  # other experts of the same probability
-    counts["near_ties"] += int(near_ties.sum())
-    return int((~(same_ids & close) & ~near_ties).any(-1).sum())
+    # Sorted: where two experts are as probable as each other, either one may have been taken.
+    errors = np.abs(np.sort(weights, -1) - np.sort(want_weights[here], -1)).max(-1)
+    counts["near_ties"] += int((~same_ids & (errors <= ROUNDING)).sum())
+    return int((errors > ROUNDING).any(-1).sum())
 
 
-def run(num_requests: int, seed: int, *, kill_every_s: float = 6.0) -> dict[str, Any]:
+def run(num_requests: int, seed: int, *, kill_every_s: float = 11.0) -> dict[str, Any]:
     """Serve, disturb, compare; return the figures."""
     with tempfile.TemporaryDirectory() as name, faulty_server(Path(name), seed, CHANCES) as server:
         load = Load(server, num_requests, seed)
