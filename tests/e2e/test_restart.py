@@ -15,7 +15,7 @@ from moescope import Client, Source, errors
 from moescope.servers import Server, captured_command
 from moescope_service import bundled_model
 from tests.fidelity import faults_served
-from tests.fidelity.faults_served import collector_pid, judge, until_200
+from tests.fidelity.faults_served import collector_pid, judge, until
 
 from .conftest import API_KEY, MODEL, serving
 from .fidelity import SHARED, compare
@@ -43,19 +43,13 @@ async def kill_amid_a_stream(server: Server) -> tuple[str, str]:
         number, killed = 0, collector_pid(server)
         assert killed is not None
         async for chunk in stream:
-            number += 1
+            number, amid = number + 1, chunk.id
             if number == 10:
                 os.kill(killed, signal.SIGKILL)
-                await until_gone(http)
                 # The model does not wait for anybody: it goes on meanwhile.
-                await until_200(http, "GET", "/moescope/info")
-        return before.id, chunk.id
-
-
-async def until_gone(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(60):
-        while (await http.get("/moescope/info")).status_code == 200:
-            await asyncio.sleep(0.01)
+                await until(503, http, "GET", "/moescope/info")
+                await until(200, http, "GET", "/moescope/info")
+        return before.id, amid
 
 
 def test_a_kill_under_load(server: Server) -> None:

@@ -114,7 +114,7 @@ class Load:
         self.outcome.counts["pauses"] += answer.status_code == 200
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._is_over.wait(), 0.5)
-        await until_200(http, "POST", "/routes/resume")
+        await until(200, http, "POST", "/routes/resume")
 
     async def _client(self, http: httpx.AsyncClient) -> None:
         for number in self._numbers:
@@ -153,13 +153,13 @@ class Load:
             self.outcome.traces += formats.load_npz(answer.content)
 
 
-async def until_200(http: httpx.AsyncClient, method: str, path: str) -> None:
-    """Ask until the collector answers: it may have just been killed."""
+async def until(status: int, http: httpx.AsyncClient, method: str, path: str) -> None:
+    """Ask until the answer is this: the collector may have just been killed."""
     deadline_s = time.monotonic() + _BACK_TIMEOUT_S
-    while (await http.request(method, path)).status_code != 200:
+    while (await http.request(method, path)).status_code != status:
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{method} {path} is not answered")
-        await asyncio.sleep(0.2)
+            raise TimeoutError(f"{method} {path} is not answered with {status}")
+        await asyncio.sleep(0.02)
 
 
 def judge(traces: list[RouteTrace]) -> collections.Counter[str]:
