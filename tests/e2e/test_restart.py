@@ -29,17 +29,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-async def kill_amid_a_stream(server: Server) -> tuple[str, str]:
-    """Kill the collector after the tenth token, let the next one come; return two requests' ids."""
+NUM_LONG = 6
+"""Long requests at once: together they outlast the pause before the next collector."""
+
+
+async def kill_amid_streams(server: Server) -> tuple[str, list[str]]:
+    """Kill the collector after ten tokens, let the next one come.
+
+    Returns:
+        The ids of a request from before, and of those that ran.
+    """
     headers = {"Authorization": f"Bearer {API_KEY}"}
     async with (
         openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY) as client,
         httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as http,
     ):
         before = await client.completions.create(model=MODEL, prompt=SHARED, max_tokens=4)
-        stream = await client.completions.create(
-            model=MODEL, prompt="One", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
-        )
+        long = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
+        others = [
+            asyncio.create_task(client.completions.create(model=MODEL, prompt=f"Item {n}", **long))
+            for n in range(1, NUM_LONG)
+        ]
+        stream = await client.completions.create(model=MODEL, prompt="One", stream=True, **long)
         number, killed = 0, collector_pid(server)
         assert killed is not None
         async for chunk in stream:
@@ -49,23 +60,24 @@ async def kill_amid_a_stream(server: Server) -> tuple[str, str]:
                 # The model does not wait for anybody: it goes on meanwhile.
                 await until(503, http, "GET", "/moescope/info")
                 await until(200, http, "GET", "/moescope/info")
-        return before.id, amid
+        return before.id, [amid, *(one.id for one in await asyncio.gather(*others))]
 
 
 def test_a_kill_under_load(server: Server) -> None:
-    before, amid = asyncio.run(kill_amid_a_stream(server))
+    before, running = asyncio.run(kill_amid_streams(server))
     with Client(server.url, api_key=API_KEY) as client:
         with pytest.raises(errors.RequestNotFoundError):
             client.routes(before)
-        (trace,) = client.routes(amid, wait_s=10)
-        missing = trace.source == Source.MISSING
-        first = int(missing.argmin())
-        assert 10 < first < trace.num_rows == trace.num_tokens - 1
-        assert missing[:first].all()
-        assert not missing[first:].any(), "later rows are there"
-        assert not trace.complete
-        assert judge([trace])["wrong_rows"] == 0
-        print(f"{first} of {trace.num_rows} rows were routed before the collector was back")
+        for request_id in running:
+            (trace,) = client.routes(request_id, wait_s=10)
+            missing = trace.source == Source.MISSING
+            first = int(missing.argmin())
+            assert 0 < first < trace.num_rows == trace.num_tokens - 1
+            assert missing[:first].all()
+            assert not missing[first:].any(), "later rows are there"
+            assert not trace.complete
+            assert judge([trace])["wrong_rows"] == 0
+            print(f"{first} of {trace.num_rows} rows were routed before the collector was back")
         metrics = httpx.get(f"{server.url}/metrics").text
         assert 'moescope_collector_restarts_total{model_name="bundled"} 1.0' in metrics
         assert 'moescope_step_gaps_total{model_name="bundled"} 0.0' in metrics
