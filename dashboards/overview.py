@@ -104,10 +104,13 @@ def _completeness() -> Iterator[Any]:
               "{{source}}"),
     )  # fmt: skip
     yield lines(
-        "Traces", "Finished traces a second by completeness, and steps lost altogether.", "short",
+        "Traces", "Finished traces a second by completeness, steps lost "
+        "altogether, and collectors that were started again.", "short",
         query(f"sum by (status) (rate(moescope_traces_total{{{OURS}}}[$__rate_interval]))",
               "{{status}}"),
         query(f"sum(rate(moescope_step_gaps_total{{{OURS}}}[$__rate_interval]))", "gaps"),
+        query(f"sum(increase(moescope_collector_restarts_total{{{OURS}}}[$__rate_interval]))",
+              "collector restarts"),
         query(f"sum(rate(moescope_sequences_unclaimed_total{{{OURS}}}[$__rate_interval]))",
               "unclaimed"),
     )  # fmt: skip

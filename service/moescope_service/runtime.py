@@ -26,8 +26,8 @@ logger = logging.getLogger("moescope")
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
-_LIVED_S = 60.0
-"""A collector that served so long is worth a new one at once."""
+_LIVED_S = 10.0
+"""A collector that served so long did not end at once."""
 _MAX_PAUSE_S = 30.0
 _MAX_DIRECTORY_CHARS = 90
 

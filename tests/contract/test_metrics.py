@@ -225,7 +225,8 @@ def families(num_layers=2, num_experts=8, window=None, expert_metrics="auto"):
     shape = (2, num_layers, num_experts)
     window = np.ones(shape, np.int64) if window is None else window
     values = {
-        "hello": hello, "rows_captured": 0, "rows_lost": {}, "steps": 0, "epoch": 0, "hook_seconds": 0.0,
+        "hello": hello, "rows_captured": 0, "rows_lost": {}, "steps": 0, "epoch": 0,
+        "hook_seconds": 0.0,
         "traces": {}, "store": {"evicted": 0, "traces": 0, "bytes": 0, "limit_bytes": 1},
         "lag_seconds": 0.0, "running": 0, "capture": "on", "gaps": 0, "unclaimed": 0,
         "trace_rows": {}, "missing": {}, "rows": [0, 0], "window_rows": [0, 0],

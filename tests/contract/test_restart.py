@@ -84,7 +84,9 @@ def check(answer):
 
 def sample(deployment: Deployment, name: str) -> float:
     (line,) = (
-        one for one in deployment.http.get("/metrics").text.splitlines() if one.startswith(name + " ") or one.startswith(name + "{")
+        one
+        for one in deployment.http.get("/metrics").text.splitlines()
+        if one.startswith((name + " ", name + "{"))
     )
     return float(line.rsplit(" ", 1)[1])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import httpx
 import openai
@@ -15,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moescope import Client
 from moescope.errors import CollectorDownError, TraceEvictedError
 from moescope.servers import Server
+from tests.fidelity.faults_served import collector_pid
 
 from .conftest import API_KEY, MODEL
 from .fidelity import check_fidelity
@@ -43,10 +43,11 @@ def test_oldest_traces_are_evicted(compiled_server: Server, compiled: Client) ->
 
 
 def test_serving_goes_on_without_the_collector(compiled_server: Server, compiled: Client) -> None:
-    os.kill(collector_pid(compiled_server), signal.SIGKILL)
-    request_id = complete(compiled_server, max_tokens=8)
+    pid = collector_pid(compiled_server)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(CollectorDownError, match="serving goes on"):
-        compiled.routes(request_id)
+        compiled.routes("any")
     started_s = time.monotonic()
     text = httpx.get(f"{compiled_server.url}/metrics").text
     assert time.monotonic() - started_s < 2.0
@@ -54,16 +55,4 @@ def test_serving_goes_on_without_the_collector(compiled_server: Server, compiled
     assert families["moescope_collector_up"].samples[0].value == 0.0
     assert "vllm:num_requests_running" in families
     assert not [name for name in families if name.startswith("moescope_expert")]
-
-
-def collector_pid(server: Server) -> int:
-    """Return the process that runs the server's collector."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().decode().split("\0")
-            parent = int((path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-        if "moescope_service.collector" in command and parent == server.pid:
-            return int(path.parent.name)
-    raise AssertionError("the server has no collector")
+    complete(compiled_server, max_tokens=8)

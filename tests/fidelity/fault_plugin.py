@@ -1,8 +1,8 @@
 """A vLLM plugin of the tests: moescope's transport in this process fails now and then.
 
-Found by a ``dist-info`` directory that `install` writes. In the worker it drops rows as a full queue
-does, takes a step for one whose hook did not run, and gives up whole messages as a link does whose
-collector hangs; everywhere it delays what a link sends.
+Found by a ``dist-info`` directory that `install` writes. In the worker it drops rows as a full
+queue does, takes a step for one whose hook did not run, and gives up whole messages as a link does
+whose collector hangs; everywhere it delays what a link sends.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """``python -m tests.fidelity.faults``: no failure of the transport makes a trace that lies.
 
-10,000 requests on the simulated engine and 1,000 through real ZMQ and a real vLLM server on the CPU;
-the short forms are ``tests/unit/test_faults.py`` and ``tests/e2e/test_restart.py``.
+10,000 requests on the simulated engine and 1,000 through real ZMQ and a real vLLM server on the
+CPU; the short forms are ``tests/unit/test_faults.py`` and ``tests/e2e/test_restart.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import datetime
+import datetime as dt
 import json
 import random
 import sys
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "command": " ".join(["python -m tests.fidelity.faults", *sys.argv[1:]]),
         "versions": versions() | environment.system(),
         "hardware": environment.hardware(),

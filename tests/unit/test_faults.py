@@ -24,7 +24,7 @@ orderly = st.builds(
 )
 chance = st.randoms(use_true_random=False)
 checked = settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,  # a failure is found again; other examples: --hypothesis-seed
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -63,12 +63,12 @@ def test_many_requests_with_prefix_hits_on_reused_blocks(chances):
     """The short form of ``python -m tests.fidelity.faults``."""
     counts: collections.Counter[str] = collections.Counter()
     happened: collections.Counter[str] = collections.Counter()
-    for seed in range(40):
+    for seed in range(30):
         deployment = Deployment(random.Random(seed), 20, chances)
         deployment.run()
         counts += deployment.check()
         deployment.check_missing(exactly=not chances.given_up)
         happened += deployment.happened
-    assert counts["complete"] > 60
+    assert counts["complete"] > 50
     assert min(counts[source] for source in ("computed", "cached", "missing")) > 500
     assert all(happened[fault] > 5 for fault in FAULTS if getattr(chances, fault))

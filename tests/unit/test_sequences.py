@@ -124,7 +124,11 @@ def test_an_api_server_that_does_not_report_is_waited_for_so_long(sequences, clo
     clock.now_s += 0.1
     assert sequences.overdue() == [sequence]
     built = trace(sequence, timed_out=True)
-    assert (built.complete, built.num_rows, built.num_tokens) == (False, len(PROMPT) - 1, len(PROMPT))
+    assert (built.complete, built.num_rows, built.num_tokens) == (
+        False,
+        len(PROMPT) - 1,
+        len(PROMPT),
+    )
     assert (built.token_ids, built.finish_reason) == (None, None)
 
 

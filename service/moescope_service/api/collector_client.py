@@ -16,8 +16,8 @@ from moescope_service.messages import Frames, pack, unpack
 QUERY_TIMEOUT_S = 2.0
 _MAX_BYTES = 256 * 2**20
 _CONSEQUENCE = (
-    "serving goes on without routes and counts; it is started again where it ended (the server's log "
-    "says so), without the traces of requests that ended before"
+    "serving goes on without routes and counts; where it ended (the server's log says so) it is "
+    "started again, without the traces of requests that ended before"
 )
 
 _ENDED = f"the collector process has ended; {_CONSEQUENCE}"
@@ -72,7 +72,7 @@ class CollectorClient:
             max_bytes=_MAX_BYTES,
             name="moescope-collector-client",
             introduce=self._journal.introduce,
-            on_away=lambda: self._loop.call_soon_threadsafe(self._give_up_questions),
+            on_away=self._on_away,
         )
 
     def tell(self, kind: str, arrays: Frames = (), **values: Any) -> None:
@@ -112,6 +112,9 @@ class CollectorClient:
             self._loop.call_soon_threadsafe(self._resolve, number, Reply(values, frames[1:]))
         elif kind == "forget":
             self._journal.forget(values["internal_ids"])
+
+    def _on_away(self) -> None:
+        self._loop.call_soon_threadsafe(self._give_up_questions)
 
     def _give_up_questions(self) -> None:
         for future in self._open.values():

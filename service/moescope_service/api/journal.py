@@ -1,7 +1,7 @@
 """What a new collector has to be told of this API server's requests.
 
-Its caller is the link's thread alone, in the order of the messages: so what a new collector is told,
-and what follows, is neither one message too few nor too many.
+Its caller is the link's thread alone, in the order of the messages: what a new collector is told,
+with what follows, is neither one message too few nor one too many.
 """
 
 from __future__ import annotations

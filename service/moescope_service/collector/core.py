@@ -41,7 +41,7 @@ logger = logging.getLogger("moescope.collector")
 class Collector:
     """Reassembles, keeps, counts and logs the routes of one deployment.
 
-    Every connection begins with an introduction: ``hello`` of a worker, ``server`` of an API server.
+    A connection begins with an introduction: ``hello`` of a worker, ``server`` of an API server.
     Whoever was connected to a collector before this one says there what this one has to know. What
     peers tell that have not introduced themselves is left out; their questions are answered.
 

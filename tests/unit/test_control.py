@@ -1,0 +1,141 @@
+"""Where a worker stands, as it tells a new collector."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import make_hello
+
+from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
+from moescope_service.capture.rows import Batch
+from moescope_service.messages import Admission, Ongoing, pack_hello, unpack, unpack_hello
+
+SIZE = 4
+
+
+class Worker:
+    """What a worker's thread leaves, step by step."""
+
+    def __init__(self) -> None:
+        self.encoder = ControlEncoder(0, SIZE)
+        self.seq = 0
+
+    def step(
+        self,
+        *,
+        new: Any = (),
+        grown: Any = (),
+        resumed: Any = (),
+        finished: Any = (),
+        spans: Any = (),
+    ) -> Any:
+        """New: (id, prompt length, cached, blocks); resumed: (id, cached, blocks)."""
+        cached = SimpleNamespace(
+            req_ids=[*(one[0] for one in grown), *(one[0] for one in resumed)],
+            resumed_req_ids={one[0] for one in resumed},
+            new_block_ids=[*((one[1],) for one in grown), *((one[2],) for one in resumed)],
+            num_computed_tokens=[*(0 for _ in grown), *(one[1] for one in resumed)],
+        )
+        batch = Batch(
+            [name for name, _, _ in spans],
+            np.cumsum([0, *(count for _, _, count in spans)]).astype(np.int32),
+            np.array([start for _, start, _ in spans], np.int32),
+        )
+        admitted = [NewSequence(*one[:3], (one[3],)) for one in new]
+        message = StepMessage(
+            self.encoder, self.seq, 0.0, 0.0, finished, admitted, cached, (),
+            batch if spans else None, "paused",
+        )  # fmt: skip
+        self.seq += 1
+        return self.encoder.encode(message)
+
+    @property
+    def ongoing(self) -> dict[str, Ongoing]:
+        snapshot = self.encoder.snapshot(is_capturing=True)
+        assert snapshot is not None
+        assert snapshot.next_seq == self.seq
+        return {one.admission.request_id: one for one in snapshot.ongoing}
+
+
+@pytest.fixture
+def worker():
+    return Worker()
+
+
+def test_nothing_is_told_before_the_first_step(worker):
+    assert worker.encoder.snapshot(is_capturing=True) is None
+
+
+def test_tables_and_rows_of_running_sequences(worker):
+    worker.step(new=[("a", 6, 4, [1, 2]), ("b", 3, 0, [3])], spans=[("a", 4, 2), ("b", 0, 3)])
+    worker.step(grown=[("a", [5])], spans=[("a", 6, 1)])
+    assert worker.ongoing == {
+        "a": Ongoing(Admission(0, "a", 6, 4, [1, 2, 5]), 7),
+        "b": Ongoing(Admission(1, "b", 3, 0, [3]), 3),
+    }
+    worker.step(finished=["a"])
+    assert worker.ongoing.keys() == {"b"}
+    assert worker.encoder.snapshot(is_capturing=True).ended == ["a"]
+
+
+def test_it_survives_the_wire(worker):
+    worker.step(new=[("a", 6, 4, [1, 2])], spans=[("a", 4, 2)])
+    worker.step(finished=["gone"])
+    snapshot = worker.encoder.snapshot(is_capturing=False)
+    _, values = unpack(pack_hello(make_hello(), snapshot))
+    assert unpack_hello(values) == (make_hello(), snapshot)
+
+
+@pytest.mark.parametrize("taker", ["new", "grown", "resumed", "unknown"])
+def test_blocks_that_a_preempted_sequence_lost_are_not_its_own(worker, taker):
+    """Nobody says that it was preempted: its blocks are in somebody else's table."""
+    worker.step(new=[("a", 12, 0, [1, 2, 3])], spans=[("a", 0, 12)])
+    match taker:
+        case "new":
+            worker.step(new=[("b", 9, 4, [9, 2, 7])])
+        case "grown":
+            worker.step(new=[("b", 4, 0, [9])])
+            worker.step(grown=[("b", [2])])
+        case "resumed":
+            worker.step(new=[("b", 4, 0, [9])])
+            worker.step(resumed=[("b", 0, [2])])
+        case "unknown":  # its admission was given up
+            worker.step(grown=[("b", [2])])
+    assert worker.ongoing["a"] == Ongoing(Admission(0, "a", 12, 0, [1]), 12)
+
+
+def test_a_shared_block_is_everybodys(worker):
+    worker.step(new=[("a", 8, 0, [1, 2])], spans=[("a", 0, 8)])
+    worker.step(new=[("b", 9, 8, [1, 2, 3])])
+    assert worker.ongoing["a"].admission.block_ids == [1, 2]
+    assert worker.ongoing["b"].admission.block_ids == [1, 2, 3]
+
+
+def test_a_resumed_sequence_has_its_new_table(worker):
+    worker.step(new=[("a", 8, 0, [1, 2])], spans=[("a", 0, 8)])
+    worker.step(resumed=[("a", 4, [1, 5])])
+    assert worker.ongoing["a"] == Ongoing(Admission(0, "a", 8, 0, [1, 5]), 8)
+
+
+def test_after_a_gap_nothing_of_before_is_told(worker):
+    """An admission or a block may have been in what was given up."""
+    worker.step(new=[("a", 8, 0, [1, 2]), ("b", 8, 0, [3, 4])])
+    worker.seq += 1
+    worker.step(new=[("c", 4, 0, [5])], resumed=[("b", 0, [6, 7])])
+    assert worker.ongoing.keys() == {"b", "c"}
+    step = worker.step(finished=["a", "c"])
+    assert (step.finished, step.finished_unseen) == ([2], ["a"])
+    assert worker.step(new=[("d", 4, 0, [8])]).admitted[0].handle in {0, 2}, "handles come back"
+
+
+def test_a_step_that_cannot_be_encoded_is_a_gap(worker):
+    worker.step(new=[("a", 8, 0, [1, 2])])
+    with pytest.raises(TypeError):
+        worker.encoder.pack([StepMessage(worker.encoder, 1, 0.0, 0.0, None)])
+    assert worker.encoder.snapshot(is_capturing=True).ongoing == []
+    worker.seq = 2
+    worker.step()
+    assert worker.ongoing == {}

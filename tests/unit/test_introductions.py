@@ -1,0 +1,145 @@
+"""A collector that is not the deployment's first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from builders import API, WORKER, Bench, admit, make_hello, make_register
+
+from moescope.trace import Source
+from moescope_service.api.journal import Journal
+from moescope_service.collector.core import Collector
+from moescope_service.messages import Ongoing, Snapshot, pack, pack_dataclass, pack_hello, unpack
+from moescope_service.settings import Settings
+
+
+def make_snapshot(**changes):
+    values = {"next_seq": 7, "is_capturing": True, "ongoing": [], "ended": []}
+    return Snapshot(**(values | changes))
+
+
+def introduce(bench, peer=WORKER, **changes):
+    bench.collector.handle(peer, pack_hello(bench.hello, make_snapshot(**changes)))
+    bench._seq = changes.get("next_seq", 7)
+
+
+@pytest.fixture
+def bench():
+    return Bench(hello=False)
+
+
+def cause_counts(bench):
+    return {k: v for k, v in bench.answered("metrics").values["missing"].items() if v}
+
+
+def test_a_running_sequence_goes_on(bench):
+    introduce(bench, ongoing=[Ongoing(admit(3, "a-i", 4, [5, 6], cached=2), 5)])
+    bench.register("a")
+    bench.step([(3, 5, 1)])
+    bench.finish("a-i", output=[1, 2, 3])
+    bench.end(3)
+    (trace,) = bench.traces("a")
+    assert trace.source.tolist() == [Source.MISSING] * 5 + [Source.COMPUTED]
+    assert (trace.complete, trace.cached_len) == (False, 2)
+    assert cause_counts(bench) == {"restart": 5}
+    assert bench.answered("metrics").values["gaps"] == 0
+
+
+def test_one_that_is_preempted_and_lost_blocks(bench):
+    """It has more rows than its table: they are missing, whoever has the blocks."""
+    introduce(bench, ongoing=[Ongoing(admit(0, "a-i", 4, [5]), 100)])
+    bench.register("a")
+    bench.finish("a-i", output=range(97))
+    bench.end(0)
+    assert bench.traces("a")[0].coverage == 0
+    assert cause_counts(bench) == {"restart": 100}
+
+
+def test_hits_on_blocks_of_before_are_missing_until_they_are_filled_again(bench):
+    introduce(bench)
+    for name, block, source in (("a", 8, Source.MISSING), ("b", 9, Source.CACHED)):
+        if name == "b":
+            bench.step([(0, 0, 4)], admitted=[admit(0, "filler", 4, [9])])
+        bench.register(name, prompt=range(5))
+        bench.step([(1, 4, 1)], admitted=[admit(1, f"{name}-i", 5, [block, 10], cached=4)])
+        bench.finish(f"{name}-i", output=[1])
+        bench.end(1)
+        (trace,) = bench.traces(name)
+        assert trace.source.tolist() == [source] * 4 + [Source.COMPUTED]
+
+
+def test_an_end_that_was_told_to_nobody(bench):
+    bench.register("a")
+    introduce(bench, ended=["a-i", "b-i", "long-ago"])
+    bench.finish("a-i")
+    bench.register("b")
+    bench.finish("b-i")
+    for name in "ab":
+        (trace,) = bench.traces(name)
+        assert (trace.coverage, trace.num_rows) == (0, 5)
+    assert cause_counts(bench) == {"restart": 10}
+    bench.pass_s(1000)
+    assert bench.answered("metrics").values["unclaimed"] == 0
+
+
+def test_an_end_that_was_told_counts_though_it_is_told_again(bench):
+    """The same collector, on another connection."""
+    bench.say_hello()
+    bench.start("a")
+    bench.end()
+    introduce(bench, b"worker again", ended=["a-i"])
+    bench.finish("a-i")
+    assert bench.traces("a")[0].complete
+
+
+def test_a_pause_is_kept(bench):
+    introduce(bench, is_capturing=False)
+    assert bench.answered("info").values["capture"] == "paused"
+    assert [unpack(f)[1]["on"] for p, f in bench.collector.outbox if p == WORKER] == [False]
+
+
+def test_steps_of_a_worker_that_was_replaced_are_left_out(bench):
+    bench.say_hello()
+    introduce(bench, b"again", next_seq=0)
+    bench.start("a")
+    assert bench.answered("metrics").values["steps"] == 0
+
+
+def test_who_has_not_said_who_it_is_is_not_listened_to():
+    collector = Collector(Settings(), epoch=3)
+    register = pack_dataclass("register", make_register("a"))
+    collector.handle(API, register)
+    assert not list(collector.sequences)
+    collector.handle(API, pack("server"))
+    collector.handle(API, register)
+    collector.handle(API, register)  # it was in the pipe, and in the introduction
+    assert len(list(collector.sequences)) == len(collector.sequences.find("a")) == 1
+
+
+def test_the_journal_tells_of_what_runs_and_of_nothing_else():
+    journal, told = Journal(), {}
+    for name in ("runs", "over", "deleted"):
+        told[name] = pack_dataclass("register", make_register(name), [np.zeros(4, np.int32)])
+        journal.note("register", [f"{name}-i"], told[name])
+    alias = pack("alias", internal_ids=["runs-i", "over-i"], alias="other")
+    journal.note("alias", ["runs-i", "over-i"], alias)
+    journal.note("finish", ["over-i"], pack("finish", internal_id="over-i"))
+    journal.note("query", [""], pack("query"))
+    journal.forget(["deleted-i", "unknown"])
+    assert [*journal.introduce()] == [pack("server"), told["runs"], alias]
+    assert len(journal) == 1
+
+
+def test_a_deleted_request_is_forgotten_by_every_server(bench):
+    bench.collector.handle(b"other", pack("server"))
+    bench.say_hello()
+    bench.start("a")
+    assert bench.answered("delete", request_id="a").values["deleted"] == 1
+    told = [(p, unpack(f)) for p, f in bench.collector.outbox if unpack(f)[0] == "forget"]
+    assert sorted(told) == [(p, ("forget", {"internal_ids": ["a-i"]})) for p in (API, b"other")]
+
+
+def test_another_shape_is_refused_with_its_snapshot(bench):
+    bench.say_hello()
+    bench.collector.handle(b"x", pack_hello(make_hello(top_k=3, sender="x"), make_snapshot()))
+    assert bench.collector.hello == make_hello()
