@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moescope_service.errors import RefusedError
@@ -24,7 +25,12 @@ from moescope_service.settings import RUNTIME_DIR
 logger = logging.getLogger("moescope")
 
 _START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 30.0
+"""What is left of the route log is written in that time; without one the collector ends at once."""
 _MAX_DIRECTORY_CHARS = 90
+
+_stops: dict[str, Callable[[], None]] = {}
+"""Ends the collectors that this process started, by directory."""
 
 
 def collector_address() -> str:
@@ -60,7 +66,8 @@ def ensure_collector() -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    atexit.register(_stop, process, directory, os.getpid())
+    stop = _stops[directory] = functools.partial(_stop, process, directory, os.getpid())
+    atexit.register(stop)
     if not _is_ready(process):
         process.kill()
         del os.environ[RUNTIME_DIR]
@@ -69,6 +76,26 @@ def ensure_collector() -> None:
             f"(exit code {process.wait()})"
         )
     threading.Thread(target=_watch, args=[process], name="moescope-watch", daemon=True).start()
+
+
+def release() -> Callable[[], None]:
+    """Make room for another deployment: the next `ensure_collector` starts a collector anew.
+
+    Everybody of this deployment knows its collector by now.
+
+    Returns:
+        Ends the collector and removes the directory. Where that is never called, it ends with this
+        process; where another process started it, it is that one's to end.
+    """
+    directory = os.environ.pop(RUNTIME_DIR)
+    stop = _stops.pop(directory, None)
+
+    def end() -> None:
+        if stop is not None:
+            atexit.unregister(stop)
+            stop()
+
+    return end
 
 
 def _is_ready(process: subprocess.Popen[str]) -> bool:
@@ -97,9 +124,12 @@ def _stop(process: subprocess.Popen[str], directory: str, owner: int) -> None:
         return
     process.terminate()
     try:
-        process.wait(5)
+        process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
+        logger.warning("the collector process %d did not end in time: it is killed", process.pid)
         process.kill()
+    if process.stdout is not None:
+        process.stdout.close()
     shutil.rmtree(directory, ignore_errors=True)
 
 
