@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ def make(scheme: Scheme, directory: Path) -> None:
             if scheme.bias is not None:
                 bias(model, scheme, layer).uniform_(-_BIAS, _BIAS)
     model.save_pretrained(directory)
+    if scheme.architecture is not None:
+        path = directory / "config.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {"architectures": [scheme.architecture]}))
 
 
 def gate(model: Any, scheme: Scheme, layer: int) -> torch.nn.Module:

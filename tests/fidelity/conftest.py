@@ -14,20 +14,23 @@ import pytest
 with warnings.catch_warnings():  # torch's and transformers' own, at their import
     warnings.simplefilter("ignore")
     from tests.fidelity import checkpoints
-from tests.fidelity.schemes import SCHEMES, Scheme
+from tests.fidelity.schemes import SCHEMES, UNSERVED, Scheme
 
 TIMEOUT_S = 1500
 
 
+ALL = (*SCHEMES, UNSERVED)
+
+
 def place(directory: Path, scheme: Scheme) -> Path:
-    return directory / str(SCHEMES.index(scheme))
+    return directory / str(ALL.index(scheme))
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the checkpoint of every scheme; see `place`."""
     directory = tmp_path_factory.mktemp("models")
-    for scheme in SCHEMES:
+    for scheme in ALL:
         checkpoints.make(scheme, place(directory, scheme))
     return directory
 
@@ -37,10 +40,15 @@ def traced(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the traces of every scheme's model, or the error; and a compiled run."""
     out = tmp_path_factory.mktemp("traces")
     jobs = [
-        {"model": str(place(models, scheme)), "out": f"{place(out, scheme)}.npz", "compiled": False}
-        for scheme in SCHEMES
+        {
+            "model": str(place(models, scheme)),
+            "out": f"{place(out, scheme)}.npz",
+            "options": {"enforce_eager": True, **scheme.llm_options},
+        }
+        for scheme in ALL
     ]
-    jobs.append({"model": jobs[0]["model"], "out": str(out / "compiled.npz"), "compiled": True})
+    compiled = {"out": str(out / "compiled.npz"), "options": {}}
+    jobs.append({"model": jobs[0]["model"], **compiled})
     (out / "jobs.json").write_text(json.dumps(jobs))
     env = {
         **os.environ,

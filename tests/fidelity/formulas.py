@@ -16,8 +16,8 @@ def softmax_topk(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> Rout
     """Softmax, then top-k; renormalized weights sum to 1.
 
     Renormalizing is the same as top-k first and softmax over the selected logits (Mixtral, Granite,
-    GPT-OSS). Source: Jiang et al., Mixtral of Experts (2024), section 2.1; Muennighoff et al., OLMoE
-    (2024), section 2, without renormalization.
+    GPT-OSS). Source: Jiang et al., Mixtral of Experts (2024), section 2.1; without renormalization
+    Muennighoff et al., OLMoE (2024), section 2.
     """
     weights, ids = logits.softmax(-1).topk(top_k)
     return ids, weights / weights.sum(-1, keepdim=True) if renormalize else weights
@@ -99,6 +99,6 @@ def _by_group(scores: torch.Tensor, num_groups: int) -> torch.Tensor:
 def _in_best_groups(scores: torch.Tensor, group_scores: torch.Tensor, best: int) -> torch.Tensor:
     """Return the scores with those outside of the best groups at minus infinity."""
     chosen = torch.zeros_like(group_scores, dtype=torch.bool)
-    chosen.scatter_(-1, group_scores.topk(best).indices, True)  # noqa: FBT003
+    chosen.scatter_(-1, group_scores.topk(best).indices, True)
     grouped = _by_group(scores, group_scores.shape[-1])
     return grouped.masked_fill(~chosen.unsqueeze(-1), -torch.inf).flatten(-2)

@@ -1,7 +1,8 @@
 """Runs models with ``vllm.LLM``, one after the other in one process, and writes their traces.
 
-``python -m tests.fidelity.run_offline JOBS.json``; a job has the checkpoint ``model``, ``compiled``
-and the file ``out`` for the traces, beside which a text ``out.error`` stands where vLLM failed.
+``python -m tests.fidelity.run_offline JOBS.json``; a job has the checkpoint ``model``, ``options``
+of ``vllm.LLM`` and the file ``out`` for the traces, beside which ``out.error`` stands where vLLM
+failed.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ def prompts() -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": ids} for ids in (*own, *shared)]
 
 
-def run(model: str, *, compiled: bool) -> bytes:
+def run(model: str, options: dict[str, Any]) -> bytes:
     """Return the traces of a model, as ``.npz``: the prompts at once, then all of them again."""
     llm = vllm.LLM(
         model,
         dtype="float32",
         skip_tokenizer_init=True,
-        enforce_eager=not compiled,
         max_model_len=256,
         max_num_batched_tokens=MAX_STEP_TOKENS,
         max_num_seqs=8,
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=64 * 2**20,
         seed=0,
+        **options,
     )
     params = vllm.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     outputs: list[Any] = []
@@ -61,8 +62,8 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         out = Path(job["out"])
         try:
-            out.write_bytes(run(job["model"], compiled=job["compiled"]))
-        except Exception:  # the others are to run
+            out.write_bytes(run(job["model"], job["options"]))
+        except Exception:  # noqa: BLE001 - the others are to run
             out.with_suffix(".error").write_text(traceback.format_exc())
         gc.collect()
 

@@ -45,6 +45,12 @@ class Scheme:
     """Name of the selection bias, behind the layer."""
     has_bias_in_vllm: bool = True
     """Whether vLLM's CPU build applies the bias; where not, the reference goes without as well."""
+    has_prefix_cache: bool = True
+    """Whether vLLM's CPU build caches prefixes of the model; not with MLA."""
+    architecture: str | None = None
+    """vLLM's name of the architecture, where it is not that of HF transformers."""
+    llm_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of ``vllm.LLM`` without which vLLM does not compute the published model."""
     alternative: Callable[[torch.Tensor, torch.Tensor], Routing] | None = None
     """What a capture would show that missed the scheme's point; it must differ."""
 
@@ -70,6 +76,9 @@ _MLA = {  # vLLM's kernels want the published sizes
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+# The CPU kernel of vLLM 0.32.0 for rotary embeddings is wrong for queries [num_tokens, num_heads,
+# head_dim] with more than one head, which DeepSeek's attention alone hands it; PyTorch's is right.
+_ROTARY_IN_PYTORCH = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
 _V3 = {
     **_MLA,
     "q_lora_rank": 48,
@@ -198,6 +207,8 @@ SCHEMES = (
         32,
         6,
         lambda logits, _: grouped_softmax_topk(logits, 6, num_groups=8, topk_groups=3),
+        has_prefix_cache=False,
+        llm_options=_ROTARY_IN_PYTORCH,
         alternative=lambda logits, _: softmax_topk(logits, 6, renormalize=False),
     ),
     Scheme(
@@ -210,6 +221,8 @@ SCHEMES = (
         4,
         lambda logits, bias: sigmoid_topk(logits, 4, bias, num_groups=4, topk_groups=2),
         bias="mlp.gate.e_score_correction_bias",
+        has_prefix_cache=False,
+        llm_options=_ROTARY_IN_PYTORCH,
         alternative=lambda logits, bias: sigmoid_topk(logits, 4, bias),
     ),
     Scheme(
@@ -288,6 +301,7 @@ SCHEMES = (
         16,
         2,
         lambda logits, _: sparse_mixer(logits, jitter_eps=0.01),
+        architecture="PhiMoEForCausalLM",
         alternative=lambda logits, _: softmax_topk(logits, 2, renormalize=True),
     ),
     Scheme(
@@ -309,3 +323,23 @@ SCHEMES = (
         has_bias_in_vllm=False,
     ),
 )
+
+UNSERVED = Scheme(
+    "sigmoid with bias, no groups (MiniMax-M2)",
+    "MiniMaxM2Config",
+    {
+        "num_local_experts": 16,
+        "num_experts_per_tok": 4,
+        "head_dim": 32,
+        "rotary_dim": 32,
+        "use_routing_bias": True,
+        "scoring_func": "sigmoid",
+    },
+    "mlp.gate",
+    (0, 1, 2),
+    16,
+    4,
+    lambda logits, bias: sigmoid_topk(logits, 4, bias),
+    bias="mlp.e_score_correction_bias",
+)
+"""vLLM's CPU router takes sigmoid scores with grouped top-k alone."""
