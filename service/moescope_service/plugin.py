@@ -49,6 +49,26 @@ def endpoint_plugin() -> MoescopeEndpoints:
     return MoescopeEndpoints()
 
 
+def check_endpoints(usage_context: Any = None, headless: bool = False) -> None:
+    """Refuse a server without moescope's endpoints: nobody would say whose the routes are.
+
+    Takes what ``EngineArgs.create_engine_config`` takes.
+
+    Raises:
+        RefusedError: vLLM's server starts and ``VLLM_PLUGINS`` is unset; where it is set it names
+            moescope, or this would not run.
+    """
+    from vllm import envs
+    from vllm.usage.usage_lib import UsageContext
+
+    if usage_context == UsageContext.OPENAI_API_SERVER and envs.VLLM_PLUGINS is None:
+        raise RefusedError(
+            f"{settings.ENABLE} or {settings.LOG_ALIAS} is set, but vLLM loads moescope's "
+            "endpoints only where VLLM_PLUGINS names it: set VLLM_PLUGINS=moescope (and name your "
+            "other plugins), or start `moescope serve`"
+        )
+
+
 def _wrap_create_engine_config(engine_args_class: Any) -> None:
     """Check the configuration, start the collector, and mark the compile cache's key.
 
@@ -60,14 +80,18 @@ def _wrap_create_engine_config(engine_args_class: Any) -> None:
 
     @functools.wraps(create_engine_config)
     def create_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.v1.engine.llm_engine import LLMEngine
+
         from moescope import __version__
-        from moescope_service import runtime
+        from moescope_service import offline, runtime
         from moescope_service.capture.refusals import check_config
 
         self.additional_config = {**(self.additional_config or {}), "moescope": __version__}
         config = create_engine_config(self, *args, **kwargs)
         check_config(config)
+        check_endpoints(*args, **kwargs)
         runtime.ensure_collector()
+        offline.install(LLMEngine)
         return config
 
     setattr(create_and_check, _MARK, True)

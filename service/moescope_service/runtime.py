@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moescope_service.errors import RefusedError
@@ -25,11 +26,15 @@ from moescope_service.settings import RUNTIME_DIR
 logger = logging.getLogger("moescope")
 
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 30.0
+"""What is left of the route log is written in that time; without one the collector ends at once."""
 _LIVED_S = 10.0
 """A collector that served so long did not end at once."""
 _MAX_PAUSE_S = 30.0
 _MAX_DIRECTORY_CHARS = 90
+
+_stops: dict[str, Callable[[], None]] = {}
+"""Ends the collectors that this process started, by directory."""
 
 
 def collector_address() -> str:
@@ -53,7 +58,8 @@ def ensure_collector() -> None:
         directory = tempfile.mkdtemp(prefix="moescope-", dir="/tmp")
     os.environ[RUNTIME_DIR] = directory
     supervisor = Supervisor(collector_address())
-    atexit.register(_stop, supervisor, directory, os.getpid())
+    stop = _stops[directory] = functools.partial(_stop, supervisor, directory, os.getpid())
+    atexit.register(stop)
     if (code := supervisor.start()) is not None:
         del os.environ[RUNTIME_DIR]
         raise RefusedError(
@@ -111,6 +117,7 @@ class Supervisor:
         try:
             return process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            logger.warning("the collector process %d did not end in time: it is killed", process.pid)
             process.kill()
             return process.wait()
 
@@ -149,6 +156,26 @@ class Supervisor:
                 logger.warning("the collector process %d is here", process.pid)
             else:
                 process.kill()
+
+
+def release() -> Callable[[], None]:
+    """Make room for another deployment: the next `ensure_collector` starts a collector anew.
+
+    Everybody of this deployment knows its collector by now.
+
+    Returns:
+        Ends the collector and removes the directory. Where that is never called, it ends with this
+        process; where another process started it, it is that one's to end.
+    """
+    directory = os.environ.pop(RUNTIME_DIR)
+    stop = _stops.pop(directory, None)
+
+    def end() -> None:
+        if stop is not None:
+            atexit.unregister(stop)
+            stop()
+
+    return end
 
 
 def _is_ready(process: subprocess.Popen[str]) -> bool:

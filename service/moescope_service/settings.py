@@ -16,6 +16,8 @@ from typing import Any
 
 ENABLE = "MOESCOPE_ENABLE"
 """``1`` switches moescope on; without it an installed moescope does nothing at all."""
+LOG_ALIAS = "VLLM_LOG_MOE"
+"""Names the route log, and switches moescope on where `ENABLE` does not say."""
 RUNTIME_DIR = "MOESCOPE_RUNTIME_DIR"
 """Set by the first process of a deployment: the directory of the collector's socket."""
 
@@ -141,7 +143,7 @@ class Settings:
 
 
 _ALIASES = {
-    "MOESCOPE_ROUTES_LOG": "VLLM_LOG_MOE",
+    "MOESCOPE_ROUTES_LOG": LOG_ALIAS,
     "MOESCOPE_ROUTES_LOG_LAYERS": "VLLM_LOG_MOE_LAYER",
 }
 
@@ -157,8 +159,13 @@ def flag(name: str) -> str:
 
 
 def is_enabled(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether moescope is switched on in this process."""
-    return env.get(ENABLE, "0") not in {"", "0"}
+    """Whether moescope is switched on in this process.
+
+    ``VLLM_LOG_MOE=path`` alone is enough: who asks for the log wants it written.
+    """
+    if ENABLE in env:
+        return env[ENABLE] not in {"", "0"}
+    return bool(env.get(LOG_ALIAS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from moescope_service import runtime
+from moescope_service.api.collector_client import CollectorClient
 from moescope_service.errors import RefusedError
 from moescope_service.messages import pack, unpack
 from moescope_service.settings import RUNTIME_DIR
@@ -132,3 +133,26 @@ def test_the_reason_of_a_refusal_reaches_the_first_process(tmp_path, monkeypatch
         raise RefusedError("because")
     assert runtime.reported_reason() == "because"
     assert runtime.collector_address() == f"ipc://{tmp_path}/collector.sock"
+
+
+def test_a_released_collector_ends_alone(monkeypatch):
+    """Each `vllm.LLM` has a collector of its own; the first is ended while the second runs."""
+    monkeypatch.delenv(RUNTIME_DIR, raising=False)
+    runtime.ensure_collector()
+    first = Path(os.environ[RUNTIME_DIR])
+    end_first = runtime.release()
+    assert RUNTIME_DIR not in os.environ
+    runtime.ensure_collector()
+    second = Path(os.environ[RUNTIME_DIR])
+    end_second = runtime.release()
+    try:
+        assert first != second
+        end_first()
+        assert not first.exists()
+        client = CollectorClient(f"ipc://{second}/collector.sock")
+        assert client.ask_and_wait("info").values["capture"] == "on"
+        client.close()
+    finally:
+        end_first()
+        end_second()
+    assert not second.exists()

@@ -100,6 +100,43 @@ class TestGap:
         assert (trace.complete, trace.coverage) == (False, 0.0)
 
 
+class TestSettle:
+    """A script that ends waits for the traces of what was answered."""
+
+    def test_nothing_to_wait_for(self, bench):
+        bench.run("a")
+        bench.start("b")  # runs on, and nobody waits for it
+        assert bench.answered("settle", wait_s=10.0).values["unsettled"] == 0
+
+    def test_waits_for_every_answered_request(self, bench):
+        bench.start("a", 0, [0, 1])
+        bench.start("b", 1, [2, 3])
+        bench.finish("a-i")
+        bench.finish("b-i")
+        number = bench.ask("settle", wait_s=10.0)
+        bench.end(0)
+        assert bench.answer(number) is None
+        bench.end(1)
+        assert bench.answer(number).values["unsettled"] == 0
+
+    def test_waits_for_requests_that_opted_out_as_well(self, bench):
+        bench.start("a", keep=False)
+        bench.finish("a-i")
+        number = bench.ask("settle", wait_s=10.0)
+        assert bench.answer(number) is None
+        bench.end()
+        assert bench.answer(number).values["unsettled"] == 0
+
+    def test_says_what_did_not_come_in_time(self, bench):
+        bench.start("a")
+        bench.finish("a-i")
+        number = bench.ask("settle", wait_s=10.0)
+        bench.pass_s(9.0)
+        assert bench.answer(number) is None
+        bench.pass_s(2.0)
+        assert bench.answer(number).values["unsettled"] == 1
+
+
 class TestExperts:
     def test_totals_equal_the_traces(self, bench):
         bench.run("a")

@@ -141,6 +141,9 @@ def test_an_error_names_the_flag_and_nothing_is_written():
         ({"MOESCOPE_ENABLE": "0"}, False),
         ({"MOESCOPE_ENABLE": ""}, False),
         ({"MOESCOPE_ENABLE": "1"}, True),
+        ({"VLLM_LOG_MOE": "routes.jsonl"}, True),
+        ({"VLLM_LOG_MOE": ""}, False),
+        ({"MOESCOPE_ENABLE": "0", "VLLM_LOG_MOE": "routes.jsonl"}, False),
     ],
 )
 def test_enabled(env, enabled):

@@ -1,8 +1,9 @@
-"""Asks the collector, from an API server's event loop."""
+"""Asks the collector: from an API server's event loop, or from a script that has none."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -55,16 +56,15 @@ class Reply:
 class CollectorClient:
     """Tells the collector about requests and asks it questions, in order, over one link.
 
-    Belongs to the event loop that runs when it is made.
+    For one thread.
 
     Args:
         address: Where the collector is bound.
     """
 
     def __init__(self, address: str) -> None:
-        self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
-        self._open: dict[int, asyncio.Future[Reply]] = {}
+        self._open: dict[int, concurrent.futures.Future[Reply]] = {}
         self._journal = Journal()
         self._link = Link(
             address,
@@ -91,37 +91,59 @@ class CollectorClient:
         Raises:
             CollectorGoneError: No answer came in time, or the collector has ended.
         """
+        number, future = self._send(op, values)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+        except TimeoutError:
+            raise _gone(timeout_s) from None
+        finally:
+            del self._open[number]
+
+    def ask_and_wait(self, op: str, *, timeout_s: float = QUERY_TIMEOUT_S, **values: Any) -> Reply:
+        """Ask a question where no event loop runs; as `ask`.
+
+        Raises:
+            CollectorGoneError: No answer came in time, or the collector has ended.
+        """
+        number, future = self._send(op, values)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            raise _gone(timeout_s) from None
+        finally:
+            del self._open[number]
+
+    def close(self) -> None:
+        """Send what waits, for at most a second, and end the link."""
+        self._link.close()
+
+    def _send(
+        self, op: str, values: dict[str, Any]
+    ) -> tuple[int, concurrent.futures.Future[Reply]]:
         if self._link.is_away:
             raise CollectorGoneError(_ENDED)
         number = next(self._numbers)
-        future = self._open[number] = self._loop.create_future()
+        future = self._open[number] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()  # from here on only the answer settles it
         self.tell("query", number=number, op=op, **values)
-        try:
-            return await asyncio.wait_for(future, timeout_s)
-        except TimeoutError:
-            raise CollectorGoneError(
-                f"the collector process has not answered within {timeout_s:g} s; {_CONSEQUENCE}"
-            ) from None
-        finally:
-            del self._open[number]
+        return number, future
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)
         if kind == "reply":
-            number = values.pop("number")
-            self._loop.call_soon_threadsafe(self._resolve, number, Reply(values, frames[1:]))
+            future = self._open.get(values.pop("number"))
+            if future is not None and not future.done():
+                future.set_result(Reply(values, frames[1:]))
         elif kind == "forget":
             self._journal.forget(values["internal_ids"])
 
     def _on_away(self) -> None:
-        self._loop.call_soon_threadsafe(self._give_up_questions)
-
-    def _give_up_questions(self) -> None:
-        for future in self._open.values():
+        for future in list(self._open.values()):
             if not future.done():
                 future.set_exception(CollectorGoneError(_ENDED))
 
-    def _resolve(self, number: int, reply: Reply) -> None:
-        future = self._open.get(number)
-        if future is not None and not future.done():
-            future.set_result(reply)
+
+def _gone(timeout_s: float) -> CollectorGoneError:
+    return CollectorGoneError(
+        f"the collector process has not answered within {timeout_s:g} s; {_CONSEQUENCE}"
+    )

@@ -58,17 +58,21 @@ class Queries:
             "recent": self._recent,
             "reset": self._reset,
             "routes": self._routes,
+            "settle": self._settle,
         }
 
     def ask(self, peer: Peer, query: dict[str, Any]) -> None:
         """Answer a question now or, if it can wait for its answer, later.
+
+        ``routes`` waits for the end of one request, ``settle`` for the traces of all that were
+        answered already.
 
         Raises:
             ValueError: The question is unknown.
         """
         if query["op"] not in self._answers:
             raise ValueError(f"unknown query: {query['op']!r}")
-        wait_s = self._wait_s(query) if query["op"] == "routes" else 0.0
+        wait_s = self._wait_s(query)
         if wait_s > 0:
             self._waiting.append(_Waiting(peer, query, self._clock() + wait_s))
         else:
@@ -76,9 +80,13 @@ class Queries:
 
     def retry(self, ids: Iterable[str]) -> None:
         """Answer the questions that waited for a request whose sequences have all ended."""
-        for request_id in ids:
-            if self._waiting and not self._collector.sequences.find(request_id):
-                self._reply_to([w for w in self._waiting if w.query["request_id"] == request_id])
+        if not self._waiting:
+            return
+        ended = {one for one in ids if not self._collector.sequences.find(one)}
+        self._reply_to([w for w in self._waiting if w.query.get("request_id") in ended])
+        settling = [w for w in self._waiting if w.query["op"] == "settle"]
+        if settling and not self._num_unsettled:
+            self._reply_to(settling)
 
     def expire(self) -> None:
         """Answer the questions that have waited long enough."""
@@ -96,6 +104,10 @@ class Queries:
         self._collector.outbox.append((peer, reply))
 
     def _wait_s(self, query: dict[str, Any]) -> float:
+        if query["op"] == "settle":
+            return float(query["wait_s"]) if self._num_unsettled else 0.0
+        if query["op"] != "routes":
+            return 0.0
         running = self._collector.sequences.find(query["request_id"])
         if not running:
             return 0.0
@@ -104,6 +116,13 @@ class Queries:
         if all(sequence.is_finishing for sequence in running):
             return FINISHING_WAIT_S
         return OTHER_SERVER_WAIT_S if len(self._collector.servers) > 1 else 0.0
+
+    @property
+    def _num_unsettled(self) -> int:
+        return sum(sequence.is_finishing for sequence in self._collector.sequences)
+
+    def _settle(self, query: dict[str, Any]) -> Answer:
+        return {"unsettled": self._num_unsettled}, ()
 
     def _routes(self, query: dict[str, Any]) -> Answer:
         request_id = query["request_id"]

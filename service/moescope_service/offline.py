@@ -1,0 +1,212 @@
+"""Offline: ``vllm.LLM`` in a script, with no server.
+
+``VLLM_LOG_MOE=routes.jsonl python script.py`` logs every finished request under its id, and
+`routes` returns the traces in memory:
+
+.. code-block:: python
+
+    llm = vllm.LLM(model)
+    outputs = llm.generate(prompts, sampling_params)
+    for output, traces in zip(outputs, moescope_service.offline.routes(llm, outputs)):
+        traces[0].topk_ids  # [num_tokens - 1, num_layers, top_k], of the first choice
+
+Every ``LLMEngine`` has a collector of its own, which ends with it: request ids begin at 0 in each.
+
+Relies on vLLM 0.32.0, ``v1/engine/llm_engine.py`` (``LLMEngine.__init__``, ``step``,
+``output_processor``) and ``v1/engine/core_client.py`` (``InprocClient.engine_core``).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from moescope import formats
+from moescope.trace import RouteTrace
+from moescope_service import runtime
+from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient
+from moescope_service.api.registration import Registration
+from moescope_service.errors import CollectorGoneError, RefusedError
+from moescope_service.settings import Settings
+
+logger = logging.getLogger("moescope")
+
+HELLO_TIMEOUT_S = 30.0
+SETTLE_TIMEOUT_S = 10.0
+"""How long to wait for the traces of requests that were answered; they follow in milliseconds."""
+
+_MARK = "_moescope_wrapped"
+_CAPTURE = "_moescope_capture"
+_MAX_EMPTY_STEPS = 8
+
+
+def routes(llm: Any, outputs: Sequence[Any]) -> list[list[RouteTrace]]:
+    """Return the routes of requests that a ``vllm.LLM`` has answered.
+
+    Args:
+        llm: A ``vllm.LLM`` or ``LLMEngine`` that was made with moescope switched on.
+        outputs: Finished ``RequestOutput`` of this very object.
+
+    Returns:
+        For each output the traces of its choices, in the order of ``output.outputs``. A request
+        that opted out (``SamplingParams(extra_args={"moescope": "off"})``) has none.
+
+    Raises:
+        RuntimeError: Nothing is captured of this object, or the collector process is gone.
+        LookupError: The traces made room for newer ones.
+        ValueError: An output is not of this object.
+    """
+    capture = getattr(getattr(llm, "llm_engine", llm), _CAPTURE, None)
+    if capture is None:
+        raise RuntimeError(
+            f"no routes of this {type(llm).__name__} are captured: set MOESCOPE_ENABLE=1 before it "
+            "is made, and name moescope in VLLM_PLUGINS where that is set"
+        )
+    return [capture.routes(output) for output in outputs]
+
+
+def install(engine_class: Any) -> None:
+    """Wrap ``LLMEngine``, which servers do not use; a second call does nothing."""
+    init, step = engine_class.__init__, engine_class.step
+    if getattr(init, _MARK, False):
+        return
+
+    @functools.wraps(init)
+    def init_and_capture(self: Any, *args: Any, **kwargs: Any) -> None:
+        runtime.ensure_collector()
+        try:
+            init(self, *args, **kwargs)
+            setattr(self, _CAPTURE, OfflineCapture(self, Settings.from_env()))
+        except Exception as error:
+            reason = runtime.reported_reason()
+            runtime.release()()  # the next engine gets a collector that knows nothing of this one
+            if reason is not None and not isinstance(error, RefusedError):
+                raise RefusedError(reason) from error
+            raise
+
+    @functools.wraps(step)
+    def step_and_end(self: Any) -> Any:
+        outputs = step(self)
+        if not self.output_processor.has_unfinished_requests():
+            for _ in range(_MAX_EMPTY_STEPS):
+                if not _has_ended_requests(self):
+                    break
+                step(self)
+        return outputs
+
+    setattr(init_and_capture, _MARK, True)
+    engine_class.__init__, engine_class.step = init_and_capture, step_and_end
+
+
+def _has_ended_requests(engine: Any) -> bool:
+    """Whether the worker has yet to hear which requests ended.
+
+    An engine core in a process of its own runs an empty step for that; one in this process waits
+    for the next request, which may never come.
+    """
+    core = getattr(engine.engine_core, "engine_core", None)
+    return core is not None and (core.scheduler.has_requests() or bool(core.batch_queue))
+
+
+class OfflineCapture:
+    """Registers the requests of one ``LLMEngine``, and hands out their traces.
+
+    Args:
+        engine: An ``LLMEngine`` that has started; it is not kept alive.
+        settings: What is captured.
+
+    Raises:
+        RefusedError: No worker said hello: nothing would be captured.
+    """
+
+    def __init__(self, engine: Any, settings: Settings) -> None:
+        self._collector = CollectorClient(runtime.collector_address())
+        hello = _wait_for_hello(self._collector)
+        registration = Registration(
+            self._collector, model=hello["model"], keep_by_default=settings.default == "on"
+        )
+        registration.watch(engine.output_processor)
+        end = functools.partial(_end, self._collector, runtime.release(), os.getpid())
+        # At exit the engine still runs when this is called: what was registered last comes first.
+        finalizer = weakref.finalize(engine, end)
+        finalizer.atexit = False
+        atexit.register(finalizer)
+
+    def routes(self, output: Any) -> list[RouteTrace]:
+        """Return the traces of one request; see `routes`."""
+        reply = self._collector.ask_and_wait(
+            "routes",
+            timeout_s=SETTLE_TIMEOUT_S + QUERY_TIMEOUT_S,
+            request_id=output.request_id,
+            wait_s=SETTLE_TIMEOUT_S,
+        )
+        match reply.values["status"]:
+            case "finished":
+                traces = formats.load_npz(reply.arrays[0])
+            case "evicted":
+                raise LookupError(
+                    f"the routes of request {output.request_id!r} made room for newer ones: "
+                    "fetch them sooner, or set MOESCOPE_ROUTES_MEMORY"
+                )
+            case "running":
+                raise LookupError(f"request {output.request_id!r} has not ended")
+            case _:
+                return []
+        traces.sort(key=lambda trace: trace.index)
+        _check_tokens(output, traces)
+        return traces
+
+
+def _check_tokens(output: Any, traces: Sequence[RouteTrace]) -> None:
+    """Refuse traces of other tokens: every engine numbers its requests from 0."""
+    for choice, trace in zip(output.outputs, traces, strict=True):
+        tokens = [*(output.prompt_token_ids or ()), *choice.token_ids]
+        same = trace.num_tokens == len(tokens)
+        if same and trace.token_ids is not None and output.prompt_token_ids:
+            same = np.array_equal(trace.token_ids, tokens)
+        if not same:
+            raise ValueError(
+                f"the output {output.request_id!r} has other tokens than the routes that this "
+                "object has under that id: is it another LLM's?"
+            )
+
+
+def _wait_for_hello(collector: CollectorClient) -> dict[str, Any]:
+    deadline_s = time.monotonic() + HELLO_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            values = collector.ask_and_wait("info").values
+        except CollectorGoneError as error:
+            raise RefusedError(str(error)) from None
+        if values["workers_complete"]:
+            hello: dict[str, Any] = values["hello"]
+            return hello
+        time.sleep(0.02)
+    raise RefusedError(
+        f"no worker reported its routers within {HELLO_TIMEOUT_S:g} s, so nothing would be "
+        "captured; is moescope installed where the workers run, and named in VLLM_PLUGINS?"
+    )
+
+
+def _end(collector: CollectorClient, end_collector: Callable[[], None], owner: int) -> None:
+    """Wait for the traces of what was answered, then end the collector, which writes the log."""
+    if os.getpid() != owner:  # a forked engine core has its parent's objects
+        return
+    try:
+        reply = collector.ask_and_wait(
+            "settle", timeout_s=SETTLE_TIMEOUT_S + QUERY_TIMEOUT_S, wait_s=SETTLE_TIMEOUT_S
+        )
+        if unsettled := reply.values["unsettled"]:
+            logger.warning("the routes of %d sequences did not come in time", unsettled)
+    except CollectorGoneError as error:
+        logger.warning("routes may be lost: %s", error)
+    collector.close()
+    end_collector()

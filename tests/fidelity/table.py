@@ -1,0 +1,107 @@
+"""Makes the fidelity table of the cells that tests recorded.
+
+``python -m tests.fidelity.table CELLS.jsonl … --out tests/fidelity/TABLE.md``
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.fidelity.cells import Recorded, read
+
+INTRODUCTION = """# Routes compared with a reference
+
+Made by `make fidelity`; do not edit. A row is one token in one layer. Each is compared with the
+experts and weights that the reference computes for the same tokens: HF transformers' router logits
+in float64, by the scheme's published formula, unless the cell says otherwise. Models are small,
+random and in float32. *Equal*: the same set of experts. *Missing*: marked as missing in the trace.
+"""
+
+NOTES = """
+## Notes
+
+* Weights are what vLLM's router returns: without `routed_scaling_factor` for DeepSeek and GLM-4,
+  where vLLM scales the experts' sum, with `route_scale` for AFMoE; Llama 4's multiply the experts'
+  inputs.
+* DeepSeek's models run with PyTorch's rotary embedding: the kernel of vLLM 0.32.0 for the CPU is
+  wrong for queries of the shape that their attention hands it.
+* vLLM's CPU router leaves out the selection bias of Ernie 4.5; the reference then does as well.
+* Sigmoid scores without groups (MiniMax-M2) are not served on the CPU, whose router takes softmax
+  there.
+* Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels and
+  dense models are refused at start.
+"""
+
+
+def make_table(recorded: Sequence[Recorded]) -> str:
+    """Return the document. A cell that was recorded twice counts as it was recorded last."""
+    last = {(r.cell.scheme, r.cell.situation, r.cell.layout, r.cell.machine): r for r in recorded}
+    found = list(last.values())
+    rows = sum(r.cell.rows for r in found)
+    equal = sum(r.cell.equal for r in found)
+    missing = sum(r.cell.missing for r in found)
+    total = f"In all {rows:,} rows: {equal:,} equal, {missing:,} missing, {len(found)} cells."
+    return "\n".join(
+        [
+            INTRODUCTION,
+            total,
+            "\n## Schemes and situations\n\nRows / equal / missing.\n",
+            *_overview(found),
+            "\n## All cells\n",
+            *_details(found),
+            NOTES,
+        ]
+    )
+
+
+def _overview(found: Sequence[Recorded]) -> list[str]:
+    """Return the lines of schemes (down) x situations (across)."""
+    situations = list(dict.fromkeys(_situation(r) for r in found))
+    lines = [_line(["scheme", *situations]), _line(["---"] * (1 + len(situations)))]
+    for scheme in dict.fromkeys(r.cell.scheme for r in found):
+        numbers = {
+            _situation(r): f"{r.cell.rows:,} / {r.cell.equal:,} / {r.cell.missing:,}"
+            for r in found
+            if r.cell.scheme == scheme
+        }
+        lines.append(_line([scheme, *(numbers.get(one, "") for one in situations)]))
+    return lines
+
+
+def _situation(recorded: Recorded) -> str:
+    cell = recorded.cell
+    where = [cell.layout] * (cell.layout != "1 worker") + [cell.machine] * (cell.machine != "CPU")
+    return ", ".join([cell.situation, *where])
+
+
+def _details(found: Sequence[Recorded]) -> list[str]:
+    names = ["scheme", "situation", "layout", "machine", "rows", "equal", "missing"]
+    names += ["largest weight error", "date", "versions"]
+    lines = [_line(names), _line(["---"] * len(names))]
+    for one in found:
+        cell = one.cell
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(one.versions.items()))
+        numbers = [f"{number:,}" for number in (cell.rows, cell.equal, cell.missing)]
+        error = f"{cell.largest_weight_error:.1e}"
+        where = [cell.scheme, cell.situation, cell.layout, cell.machine]
+        lines.append(_line([*where, *numbers, error, one.date, versions]))
+    return lines
+
+
+def _line(values: Sequence[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cells", type=Path, nargs="+", help="files of recorded cells")
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
+    args = parser.parse_args()
+    args.out.write_text(make_table([one for path in args.cells for one in read(path)]))
+
+
+if __name__ == "__main__":
+    main()
