@@ -72,6 +72,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{text!r} is no share: give a number from 0 to 1, such as 0.1")
+    return share
+
+
 def _setting(
     default: str, parse: Any, metavar: str, text: str, default_text: str | None = None
 ) -> Any:
@@ -98,6 +108,12 @@ class Settings:
         _choice("on", "off"),
         "on|off",
         "Keep the routes of requests that say nothing; off: only of those that ask for it.",
+    )
+    sample: float = _setting(
+        "1",
+        _share,
+        "SHARE",
+        "Of the requests that say nothing, keep the routes of this share, chosen by their ids.",
     )
     token_ids: str = _setting(
         "on", _choice("on", "off"), "on|off", "Keep the token ids in the traces."

@@ -52,7 +52,9 @@ class MoescopeEndpoints:
         collector = CollectorClient(runtime.collector_address())
         hello = await self._wait_for_hello(collector)
         registration = Registration(
-            collector, model=hello["model"], keep_by_default=settings.default == "on"
+            collector,
+            model=hello["model"],
+            kept_share=settings.sample if settings.default == "on" else 0.0,
         )
         registration.watch(engine_client.output_processor)
         state.moescope_collector = collector
