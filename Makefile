@@ -9,8 +9,10 @@ TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 PIP_FLAGS := --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/demo
 
-.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e bench dashboards \
-	lint format lock image clean
+FIDELITY_DIR ?= runs/fidelity
+
+.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e fidelity bench \
+	dashboards lint format lock image clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -50,6 +52,12 @@ test-kernels: setup ## GPU kernels, interpreted where there is no GPU; what need
 
 test-e2e: setup ## Real vLLM servers on the CPU, and Prometheus on one of them
 	$(BIN)/python -m pytest tests/e2e tests/dashboards
+
+fidelity: setup ## Compare routes with HF transformers', scheme by scheme, and write the table
+	mkdir -p $(FIDELITY_DIR)
+	rm -f $(FIDELITY_DIR)/cells.jsonl
+	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python -m pytest tests/fidelity
+	$(BIN)/python -m tests.fidelity.table $(FIDELITY_DIR)/cells.jsonl --out tests/fidelity/TABLE.md
 
 bench: setup ## Measure what needs no GPU: what a scrape of a big model costs
 	$(BIN)/python -m tests.bench.scrape --out runs/bench/scrape.json

@@ -1,0 +1,92 @@
+"""Makes the fidelity table of the cells that tests recorded.
+
+``python -m tests.fidelity.table CELLS.jsonl … --out tests/fidelity/TABLE.md``
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.fidelity.cells import Recorded, read
+
+INTRODUCTION = """# Routes compared with a reference
+
+Made by `make fidelity`; do not edit. A row is one token in one layer. Each is compared with the
+experts and weights that the reference computes for the same tokens: HF transformers' router logits
+in float64, by the scheme's published formula, unless the cell says otherwise. Models are small,
+random and in float32. *Equal*: the same set of experts. *Missing*: marked as missing in the trace.
+"""
+
+
+def make_table(recorded: Sequence[Recorded]) -> str:
+    """Return the document. A cell that was recorded twice counts as it was recorded last."""
+    last = {(r.cell.scheme, r.cell.situation, r.cell.layout, r.cell.machine): r for r in recorded}
+    found = list(last.values())
+    rows = sum(r.cell.rows for r in found)
+    equal = sum(r.cell.equal for r in found)
+    missing = sum(r.cell.missing for r in found)
+    total = f"In all {rows:,} rows: {equal:,} equal, {missing:,} missing, {len(found)} cells."
+    return "\n".join(
+        [
+            INTRODUCTION,
+            total,
+            "\n## Schemes and situations\n\nRows / equal / missing.\n",
+            *_overview(found),
+            "\n## All cells\n",
+            *_details(found),
+            "",
+        ]
+    )
+
+
+def _overview(found: Sequence[Recorded]) -> list[str]:
+    """Return the lines of schemes (down) x situations (across)."""
+    situations = list(dict.fromkeys(_situation(r) for r in found))
+    lines = [_line(["scheme", *situations]), _line(["---"] * (1 + len(situations)))]
+    for scheme in dict.fromkeys(r.cell.scheme for r in found):
+        numbers = {
+            _situation(r): f"{r.cell.rows:,} / {r.cell.equal:,} / {r.cell.missing:,}"
+            for r in found
+            if r.cell.scheme == scheme
+        }
+        lines.append(_line([scheme, *(numbers.get(one, "") for one in situations)]))
+    return lines
+
+
+def _situation(recorded: Recorded) -> str:
+    cell = recorded.cell
+    where = [cell.layout] * (cell.layout != "1 worker") + [cell.machine] * (cell.machine != "CPU")
+    return ", ".join([cell.situation, *where])
+
+
+def _details(found: Sequence[Recorded]) -> list[str]:
+    names = ["scheme", "situation", "layout", "machine", "rows", "equal", "missing"]
+    names += ["largest weight error", "date", "versions"]
+    lines = [_line(names), _line(["---"] * len(names))]
+    for one in found:
+        cell = one.cell
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(one.versions.items()))
+        numbers = [f"{number:,}" for number in (cell.rows, cell.equal, cell.missing)]
+        error = f"{cell.largest_weight_error:.1e}"
+        where = [cell.scheme, cell.situation, cell.layout, cell.machine]
+        lines.append(_line([*where, *numbers, error, one.date, versions]))
+    return lines
+
+
+def _line(values: Sequence[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cells", type=Path, nargs="+", help="files of recorded cells")
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
+    args = parser.parse_args()
+    args.out.write_text(make_table([one for path in args.cells for one in read(path)]))
+
+
+if __name__ == "__main__":
+    main()
