@@ -8,7 +8,7 @@ import openai
 
 from moescope import Client, Source
 from moescope.servers import Server
-from tests.fidelity.bundled import compare, steps_of
+from tests.fidelity.bundled import compare, steps_in
 
 from .conftest import API_KEY, MODEL
 
@@ -41,7 +41,7 @@ async def _complete_all(url: str) -> list[str]:
 
 def check_fidelity(server: Server, client: Client) -> None:
     """Run 8 requests at once and compare all their routes; demand that the batches were hard."""
-    steps_before = len(steps_of(server.log))
+    steps_before = len(steps_in(server.log.read_text()))
     ids = asyncio.run(_complete_all(server.url))
     traces = [trace for request_id in ids for trace in client.routes(request_id)]
     assert len(traces) == 1 + len(PROMPTS)
@@ -52,7 +52,7 @@ def check_fidelity(server: Server, client: Client) -> None:
     errors = [compare(trace) for trace in traces]
     rows = sum(trace.num_rows for trace in traces)
     print(f"{rows} rows of {len(traces)} sequences equal; largest weight error {max(errors):.1e}")
-    steps = steps_of(server.log)[steps_before:]
+    steps = steps_in(server.log.read_text())[steps_before:]
     assert any(len(step) > 3 for step in steps), "no step held several requests"
     chunks = [span for step in steps for span in step if 0 < span[2] < span[3] - span[1]]
     assert chunks, "no prompt was cut into chunks"

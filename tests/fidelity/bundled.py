@@ -6,7 +6,6 @@ import collections
 import functools
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,8 @@ def compare(trace: RouteTrace) -> float:
         The largest error of a weight.
 
     Raises:
-        AssertionError: A set of experts is another one, or a weight is off by more than `WEIGHT_TOLERANCE`.
+        AssertionError: A set of experts is another one, or a weight is off by more than
+            `WEIGHT_TOLERANCE`.
     """
     assert trace.token_ids is not None
     assert trace.topk_weights is not None
@@ -126,7 +126,7 @@ class Tally:
         )
 
 
-def steps_of(log: Path) -> list[list[tuple[str, int, int, int]]]:
+def steps_in(log: str) -> list[list[tuple[str, int, int, int]]]:
     """Return (id, first position, rows, prompt length) of every step's sequences, from a log."""
-    found = re.findall(r"moescope collector: step \d+ (\[.*\])$", log.read_text(), re.MULTILINE)
+    found = re.findall(r"moescope collector: step \d+ (\[.*\])$", log, re.MULTILINE)
     return [json.loads(step) for step in found]

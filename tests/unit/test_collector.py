@@ -309,6 +309,20 @@ class TestCauses:
         bench.pass_s(WORKER_TIMEOUT_S)
         assert self.missing(bench) == {"unknown": 5}
 
+    def test_a_prompt_that_was_aborted_before_it_was_routed(self, bench):
+        bench.register("a")
+        bench.step([(0, 0, 2)], admitted=[admit(0, "a-i", 4, [0, 1])])
+        bench.finish("a-i", reason="abort", output=[])
+        bench.end()
+        assert self.missing(bench) == {"not_routed": 1}
+        assert bench.answered("metrics").values["traces"] == {"incomplete": 1}
+
+    def test_an_abort_that_its_worker_never_reported(self, bench):
+        bench.start("a")
+        bench.finish("a-i", reason="abort")
+        bench.pass_s(WORKER_TIMEOUT_S)
+        assert self.missing(bench) == {"unknown": 5}
+
     def test_a_hit_that_came_through_a_kv_connector(self):
         bench = Bench(make_hello(trust_prefix_hits=False))
         bench.run("first")

@@ -18,11 +18,12 @@ from moescope_service.messages import LOST_REASONS, Admission, Hello, Step
 
 CAUSES = {"not_captured": EMPTY} | {
     name: FILLED + number
-    for number, name in enumerate((*LOST_REASONS, "overwritten", "unknown"), start=1)
+    for number, name in enumerate((*LOST_REASONS, "overwritten", "not_routed", "unknown"), start=1)
 }
 """Why a row can be missing, and how the arena and `Rows.cause` write it: no worker ever shipped it
 (it came through a KV connector, or with steps that were lost altogether), one of `LOST_REASONS`,
-its block went to another sequence, or its worker never reported the sequence's end."""
+its block went to another sequence, its sequence was aborted before the token was routed, or its
+worker never reported the sequence's end."""
 
 _STALE = -1  # generation of a table entry that was never set: equal to no block's
 
@@ -47,8 +48,13 @@ class Rows:
         none = np.zeros(0, np.uint8)
         return cls(hello.layers, ids, weights, none, none, 0)
 
-    def resized(self, num_rows: int) -> Rows:
-        """Cut surplus rows, or add missing ones, so that there are ``num_rows``."""
+    def resized(self, num_rows: int, cause: str = "unknown") -> Rows:
+        """Cut surplus rows, or add missing ones, so that there are ``num_rows``.
+
+        Args:
+            num_rows: How many there shall be.
+            cause: Why those that are added are missing, one of `CAUSES`.
+        """
         lacking = num_rows - len(self.source)
         if lacking <= 0:
             kept = slice(num_rows)
@@ -65,7 +71,7 @@ class Rows:
             topk_ids=np.pad(self.topk_ids, pad),
             topk_weights=np.pad(self.topk_weights, pad),
             source=np.pad(self.source, (0, lacking), constant_values=Source.MISSING),
-            cause=np.pad(self.cause, (0, lacking), constant_values=CAUSES["unknown"]),
+            cause=np.pad(self.cause, (0, lacking), constant_values=CAUSES[cause]),
         )
 
 

@@ -63,7 +63,10 @@ class Sequence:
         num_tokens = self.register.prompt_len + len(output)
         if not self.is_finishing and self.rows is not None:  # its API server is gone
             num_tokens = len(self.rows.source) + 1
-        rows = (self.rows or Rows.nothing(hello)).resized(max(num_tokens - 1, 0))
+        rows = self.rows or Rows.nothing(hello)
+        # Its worker saw the abort: tokens beyond the last row were never routed.
+        is_cut = self.rows is not None and self.finish_reason == "abort"
+        rows = rows.resized(max(num_tokens - 1, 0), "not_routed" if is_cut else "unknown")
         tokens = None
         if with_token_ids and self.is_finishing and self.prompt_ids is not None:
             tokens = np.concatenate([self.prompt_ids, output])

@@ -12,10 +12,9 @@ from tests.fidelity.situations.served import Served, serve
 
 @pytest.fixture(scope="package")
 def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """vLLM's defaults, and what tool calls need of a model that never learned to call any."""
+    """vLLM's defaults, and a parser of tool calls."""
     log = tmp_path_factory.mktemp("default") / "default.log"
     flags = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    flags += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
     with serve(log, *flags) as served:
         yield served
 

@@ -19,7 +19,7 @@ from moescope import Client, RouteTrace
 from moescope.servers import Server, captured_command, wait_ready
 from moescope_service import bundled_model
 from tests.e2e.conftest import free_port
-from tests.fidelity.bundled import steps_of
+from tests.fidelity.bundled import steps_in
 
 MODEL = "bundled"
 START_TIMEOUT_S = 300.0
@@ -62,6 +62,9 @@ class Served:
     server: Server
     client: Client
     openai: openai.OpenAI
+    _spans: list[Span] = dataclasses.field(default_factory=list)
+    _num_steps: int = 0
+    _read_bytes: int = 0
 
     def post(self, path: str, headers: dict[str, str] | None = None, **body: Any) -> dict[str, Any]:
         """Send a request with the model's name; return the answer's JSON."""
@@ -93,12 +96,14 @@ class Served:
 
     def spans(self, request_id: str = "") -> list[Span]:
         """Return the spans of all steps so far of sequences whose internal id contains a text."""
-        return [
-            Span(number, *span)
-            for number, step in enumerate(steps_of(self.server.log))
-            for span in step
-            if request_id in span[0]
-        ]
+        with self.server.log.open("rb") as log:
+            log.seek(self._read_bytes)
+            lines, end, _ = log.read().rpartition(b"\n")
+        self._read_bytes += len(lines + end)
+        for step in steps_in(lines.decode()):
+            self._spans += [Span(self._num_steps, *span) for span in step]
+            self._num_steps += 1
+        return [span for span in self._spans if request_id in span.internal_id]
 
 
 def check_tokens(traces: Sequence[RouteTrace], response: dict[str, Any]) -> None:

@@ -63,15 +63,15 @@ def test_prefix_hits_within_a_step(default_server: Served, rng: np.random.Genera
         with ThreadPoolExecutor() as pool:  # the engine is busy while the samples arrive
             other = pool.submit(default_server.complete, random_prompt(rng, 4 * BUDGET))
             response = default_server.complete(random_prompt(rng, length), n=samples, temperature=1)
-            tally.add(*default_server.routes(other.result()["id"]))
+            other.result()
         traces = default_server.routes(response["id"])
         check_tokens(traces, response)
         tally.add(*traces)
         first = [span for span in default_server.spans(response["id"]) if span.start < length]
         found += any(_shares_a_step(a, b, length) for a, b in itertools.permutations(first, 2))
-        if found >= 3:
+        if found >= 2:
             break
-    assert found >= 3, "no prompt found blocks of its own step"
+    assert found >= 2, "no prompt found blocks of its own step"
     tally.record()
 
 
