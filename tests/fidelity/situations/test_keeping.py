@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import numpy as np
@@ -24,10 +26,12 @@ from tests.fidelity.situations.served import (
 
 
 @contextlib.contextmanager
-def streamed(served: Served, prompt: list[int], request_id: str) -> Iterator[Iterator[str]]:
+def streamed(
+    served: Served, prompt: list[int], request_id: str, **asked: Any
+) -> Iterator[Iterator[str]]:
     """Stream a completion under an id of ours; leaving aborts it."""
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 1023 - len(prompt), "temperature": 0,
-            "ignore_eos": True, "stream": True}  # fmt: skip
+            "ignore_eos": True, "stream": True, **asked}  # fmt: skip
     url, headers = f"{served.server.url}/v1/completions", {"X-Request-Id": request_id}
     with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
         yield (line for line in response.iter_lines() if line)
@@ -80,8 +84,6 @@ def test_aborts_in_prefill(default_server: Served, rng: np.random.Generator) -> 
 
 def rows_of(trace: RouteTrace, count: int) -> RouteTrace:
     """Return a trace's first rows alone, as a trace of so many tokens and one more."""
-    import dataclasses
-
     assert trace.token_ids is not None
     return dataclasses.replace(
         trace, topk_ids=trace.topk_ids[:count],
@@ -101,12 +103,9 @@ def missing_rows(served: Served) -> dict[str, float]:
 
 def test_aborts_in_the_queue(default_server: Served, rng: np.random.Generator) -> None:
     """A request that was never scheduled has a trace without a row."""
-    with contextlib.ExitStack() as stack:
-        for number in range(8):  # as many as the engine runs at once
-            lines = stack.enter_context(
-                streamed(default_server, random_prompt(rng, 9), f"queue-{number}")
-            )
-            next(lines)
+    # As many samples as the engine runs at once.
+    with streamed(default_server, random_prompt(rng, 9), "busy", n=8, temperature=1) as lines:
+        next(lines)
         with streamed(default_server, random_prompt(rng, 50), "queued"):
             wait_until(
                 lambda: default_server.metric("vllm:num_requests_waiting"), "it waits its turn"
@@ -114,8 +113,7 @@ def test_aborts_in_the_queue(default_server: Served, rng: np.random.Generator) -
         trace = aborted(default_server, "queued")
     assert not default_server.spans("queued")
     assert (trace.num_tokens, trace.coverage, trace.complete) == (50, 0.0, False)
-    for number in range(8):
-        aborted(default_server, f"queue-{number}")
+    assert len(default_server.routes("busy")) == 8  # they end before the next test
 
 
 def test_opting_out_spoils_no_other_trace(default_server: Served, rng: np.random.Generator) -> None:

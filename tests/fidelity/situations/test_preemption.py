@@ -40,18 +40,18 @@ def drafting_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served
         yield served
 
 
-def crowd(served: Served, tally: Tally, rng: np.random.Generator, **asked: Any) -> None:
-    """Run 12 requests of up to 400 tokens in a cache of 1,248; demand preemptions; take them in."""
+def crowd(served: Served, tally: Tally, rng: np.random.Generator) -> None:
+    """Run 10 requests of up to 300 tokens in a cache of 1,248; demand preemptions; take them in."""
     preempted = served.metric("vllm:num_preemptions_total")
     shared = random_prompt(rng, 2 * BLOCK)
-    prompts = [shared[: 40 * (number % 3)] + random_prompt(rng, 60) for number in range(12)]
+    prompts = [shared[: 40 * (number % 3)] + random_prompt(rng, 60) for number in range(10)]
 
     def ask(prompt: list[int]) -> Any:
-        return served.complete(prompt, KEEP, max_tokens=260, **asked)
+        return served.complete(prompt, KEEP, max_tokens=200, temperature=prompt[-1] % 2)
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         responses = list(pool.map(ask, prompts))
-    assert served.metric("vllm:num_preemptions_total") > preempted + 3
+    assert served.metric("vllm:num_preemptions_total") > preempted + 2
     recomputed = 0
     for response in responses:
         (trace,) = served.routes(response["id"])
@@ -59,13 +59,12 @@ def crowd(served: Served, tally: Tally, rng: np.random.Generator, **asked: Any) 
         tally.add(trace)
         spans = served.spans(response["id"])
         recomputed += any(b.start < a.start for a, b in itertools.pairwise(spans))
-    assert recomputed > 3, "no sequence started anew"
+    assert recomputed > 2, "no sequence started anew"
 
 
 def test_preemption_and_recomputation(small_server: Served, rng: np.random.Generator) -> None:
     tally = Tally("preemption and recomputation")
     crowd(small_server, tally, rng)
-    crowd(small_server, tally, rng, temperature=1)
     tally.record()
 
 
@@ -90,9 +89,9 @@ def test_sampling(small_server: Served, rng: np.random.Generator) -> None:
     tally = Tally("sampling")
     shared = random_prompt(rng, 2 * BLOCK)
     kept = 0
-    for number in range(30):
+    for number in range(16):
         prompts = [[*shared, 100 + number], [*shared[:BLOCK], 200 + number]]
-        response = small_server.complete(prompts, n=2, temperature=1, max_tokens=5)
+        response = small_server.complete(prompts, n=2, temperature=1, max_tokens=3)
         try:
             traces = small_server.routes(response["id"])
         except RequestNotFoundError:
@@ -100,7 +99,7 @@ def test_sampling(small_server: Served, rng: np.random.Generator) -> None:
         kept += 1
         check_tokens(traces, response)
         tally.add(*traces)
-    assert 5 <= kept <= 25, f"{kept} of 30 were kept"
+    assert 2 <= kept <= 14, f"{kept} of 16 were kept"
     tally.record()
 
 
@@ -128,7 +127,6 @@ def test_drafts(drafting_server: Served, rng: np.random.Generator) -> None:
 def test_preemption_with_drafts(drafting_server: Served, rng: np.random.Generator) -> None:
     tally = Tally("preemption with n-gram speculation")
     crowd(drafting_server, tally, rng)
-    crowd(drafting_server, tally, rng, temperature=1)
     tally.record()
 
 
