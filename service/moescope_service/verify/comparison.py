@@ -91,7 +91,8 @@ def compare(trace: RouteTrace, want: Routes, dtype: str, *, shift: int = 0) -> C
     lost = np.where(want_set & ~got_set, scores, -np.inf).max(-1)
     taken = np.where(got_set & ~want_set, scores, np.inf).min(-1)
     taken[(got_set <= want_set).all(-1)] = -np.inf  # an expert twice is no tie
-    gap = np.where(same, 0.0, np.maximum(lost - taken, 0.0) / rounding)
+    lost[same] = taken[same] = 0.0
+    gap = np.maximum(lost - taken, 0.0) / rounding
     counts.equal = int(same.sum())
     counts.near_ties = int((~same & (gap <= TIE_ROUNDINGS)).sum())
     counts.mismatches = int((gap > TIE_ROUNDINGS).sum())
