@@ -9,6 +9,7 @@ import io
 import numpy as np
 import orjson
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.utils.serial_utils import numpy2base64
 
 import moescope
@@ -261,6 +262,17 @@ def test_opting_out(deployment, header, body, kept, request):
     deployment.complete(name, header, **body)
     answer = deployment.http.get(f"/routes/cmpl-{name}")
     assert answer.status_code == (200 if kept else 404), answer.text
+
+
+def test_a_trace_names_its_adapter(deployment, client):
+    deployment.frontend.lora = LoRARequest("poet", 1, "/nowhere")
+    try:
+        deployment.complete("verse", n=2)
+    finally:
+        deployment.frontend.lora = None
+    deployment.complete("prose")
+    assert [trace.lora for trace in client.routes("cmpl-verse")] == ["poet", "poet"]
+    assert [trace.lora for trace in client.routes("cmpl-prose")] == [None]
 
 
 def test_a_bad_wish_is_refused(deployment):

@@ -29,25 +29,24 @@ def reference_model() -> Any:
     )
 
 
-_recent: collections.deque[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]
+_recent: collections.deque[tuple[Any, np.ndarray, tuple[np.ndarray, np.ndarray]]]
 _recent = collections.deque(maxlen=16)
 
 
-def reference(token_ids: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def reference(model: Any, token_ids: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return HF's (ids sorted, their weights), ``[num_tokens, num_layers, top_k]`` each.
 
     The model is causal: the beginning of a sequence of a moment ago is not computed again.
     """
     length = len(token_ids)
-    for known, (ids, weights) in _recent:
-        if np.array_equal(known[:length], token_ids):
+    for of_model, known, (ids, weights) in _recent:
+        if of_model is model and np.array_equal(known[:length], token_ids):
             return ids[:length], weights[:length]
-    _recent.appendleft((token_ids, _compute(token_ids, top_k)))
-    return _recent[0][1]
+    _recent.appendleft((model, token_ids, _compute(model, token_ids, top_k)))
+    return _recent[0][2]
 
 
-def _compute(token_ids: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    model = reference_model()
+def _compute(model: Any, token_ids: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     with torch.inference_mode():
         output = model(torch.from_numpy(token_ids)[None].long(), output_router_logits=True)
     probabilities = torch.stack(output.router_logits, dim=1).double().softmax(-1)
@@ -58,8 +57,12 @@ def _compute(token_ids: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]
     return ids.numpy(), weights.gather(-1, order).numpy()
 
 
-def compare(trace: RouteTrace) -> float:
+def compare(trace: RouteTrace, model: Any = None) -> float:
     """Compare every row and layer that is there with the reference.
+
+    Args:
+        trace: The trace.
+        model: A model in float64; `reference_model` where None.
 
     Returns:
         The largest error of a weight.
@@ -74,7 +77,8 @@ def compare(trace: RouteTrace) -> float:
     here = trace.present
     if not here.any():
         return 0.0
-    want_ids, want_weights = reference(trace.token_ids[: trace.num_rows], trace.top_k)
+    model = model or reference_model()
+    want_ids, want_weights = reference(model, trace.token_ids[: trace.num_rows], trace.top_k)
     order = np.argsort(trace.topk_ids, axis=-1)
     ids = np.take_along_axis(trace.topk_ids, order, -1)
     np.testing.assert_array_equal(ids[here], want_ids[here])
@@ -88,10 +92,11 @@ class Tally:
 
     Args:
         situation: What the requests went through.
+        model: A model in float64; `reference_model` where None.
     """
 
-    def __init__(self, situation: str) -> None:
-        self._situation = situation
+    def __init__(self, situation: str, model: Any = None) -> None:
+        self._situation, self._model = situation, model
         self._traces: list[RouteTrace] = []
         self.rows = self.missing = 0
         """(Row, layer) pairs, and those of them that are missing."""
@@ -110,7 +115,8 @@ class Tally:
     def record(self) -> None:
         """Compare all of them and record the cell; long sequences first, which hold short ones."""
         assert self.rows, "there is nothing to compare"
-        errors = [compare(trace) for trace in sorted(self._traces, key=lambda t: -t.num_tokens)]
+        longest_first = sorted(self._traces, key=lambda trace: -trace.num_tokens)
+        errors = [compare(trace, self._model) for trace in longest_first]
         equal = self.rows - self.missing
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         record(
