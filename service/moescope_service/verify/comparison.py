@@ -1,12 +1,13 @@
 """Counts in how many rows a trace has the experts of the reference, and judges the others.
 
 A *row* here is one token in one layer. A server that computes in bfloat16 or float16 sees other
-logits than the reference, off by a rounding in each layer before; where two experts are as good as
-equal it may then select the other one. Such a row is a *near-tie*: every expert that only one of
-the two selected is, by the reference's logits, within the tolerance of the others. The tolerance is
-`TIE_ROUNDINGS` roundings of the dtype at the size of the row's largest logit. Any other difference
-is a mismatch, also where two *groups* of experts are as good as equal, and a near-tie is never
-counted as equal.
+logits than the reference, off by the roundings of all layers before; where two experts are as good
+as equal it may then select the other one. How much that is in each layer is measured, not guessed:
+it is the largest difference of any logit between the reference and HF transformers in the server's
+dtype. Two experts can change places when each moves by as much, so a row is a *near-tie* if, by the
+reference's logits, every expert that only the server selected is within `TIE_FACTOR` times that of
+every expert that only the reference selected. Any other difference is a mismatch, also where two
+*groups* of experts are as good as equal, and a near-tie is never counted as equal.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from moescope import RouteTrace
 
 Floats = npt.NDArray[np.float64]
 
-TIE_ROUNDINGS = 8.0
-ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""The relative distance of neighboring numbers, by dtype."""
+TIE_FACTOR = 4.0
+"""Twice, for two experts; and twice that, since other kernels round otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,10 +34,11 @@ class Routes:
     """``[num_tokens, num_layers, top_k]``."""
     topk_weights: Floats
     """``[num_tokens, num_layers, top_k]``."""
-    logits: Floats
-    """Of the routers, the selection bias left out, ``[num_tokens, num_layers, num_experts]``."""
     scores: Floats
-    """What the experts were ranked by, on the scale of the logits, of the same shape."""
+    """What the experts were ranked by, in units of the logits,
+    ``[num_tokens, num_layers, num_experts]``."""
+    noise: Floats
+    """How far the server's dtype moves a logit, ``[num_layers]``."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -55,7 +56,7 @@ class Counts:
     largest_weight_error: float = 0.0
     """Of all equal rows."""
     largest_gap: float = 0.0
-    """Of all different rows: by how many roundings the reference prefers another expert."""
+    """Of all different rows: how far apart the experts' logits are, over the tolerance."""
 
     def add(self, other: Counts) -> None:
         """Add the counts of another sequence."""
@@ -69,13 +70,12 @@ class Counts:
         return self.rows > 0 and not (self.missing or self.mismatches or self.wrong_weights)
 
 
-def compare(trace: RouteTrace, want: Routes, dtype: str, *, shift: int = 0) -> Counts:
+def compare(trace: RouteTrace, want: Routes, *, shift: int = 0) -> Counts:
     """Compare a trace with the reference's routes of the same tokens.
 
     Args:
         trace: The trace.
         want: The reference's.
-        dtype: What the server computes in.
         shift: Compare each row with that of so many tokens later: a control, which must fail.
     """
     here = trace.present[: trace.num_rows - shift]
@@ -84,18 +84,18 @@ def compare(trace: RouteTrace, want: Routes, dtype: str, *, shift: int = 0) -> C
     )
     there = np.flatnonzero(here) + shift
     got, ids = trace.topk_ids[: len(here)][here].astype(np.int64), want.topk_ids[there]
-    logits, scores = want.logits[there], want.scores[there]
-    got_set, want_set = (_members(one, logits.shape) for one in (got, ids))
+    scores = want.scores[there]
+    got_set, want_set = (_members(one, scores.shape) for one in (got, ids))
     same = (got_set == want_set).all(-1)
-    rounding = ROUNDING[dtype] * np.maximum(np.abs(logits).max(-1), np.finfo(np.float64).tiny)
+    tolerance = TIE_FACTOR * np.maximum(want.noise, np.finfo(np.float64).tiny)
     lost = np.where(want_set & ~got_set, scores, -np.inf).max(-1)
     taken = np.where(got_set & ~want_set, scores, np.inf).min(-1)
     taken[(got_set <= want_set).all(-1)] = -np.inf  # an expert twice is no tie
     lost[same] = taken[same] = 0.0
-    gap = np.maximum(lost - taken, 0.0) / rounding
+    gap = np.maximum(lost - taken, 0.0) / tolerance
     counts.equal = int(same.sum())
-    counts.near_ties = int((~same & (gap <= TIE_ROUNDINGS)).sum())
-    counts.mismatches = int((gap > TIE_ROUNDINGS).sum())
+    counts.near_ties = int((~same & (gap <= 1.0)).sum())
+    counts.mismatches = int((gap > 1.0).sum())
     counts.largest_gap = float(gap.max(initial=0.0))
     if trace.topk_weights is not None:
         found = trace.topk_weights[: len(here)][here]
@@ -104,7 +104,7 @@ def compare(trace: RouteTrace, want: Routes, dtype: str, *, shift: int = 0) -> C
             same,
             _by_expert(got, found),
             _by_expert(ids, want.topk_weights[there]),
-            rounding,
+            tolerance,
         )
     return counts
 
@@ -124,7 +124,7 @@ def _judge_weights(
     same: npt.NDArray[np.bool_],
     got: npt.NDArray[Any],
     want: npt.NDArray[np.float64],
-    rounding: npt.NDArray[np.float64],
+    tolerance: npt.NDArray[np.float64],
 ) -> None:
     """Count rows whose weights are off.
 
@@ -132,7 +132,7 @@ def _judge_weights(
     ``exp(2 d)``; renormalizing does not add to it. The trace then rounds the weight to its dtype.
     """
     error = np.abs(got.astype(np.float64) - want)
-    allowed = want * np.expm1(2.0 * TIE_ROUNDINGS * rounding)[..., None]
+    allowed = want * np.expm1(2.0 * tolerance)[:, None]
     allowed += np.spacing(np.abs(want).astype(got.dtype)).astype(np.float64)
     counts.wrong_weights = int((same & (error > allowed).any(-1)).sum())
     counts.largest_weight_error = float(error[same].max(initial=0.0))

@@ -64,7 +64,7 @@ def verify(asker: Asker, prompts: Sequence[str], options: Options, say: Say) -> 
     if reference is None:
         is_good = _against_vllm(asker, answers, say)
     else:
-        is_good = _against_transformers(reference, answers, options.dtype, say)
+        is_good = _against_transformers(reference, answers, say)
     _say_missing(before, asker.missing(), answers, say)
     say("everything matches" if is_good else "NOT everything matches")
     return is_good
@@ -75,28 +75,27 @@ def _reference(asker: Asker, options: Options, say: Say) -> Any:
 
     layers = asker.client.info().layers
     assert options.model is not None  # noqa: S101
-    reference = Reference(options.model, layers, options.reference_dtype, options.device)
+    reference = Reference(
+        options.model, layers, options.reference_dtype, options.dtype, options.device
+    )
     say(f"reference: HF transformers in {options.reference_dtype}, {reference.scheme.name}")
     return reference
 
 
-def _against_transformers(
-    reference: Any, answers: Sequence[Answer], dtype: str | None, say: Say
-) -> bool:
-    from moescope_service.verify.comparison import TIE_ROUNDINGS, Counts, compare
+def _against_transformers(reference: Any, answers: Sequence[Answer], say: Say) -> bool:
+    from moescope_service.verify.comparison import Counts, compare
 
-    judged = dtype or reference.checkpoint_dtype
     total, control = Counts(), Counts()
     for answer in answers:
         want = reference.routes(answer.token_ids[:-1])
-        total.add(compare(answer.trace, want, judged))
-        control.add(compare(answer.trace, want, judged, shift=1))
+        total.add(compare(answer.trace, want))
+        control.add(compare(answer.trace, want, shift=1))
     say(f"rows (token, layer): {total.rows:,}")
     say(f"  equal sets of experts: {total.equal:,} ({_share(total.equal, total.rows)})")
     say(
-        f"  near-ties, within {TIE_ROUNDINGS:g} roundings of {judged}: {total.near_ties:,} "
-        f"({_share(total.near_ties, total.rows)}); the largest gap of all: "
-        f"{total.largest_gap:.1f}"
+        f"  near-ties in {reference.server_dtype}: {total.near_ties:,} "
+        f"({_share(total.near_ties, total.rows)}); the largest gap of all different rows is "
+        f"{total.largest_gap:.2f} of the tolerance"
     )
     say(f"  mismatches: {total.mismatches:,}")
     say(f"  missing: {total.missing:,}")
