@@ -98,6 +98,12 @@ def _completeness() -> Iterator[Any]:
               "[$__rate_interval]))", "{{cause}}"),
     )  # fmt: skip
     yield lines(
+        "Incomplete traces", "Finished traces that lack rows, by cause. not_routed: aborted in the "
+        "prompt, which is no fault.", "short",
+        query(f"sum by (cause) (rate(moescope_traces_incomplete_total{{{OURS}}}"
+              "[$__rate_interval]))", "{{cause}}"),
+    )  # fmt: skip
+    yield lines(
         "Rows of traces", "Where the rows of finished traces come from; cached ones were computed "
         "for an earlier request that shares the prefix.", "short",
         query(f"sum by (source) (rate(moescope_trace_rows_total{{{OURS}}}[$__rate_interval]))",

@@ -72,6 +72,8 @@ class ServerInfo(_Record):
     """``on`` or ``paused``."""
     routes_default: str
     """Whether requests that say nothing are kept: ``on`` or ``off``."""
+    routes_sample: float
+    """Share of them that is kept where ``routes_default`` is ``on``, 0 to 1."""
     token_ids: bool
     """Whether traces hold the token ids."""
     store: StoreInfo

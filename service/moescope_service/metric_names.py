@@ -97,6 +97,11 @@ _TRACES = (
         "source",
     ),
     _counter("trace_rows_missing", "Missing rows of finished traces, by cause.", "cause"),
+    _counter(
+        "traces_incomplete",
+        "Incomplete traces, by why they lack rows; several causes count each.",
+        "cause",
+    ),
     _gauge("traces_kept", "Traces in the store."),
     _counter("traces_evicted", "Traces that made room for newer ones."),
     _counter("sequences_unclaimed", "Ended sequences that no API server asked for."),

@@ -131,7 +131,7 @@ class OfflineCapture:
         self._collector = CollectorClient(runtime.collector_address())
         hello = _wait_for_hello(self._collector)
         registration = Registration(
-            self._collector, model=hello["model"], keep_by_default=settings.default == "on"
+            self._collector, model=hello["model"], kept_share=settings.kept_share
         )
         registration.watch(engine.output_processor)
         end = functools.partial(_end, self._collector, runtime.release(), os.getpid())

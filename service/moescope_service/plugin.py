@@ -10,6 +10,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from moescope_service import settings
+from moescope_service.errors import RefusedError
 
 if TYPE_CHECKING:
     from moescope_service.api.plugin import MoescopeEndpoints

@@ -117,7 +117,9 @@ class Supervisor:
         try:
             return process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            logger.warning("the collector process %d did not end in time: it is killed", process.pid)
+            logger.warning(
+                "the collector process %d did not end in time: it is killed", process.pid
+            )
             process.kill()
             return process.wait()
 

@@ -74,6 +74,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{text!r} is no share: give a number from 0 to 1, such as 0.1")
+    return share
+
+
 def _setting(
     default: str, parse: Any, metavar: str, text: str, default_text: str | None = None
 ) -> Any:
@@ -101,6 +111,12 @@ class Settings:
         "on|off",
         "Keep the routes of requests that say nothing; off: only of those that ask for it.",
     )
+    sample: float = _setting(
+        "1",
+        _share,
+        "SHARE",
+        "Of the requests that say nothing, keep the routes of this share, chosen by their ids.",
+    )
     token_ids: str = _setting(
         "on", _choice("on", "off"), "on|off", "Keep the token ids in the traces."
     )
@@ -122,6 +138,11 @@ class Settings:
     allow_untested_vllm: str = _setting(
         "off", _choice("on", "off"), "on|off", "Try a vLLM version that moescope was not tested on."
     )
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the requests that say nothing whose routes are kept, 0 to 1."""
+        return self.sample if self.default == "on" else 0.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:

@@ -64,7 +64,8 @@ def vllm_alone(is_open: bool) -> bytes:
 def busy_collector() -> Collector:
     """Return the collector of a big model, with traffic in every layer."""
     hello = Hello(
-        engine=0, num_engines=1, stage=0, num_stages=1, layers=list(range(3, 3 + LAYERS)), num_hidden_layers=3 + LAYERS,
+        engine=0, num_engines=1, stage=0, num_stages=1,
+        layers=list(range(3, 3 + LAYERS)), num_hidden_layers=3 + LAYERS,
         num_experts=EXPERTS, top_k=8, id_dtype="uint8", weights_dtype="float16",
         router_types=["GroupedTopKRouter"], block_size=16, num_blocks=8, trust_prefix_hits=True,
         model="big", device="cpu", seed=0, versions={},

@@ -30,6 +30,7 @@ from vllm import SamplingParams
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.lora.request import LoRARequest
 from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -62,6 +63,8 @@ class Frontend:
         self.engine = engine
         self.output_processor = OutputProcessor(None, log_stats=False)
         self._number = 0
+        self.lora: LoRARequest | None = None
+        """The adapter of the requests to come."""
 
     def add(self, external_id: str, n: int = 1, prompt: Any = PROMPT, **params: Any) -> list[str]:
         """Add a request's sequences as `AsyncLLM.add_request` does; returns the internal ids."""
@@ -78,9 +81,8 @@ class Frontend:
             self.output_processor.add_request(request, None, parent, index, None)
         return names
 
-    @staticmethod
-    def _request(name: str, external_id: str, prompt: Any, params: Any) -> EngineCoreRequest:
-        return EngineCoreRequest(name, list(prompt), None, params, None, 0.0, None, None, None,
+    def _request(self, name: str, external_id: str, prompt: Any, params: Any) -> EngineCoreRequest:
+        return EngineCoreRequest(name, list(prompt), None, params, None, 0.0, self.lora, None, None,
                                  external_req_id=external_id)  # fmt: skip
 
     def put(self, name: str, tokens: list[int], reason: FinishReason | None) -> None:

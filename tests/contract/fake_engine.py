@@ -15,7 +15,8 @@ from moescope_service.messages import Hello
 
 PROMPT, OUTPUT = [11, 12, 13, 14, 15], [21, 22, 23]
 HELLO = Hello(
-    engine=0, num_engines=1, stage=0, num_stages=1, layers=[1, 3], num_hidden_layers=5, num_experts=8, top_k=2,
+    engine=0, num_engines=1, stage=0, num_stages=1,
+    layers=[1, 3], num_hidden_layers=5, num_experts=8, top_k=2,
     id_dtype="uint8", weights_dtype="float16", router_types=["CPURouter"], block_size=4,
     num_blocks=4096, trust_prefix_hits=True, model="tiny", device="cpu", seed=7,
     versions={"moescope": "0", "vllm": "0.32.0", "torch": "2"},

@@ -19,7 +19,6 @@ from moescope_service.settings import RUNTIME_DIR, Settings
 from .deployment import DEADLINE_S
 from .test_capture import Model, Runner
 
-
 PLACE = Place(
     engine=0, num_engines=1, stage=0, num_stages=1, is_sender=True, own_rows=None, is_sharded=False
 )

@@ -97,6 +97,8 @@ def test_one_scrape_holds_both_and_the_totals_are_those_of_experts(served, accep
     assert value(samples, "moescope_trace_rows_total", source="missing") == 1
     assert value(samples, "moescope_trace_rows_missing_total", cause="hook_missed") == 1
     assert value(samples, "moescope_trace_rows_missing_total") == 1
+    assert value(samples, "moescope_traces_incomplete_total", cause="hook_missed") == 1
+    assert value(samples, "moescope_traces_incomplete_total") == 1
     assert value(samples, "moescope_experts") == 8
     assert value(samples, "moescope_layers") == 2
     experts = served.http.get("/experts").json()
@@ -229,7 +231,7 @@ def families(num_layers=2, num_experts=8, window=None, expert_metrics="auto"):
         "hook_seconds": 0.0,
         "traces": {}, "store": {"evicted": 0, "traces": 0, "bytes": 0, "limit_bytes": 1},
         "lag_seconds": 0.0, "running": 0, "capture": "on", "gaps": 0, "unclaimed": 0,
-        "trace_rows": {}, "missing": {}, "rows": [0, 0], "window_rows": [0, 0],
+        "trace_rows": {}, "missing": {}, "incomplete": {}, "rows": [0, 0], "window_rows": [0, 0],
     }  # fmt: skip
     registry = CollectorRegistry()
     reply = Reply(values, [np.zeros(shape, np.int64).tobytes(), window.tobytes()])

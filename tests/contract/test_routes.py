@@ -9,6 +9,7 @@ import io
 import numpy as np
 import orjson
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.utils.serial_utils import numpy2base64
 
 import moescope
@@ -263,6 +264,17 @@ def test_opting_out(deployment, header, body, kept, request):
     assert answer.status_code == (200 if kept else 404), answer.text
 
 
+def test_a_trace_names_its_adapter(deployment, client):
+    deployment.frontend.lora = LoRARequest("poet", 1, "/nowhere")
+    try:
+        deployment.complete("verse", n=2)
+    finally:
+        deployment.frontend.lora = None
+    deployment.complete("prose")
+    assert [trace.lora for trace in client.routes("cmpl-verse")] == ["poet", "poet"]
+    assert [trace.lora for trace in client.routes("cmpl-prose")] == [None]
+
+
 def test_a_bad_wish_is_refused(deployment):
     answer = deployment.http.post(
         "/v1/completions", json={"id": "bad"}, headers={"X-Moescope": "maybe"}
@@ -295,3 +307,29 @@ def test_opt_in_and_no_token_ids():
         assert (trace["token_ids"], trace["num_tokens"]) == (None, len(PROMPT) + len(OUTPUT))
         info = quiet.http.get("/moescope/info").json()
         assert (info["routes_default"], info["token_ids"]) == ("off", False)
+
+
+def test_sampling_keeps_a_share_of_the_requests_that_say_nothing():
+    with Deployment(sample="0.3").running() as sampled, moescope.Client(sampled.url) as client:
+        names = [f"s{number}" for number in range(100)]
+        for name in names:
+            sampled.complete(name, n=2, prompts=2)
+        sampled.complete("wanted", {"X-Moescope": "on"})
+        assert client.routes("cmpl-wanted", wait_s=5)[0].complete  # whatever its id says
+        statuses = {name: sampled.http.get(f"/routes/cmpl-{name}").status_code for name in names}
+        kept = [name for name, status in statuses.items() if status == 200]
+        assert set(statuses.values()) == {200, 404}
+        assert 20 <= len(kept) <= 40
+        for name in kept:  # all choices of all prompts, or none
+            assert len(client.routes(f"cmpl-{name}")) == 4
+        again = sampled.complete(kept[0]).json()["id"]  # the id alone decides
+        assert len(client.routes(again, wait_s=5)) == 5
+        rows = client.experts().num_rows
+        assert rows == (100 * 4 + 1 + 1) * NUM_ROWS, "counts are of all traffic"
+        assert client.info().routes_sample == 0.3
+
+
+def test_without_a_default_there_is_nothing_to_sample():
+    with Deployment(default="off", sample="1").running() as quiet:
+        quiet.complete("silent")
+        assert quiet.http.get("/routes/cmpl-silent").status_code == 404

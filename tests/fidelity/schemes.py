@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.fidelity.formulas import (
+from moescope_service.verify.formulas import (
     Routing,
     grouped_softmax_topk,
     sigmoid_topk,

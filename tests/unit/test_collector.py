@@ -309,6 +309,38 @@ class TestCauses:
         bench.pass_s(WORKER_TIMEOUT_S)
         assert self.missing(bench) == {"unknown": 5}
 
+    def test_a_prompt_that_was_aborted_before_it_was_routed(self, bench):
+        bench.register("a")
+        bench.step([(0, 0, 2)], admitted=[admit(0, "a-i", 4, [0, 1])])
+        bench.finish("a-i", reason="abort", output=[])
+        bench.end()
+        assert self.missing(bench) == {"not_routed": 1}
+        assert bench.answered("metrics").values["incomplete"] == {"not_routed": 1}
+        assert bench.answered("metrics").values["traces"] == {"incomplete": 1}
+
+    def test_traces_count_once_at_each_cause(self, bench):
+        bench.register("a")
+        bench.step([(0, 0, 2)], admitted=[admit(0, "a-i", 4, [0, 1])], lost="paused")
+        bench.step([(0, 2, 1)], lost="queue_full")
+        bench.finish("a-i", reason="abort", output=[7])
+        bench.end()
+        assert self.missing(bench) == {"paused": 2, "queue_full": 1, "not_routed": 1}
+        incomplete = bench.answered("metrics").values["incomplete"]
+        assert incomplete == {"paused": 1, "queue_full": 1, "not_routed": 1}
+
+    def test_a_trace_that_lacks_nothing_but_its_end(self, bench):
+        bench.register("a", prompt=(1,))
+        bench.finish("a-i", output=[])
+        bench.pass_s(WORKER_TIMEOUT_S)
+        assert self.missing(bench) == {}
+        assert bench.answered("metrics").values["incomplete"] == {"unknown": 1}
+
+    def test_an_abort_that_its_worker_never_reported(self, bench):
+        bench.start("a")
+        bench.finish("a-i", reason="abort")
+        bench.pass_s(WORKER_TIMEOUT_S)
+        assert self.missing(bench) == {"unknown": 5}
+
     def test_a_hit_that_came_through_a_kv_connector(self):
         bench = Bench(make_hello(trust_prefix_hits=False))
         bench.run("first")

@@ -159,3 +159,14 @@ def test_the_window_of_the_metrics(text, seconds):
 def test_what_is_no_window(text):
     with pytest.raises(ValueError, match=r"^MOESCOPE_ROUTES_METRICS_WINDOW: .* is no window"):
         Settings.from_env({"MOESCOPE_ROUTES_METRICS_WINDOW": text or " "})
+
+
+@pytest.mark.parametrize(("text", "share"), [("1", 1.0), ("0.1", 0.1), ("0", 0.0), ("1e-3", 0.001)])
+def test_the_share_that_is_kept(text, share):
+    assert Settings.from_env({"MOESCOPE_ROUTES_SAMPLE": text}).sample == share
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.1", "10%", "nan", "inf", " "])
+def test_what_is_no_share(text):
+    with pytest.raises(ValueError, match=r"^MOESCOPE_ROUTES_SAMPLE: .* is no share"):
+        Settings.from_env({"MOESCOPE_ROUTES_SAMPLE": text})

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from builders import make_hello, make_rows
 
 from moescope.trace import Source
 from moescope_service.collector.reassembly import CAUSES, FILLED, Rows
 from moescope_service.collector.workers import STAGE_TIMEOUT_S, Workers, merged_rows
 from moescope_service.messages import Hello
-
-from builders import make_hello, make_rows
 
 
 class Clock:

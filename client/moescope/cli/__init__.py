@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moescope import __version__
-from moescope.cli import demo, overhead, plot, prompts, replay, serve
+from moescope.cli import demo, overhead, plot, prompts, replay, serve, verify
 from moescope.errors import MoescopeError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(replay.replay)
 app.command()(plot.plot)
 app.command()(overhead.overhead)
 app.command()(demo.demo)
+app.command()(verify.verify)
 
 
 def _print_version(wanted: bool) -> None:

@@ -108,6 +108,7 @@ async def info(collector: Collector) -> dict[str, Any]:
         **{name: hello[name] for name in shown},
         "capture": values["capture"],
         "routes_default": settings.default,
+        "routes_sample": settings.sample,
         "token_ids": settings.token_ids == "on",
         "store": values["store"],
         "started_s": values["started_s"],

@@ -87,6 +87,7 @@ class Snapshot(PrometheusCollector):
             "moescope_traces": by("traces", ("complete", "incomplete")),
             "moescope_trace_rows": by("trace_rows", [source.name.lower() for source in Source]),
             "moescope_trace_rows_missing": by("missing", CAUSES),
+            "moescope_traces_incomplete": by("incomplete", CAUSES),
             "moescope_traces_evicted": {(): values["store"]["evicted"]},
         }
 

@@ -51,9 +51,7 @@ class MoescopeEndpoints:
         settings = Settings.from_env()
         collector = CollectorClient(runtime.collector_address())
         hello = await self._wait_for_hello(collector)
-        registration = Registration(
-            collector, model=hello["model"], keep_by_default=settings.default == "on"
-        )
+        registration = Registration(collector, model=hello["model"], kept_share=settings.kept_share)
         registration.watch(engine_client.output_processor)
         state.moescope_collector = collector
         state.moescope_registration = registration

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import hashlib
 import time
 from typing import Any
 
@@ -45,6 +46,15 @@ def parse_wish(text: str | None) -> bool | None:
     if text.lower() not in {"on", "off"}:
         raise ValueError(f"{text!r} is not one of on, off")
     return text.lower() == "on"
+
+
+def is_sampled(request_id: str, share: float) -> bool:
+    """Return whether a request is one of the share whose routes are kept.
+
+    The id alone decides: every choice of a request is kept or none is, in every API server.
+    """
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
 
 
 @dataclasses.dataclass(slots=True)
@@ -116,13 +126,13 @@ class Registration:
     Args:
         collector: Where to tell.
         model: The served model's name.
-        keep_by_default: Whether routes of requests that say nothing are kept.
+        kept_share: Share of the requests that say nothing whose routes are kept, 0 to 1.
     """
 
-    def __init__(self, collector: CollectorClient, *, model: str, keep_by_default: bool) -> None:
+    def __init__(self, collector: CollectorClient, *, model: str, kept_share: float) -> None:
         self._collector = collector
         self._model = model
-        self._keep_by_default = keep_by_default
+        self._kept_share = kept_share
 
     def watch(self, output_processor: Any) -> None:
         """Wrap ``add_request`` of an API server's output processor (this instance alone)."""
@@ -136,7 +146,7 @@ class Registration:
             queue: Any = None,
         ) -> None:
             is_update = output_processor.has_request(request.request_id)
-            keep = self._keeps(request)  # before the engine has it: it may be refused
+            keep = self._keeps(request, parent_req)  # before the engine has it: it may be refused
             add_request(request, prompt, parent_req, request_index, queue)
             if request.sampling_params is not None and not request.resumable and not is_update:
                 state = output_processor.request_states[request.request_id]
@@ -156,8 +166,7 @@ class Registration:
 
     def _register(self, request: Any, state: Any, parent: Any, sample: int, *, keep: bool) -> None:
         http = _current.get()
-        external_id = parent.external_req_id if parent else request.external_req_id
-        response_id = (http and http.response_id) or external_id
+        external_id, response_id = _ids(http, request, parent)
         ids = {response_id, external_id, request.request_id}
         if http is not None:
             http.internal_ids.append(request.request_id)
@@ -178,7 +187,7 @@ class Registration:
         arrays = [] if prompt_ids is None else [np.array(prompt_ids, np.int32)]
         self._collector.tell("register", arrays, **dataclasses.asdict(register))
 
-    def _keeps(self, request: Any) -> bool:
+    def _keeps(self, request: Any, parent: Any) -> bool:
         http = _current.get()
         wish = parse_wish(http.headers.get(HEADER)) if http is not None else None
         extra = (request.sampling_params and request.sampling_params.extra_args) or {}
@@ -187,7 +196,10 @@ class Registration:
                 wish = parse_wish(str(extra[XARG]))
             except ValueError as error:
                 raise ValueError(f"vllm_xargs.{XARG}: {error}") from None
-        return self._keep_by_default if wish is None else wish
+        if wish is not None:
+            return wish
+        _, response_id = _ids(http, request, parent)
+        return is_sampled(response_id, self._kept_share)
 
     def _report_end(self, state: Any) -> None:
         make_request_output = state.make_request_output
@@ -207,6 +219,12 @@ class Registration:
             return make_request_output(new_token_ids, pooling_output, finish_reason, *args, **kw)
 
         state.make_request_output = make_and_report
+
+
+def _ids(http: RequestScope | None, request: Any, parent: Any) -> tuple[str, str]:
+    """Return the engine's external id, and the id in the response: one for all its sequences."""
+    external_id: str = parent.external_req_id if parent else request.external_req_id
+    return external_id, (http and http.response_id) or external_id
 
 
 def prompt_number(external_id: str, response_id: str) -> int:

@@ -206,6 +206,7 @@ class Queries:
             "traces": dict(stats.traces),
             "trace_rows": dict(stats.trace_rows),
             "missing": dict(stats.missing),
+            "incomplete": dict(stats.incomplete),
             "lag_seconds": stats.lag_seconds,
             "running": len(collector.sequences),
             "gaps": collector.workers.num_gaps,

@@ -18,12 +18,15 @@ from moescope_service.messages import LOST_REASONS, Admission, Hello, Ongoing, S
 
 CAUSES = {"not_captured": EMPTY} | {
     name: FILLED + number
-    for number, name in enumerate((*LOST_REASONS, "overwritten", "unknown", "restart"), start=1)
+    for number, name in enumerate(
+        (*LOST_REASONS, "overwritten", "not_routed", "unknown", "restart"), start=1
+    )
 }
 """Why a row can be missing, and how the arena and `Rows.cause` write it: no worker ever shipped it
 (it came through a KV connector, or with steps that were lost altogether), one of `LOST_REASONS`,
-its block went to another sequence, its worker never reported the sequence's end, or it was routed
-before this collector was started in the place of another."""
+its block went to another sequence, its sequence was aborted before the token was routed, its worker
+never reported the sequence's end, or it was routed before this collector was started in the place
+of another."""
 
 _STALE = -1  # generation of a table entry that was never set: equal to no block's
 

@@ -63,7 +63,14 @@ class Sequence:
         # were kept, and which of rejected drafts: they are left out.
         output = self.output_ids if self.output_ids is not None else np.empty(0, np.int32)
         num_tokens = self.register.prompt_len + len(output)
-        rows = (self.rows or Rows.nothing(hello)).resized(max(num_tokens - 1, 0))
+        rows = self.rows or Rows.nothing(hello)
+        if (
+            self.rows is not None
+            and self.finish_reason == "abort"
+            and rows.lacking == CAUSES["unknown"]
+        ):  # its worker saw the abort: tokens beyond the last row were never routed
+            rows = dataclasses.replace(rows, lacking=CAUSES["not_routed"])
+        rows = rows.resized(max(num_tokens - 1, 0))
         tokens = None
         if with_token_ids and self.is_finishing and self.prompt_ids is not None:
             tokens = np.concatenate([self.prompt_ids, output])

@@ -32,6 +32,8 @@ class Stats:
         """Rows of finished traces, by the name of their `Source`."""
         self.missing: collections.Counter[str] = collections.Counter()
         """Missing rows of finished traces, by `CAUSES`."""
+        self.incomplete: collections.Counter[str] = collections.Counter()
+        """Incomplete traces by `CAUSES`; one that lacks rows for two causes counts at both."""
         self.lag_seconds = 0.0
         """Age of the newest step when it arrived."""
 
@@ -59,4 +61,7 @@ class Stats:
             self.trace_rows[Source(source).name.lower()] += rows
         if not trace.complete:
             counts = np.bincount(cause, minlength=256)
-            self.missing.update({name: int(counts[number]) for name, number in CAUSES.items()})
+            found = {name: int(counts[number]) for name, number in CAUSES.items() if counts[number]}
+            self.missing.update(found)
+            # Without a missing row it is incomplete because somebody never reported its end.
+            self.incomplete.update(dict.fromkeys(found or ("unknown",), 1))

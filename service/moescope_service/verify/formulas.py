@@ -16,8 +16,8 @@ def softmax_topk(logits: torch.Tensor, top_k: int, *, renormalize: bool) -> Rout
     """Softmax, then top-k; renormalized weights sum to 1.
 
     Renormalizing is the same as top-k first and softmax over the selected logits (Mixtral, Granite,
-    GPT-OSS). Source: Jiang et al., Mixtral of Experts (2024), section 2.1; without renormalization
-    Muennighoff et al., OLMoE (2024), section 2.
+    GPT-OSS). Source: Jiang et al., Mixtral of Experts (2024), section 2.1; Muennighoff et al.,
+    OLMoE (2024), section 2, without renormalization.
     """
     weights, ids = logits.softmax(-1).topk(top_k)
     return ids, weights / weights.sum(-1, keepdim=True) if renormalize else weights
