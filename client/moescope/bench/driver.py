@@ -90,6 +90,7 @@ class Run:
             on_record: Called with each record.
         """
         self._on_record = on_record
+        await self._http.warm_up()
         waiter = asyncio.create_task((stop or asyncio.Event()).wait())
         with _frozen_heap():
             self.start_s, cpu_start_s = self._clock(), time.process_time()
