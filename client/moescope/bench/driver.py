@@ -116,11 +116,11 @@ class Run:
             run.result()
 
     async def _closed(self) -> None:
-        waiting = iter(self._dialogues)
+        waiting = iter(range(len(self._dialogues)))
 
         async def user() -> None:
-            for dialogue in waiting:
-                await self._converse(dialogue, self._clock() - self.start_s)
+            for number in waiting:
+                await self._converse(number, self._clock() - self.start_s)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._pace.max_concurrency or 1, len(self._dialogues))):
@@ -133,7 +133,7 @@ class Run:
         async def converse(number: int, woken_s: float) -> None:
             async with slots:
                 queue_s = self._clock() - self.start_s - woken_s
-                await self._converse(self._dialogues[number], due_s[number], queue_s)
+                await self._converse(number, due_s[number], queue_s)
 
         def arrive(number: int) -> None:
             task = asyncio.create_task(converse(number, self._clock() - self.start_s))
@@ -145,9 +145,10 @@ class Run:
             await all_arrived.wait()
         await asyncio.gather(*self._tasks)
 
-    async def _converse(self, dialogue: Dialogue, due_s: float, queue_s: float = 0.0) -> None:
+    async def _converse(self, number: int, due_s: float, queue_s: float = 0.0) -> None:
+        dialogue = self._dialogues[number]
         for turn in range(len(dialogue.turns)):
-            record, answer = await self._ask(dialogue, turn, due_s, queue_s)
+            record, answer = await self._ask(number, turn, due_s, queue_s)
             self.records.append(record)
             if self._on_record:
                 self._on_record(record)
@@ -157,9 +158,9 @@ class Run:
             due_s, queue_s = self._clock() - self.start_s, 0.0
 
     async def _ask(
-        self, dialogue: Dialogue, turn: int, due_s: float, queue_s: float
+        self, number: int, turn: int, due_s: float, queue_s: float
     ) -> tuple[Record, Answer | None]:
-        answer, error = Answer(), None
+        dialogue, answer, error = self._dialogues[number], Answer(), None
         self.in_flight += 1
         sent_s = self._clock()
         try:
@@ -176,6 +177,7 @@ class Run:
             self.in_flight -= 1
         ended_s = self._clock() if error else answer.chunk_times_s[-1]
         record = Record(
+            conversation=number,
             turn=turn,
             due_s=due_s,
             queue_s=queue_s,

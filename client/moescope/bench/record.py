@@ -13,8 +13,10 @@ class Record:
     Times are seconds; those named after the run's start count from it, all others from sending.
     """
 
+    conversation: int = 0
+    """Which conversation it is of, from 0."""
     turn: int = 0
-    """Which turn of its conversation, from 0."""
+    """Which turn of that, from 0."""
     due_s: float
     """When it was due, since the run's start: by the schedule, or when its slot became free."""
     queue_s: float = 0.0
