@@ -82,6 +82,9 @@ class StreamServer:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET "):
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
+            return
         size = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         body = orjson.loads(await reader.readexactly(size))
         seen = Seen(body, time.perf_counter(), head.split(b" ")[1].decode(), head)

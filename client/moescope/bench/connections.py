@@ -82,7 +82,10 @@ class Connections:
                 }
             )
         self._timeout_s = target.timeout_s
-        self._tls = ssl.create_default_context()
+        secure = self._url.scheme == "https"  # reading the certificates takes tens of milliseconds
+        self._tls = (
+            ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        )
         self._idle: list[httpx.AsyncHTTPTransport] = []
 
     @contextlib.asynccontextmanager

@@ -23,6 +23,21 @@ _MARGIN = 1.2
 _ON_CPU = "V2 model runner"
 
 
+def available_memory() -> dict[str, int]:
+    """Return the free memory of this machine and of its NVIDIA GPUs, in bytes."""
+    free = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free["host"] = int(line.split()[1]) * 1024
+    if shutil.which("nvidia-smi"):
+        query = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+        for number, line in enumerate(done.stdout.splitlines()):
+            if line.strip().isdigit():
+                free[f"gpu {number}"] = int(line) * 2**20
+    return free
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Running:
     """Arms that are all up."""
@@ -77,6 +92,7 @@ class Launcher:
     """Seconds to wait until a server is ready."""
     tell: Callable[[str], object]
     """Says what happens."""
+    free_memory: Callable[[], dict[str, int]] = available_memory
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
 
     def server(self, arm: Arm) -> servers.Server:
@@ -120,54 +136,71 @@ def hosted(launcher: Launcher, arms: Sequence[Arm], placement: Placement) -> Ite
         CommandError: The first arm does not start, or no other does.
     """
     with contextlib.ExitStack() as stack:
-        first, *others = arms
-        urls: dict[str, str] = {}
+        started: dict[str, servers.Server] = {}
         together = placement != "in-turn"
-        if together:
-            before = available_memory()
-            _start(launcher, [first], urls, stack)
-            starting = sum(arm.url is None for arm in others)
-            if placement == "auto" and not fits(before, available_memory(), starting):
-                launcher.tell("memory is short: the arms run in turn, started anew in every round")
-                stack.close()
-                together = False
+        if placement == "auto":
+            together = _first_fits(launcher, arms, stack, started)
         if not together:
+            stack.close()
             by_name = {arm.name: arm for arm in arms}
             yield Hosted(InTurn(launcher, by_name), list(by_name), {})
             return
-        refused = _start(launcher, others, urls, stack, may_fail=True)
+        urls, refused = _start(launcher, arms, stack, started)
         if len(urls) < 2:
             raise CommandError("; ".join(refused.values()))
-        names = [arm.name for arm in arms if arm.name in urls]
-        yield Hosted(Running(urls), names, refused)
+        yield Hosted(Running(urls), list(urls), refused)
+
+
+def _first_fits(
+    launcher: Launcher,
+    arms: Sequence[Arm],
+    stack: contextlib.ExitStack,
+    started: dict[str, servers.Server],
+) -> bool:
+    """Start the first arm that needs starting; return whether the others fit beside it."""
+    to_start = [arm for arm in arms if not arm.url]
+    if len(to_start) < 2:
+        return True
+    first, *more = to_start
+    launcher.tell(f"starting {first.name}, to see what memory it takes")
+    before = launcher.free_memory()
+    started[first.name] = stack.enter_context(launcher.server(first))
+    servers.wait_ready((started[first.name],), launcher.timeout_s)
+    if fits(before, launcher.free_memory(), len(more)):
+        return True
+    launcher.tell("memory is short: the arms run in turn, started anew in every round")
+    return False
 
 
 def _start(
     launcher: Launcher,
     arms: Sequence[Arm],
-    urls: dict[str, str],
     stack: contextlib.ExitStack,
-    *,
-    may_fail: bool = False,
-) -> dict[str, str]:
-    """Start arms at once and wait for them; return why some did not start."""
-    urls |= {arm.name: arm.url for arm in arms if arm.url}
-    started = {arm.name: stack.enter_context(launcher.server(arm)) for arm in arms if not arm.url}
-    if started:
-        launcher.tell(f"starting {', '.join(started)}: a minute or two")
-    refused = {}
-    for name, server in started.items():
+    started: dict[str, servers.Server],
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Start arms at once; return the addresses, and why some did not start: never the first."""
+    to_start = [arm for arm in arms if not arm.url and arm.name not in started]
+    if to_start:
+        names = ", ".join(arm.name for arm in to_start)
+        launcher.tell(f"starting {names}; this takes a minute or two")
+    started |= {arm.name: stack.enter_context(launcher.server(arm)) for arm in to_start}
+    urls, refused = {}, {}
+    for arm in arms:
+        if arm.url:
+            urls[arm.name] = arm.url
+            continue
+        server = started[arm.name]
         try:
             servers.wait_ready((server,), launcher.timeout_s)
         except CommandError as error:
-            if not may_fail:
+            if arm is arms[0]:
                 raise
             server.stop()
-            refused[name] = refusal(name, error, server.log)
-            launcher.tell(f"left out: {refused[name]}")
+            refused[arm.name] = refusal(arm.name, error, server.log)
+            launcher.tell(f"left out: {refused[arm.name]}")
         else:
-            urls[name] = server.url
-    return refused
+            urls[arm.name] = server.url
+    return urls, refused
 
 
 def refusal(name: str, error: CommandError, log: Path) -> str:
@@ -178,21 +211,6 @@ def refusal(name: str, error: CommandError, log: Path) -> str:
             f"model runner, which the CPU build has not ({log})"
         )
     return f"{name}: {error}"
-
-
-def available_memory() -> dict[str, int]:
-    """Return the free memory of this machine and of its NVIDIA GPUs, in bytes."""
-    free = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free["host"] = int(line.split()[1]) * 1024
-    if shutil.which("nvidia-smi"):
-        query = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
-        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-        for number, line in enumerate(done.stdout.splitlines()):
-            if line.strip().isdigit():
-                free[f"gpu {number}"] = int(line) * 2**20
-    return free
 
 
 def fits(before: Mapping[str, int], after: Mapping[str, int], more: int) -> bool:
