@@ -177,6 +177,22 @@ def test_rounds_are_compared_with_themselves():
     assert one.interval_95_percent == pytest.approx((5.0, 5.0))
 
 
+def test_a_rate_and_its_inverse_agree():
+    halved, doubled = made(0.5), made(2.0)
+    measured = [
+        Round(order=(STOCK, MOESCOPE), passes={STOCK: made(1.0), MOESCOPE: one})
+        for one in (halved, doubled)
+    ]
+    assert difference(measured).percent == pytest.approx(0.0)
+    times = [made(1.0, s_per_token=1 / v, output_throughput=v) for v in (1.1, 1.3)]
+    measured = [
+        Round(order=(STOCK, MOESCOPE), passes={STOCK: made(1.0), MOESCOPE: one}) for one in times
+    ]
+    slower = 1 + difference(measured).percent / 100
+    faster = 1 + difference(measured, metric="output_throughput").percent / 100
+    assert slower * faster == pytest.approx(1.0)
+
+
 def test_an_interval_that_holds_zero_is_not_distinguishable():
     unclear = difference(paired(moescope=[-1.0, 1.2, -0.5, 0.6]))
     assert not unclear.distinguishable

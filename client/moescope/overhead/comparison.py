@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Difference:
     """How an arm differs from the first, in percent of the first; paired by round."""
 
     percent: float
-    """Mean over the rounds."""
+    """Geometric mean of the rounds' ratios, less one: a rate and its inverse then agree."""
     interval_95_percent: tuple[float, float]
     """Bootstrap interval of that mean."""
     noise_percent: float | None
@@ -76,13 +77,20 @@ def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float
     return float(low), float(high)
 
 
-def percents(
-    rounds: Sequence[Round], arm: str, baseline: str, value: Callable[[Pass], float]
-) -> list[float]:
-    """Return by round how much more an arm has than the baseline, in percent of that."""
-    return [
-        (value(item.passes[arm]) / value(item.passes[baseline]) - 1.0) * 100.0 for item in rounds
+def _paired(
+    rounds: Sequence[Round], arm: str, baseline: str, metric: str, seed: int
+) -> tuple[float, tuple[float, float]]:
+    """Return an arm's mean difference to the baseline in percent, and its interval."""
+    logs = [
+        math.log(item.passes[arm].metrics[metric] / item.passes[baseline].metrics[metric])
+        for item in rounds
     ]
+    low, high = bootstrap_interval(logs, seed)
+    return _percent(float(np.mean(logs))), (_percent(low), _percent(high))
+
+
+def _percent(log_ratio: float) -> float:
+    return 100.0 * math.expm1(log_ratio)
 
 
 def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Difference]]:
@@ -101,12 +109,8 @@ def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Diffe
     measured = [metric for metric in METRICS if all(_has(item, metric) for item in rounds)]
 
     def one(arm: str, metric: str, noise: float | None) -> Difference:
-        values = percents(rounds, arm, baseline, lambda made: made.metrics[metric])
-        return Difference(
-            percent=float(np.mean(values)),
-            interval_95_percent=bootstrap_interval(values, seed),
-            noise_percent=noise,
-        )
+        percent, interval = _paired(rounds, arm, baseline, metric, seed)
+        return Difference(percent=percent, interval_95_percent=interval, noise_percent=noise)
 
     noise: dict[str, float] = {}
     if baseline == STOCK and STOCK_AGAIN in others:

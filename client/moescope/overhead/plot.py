@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,6 +38,7 @@ def draw(path: Path, values: dict[str, Any]) -> None:
         for place, arm in enumerate(arms):
             offset = (place - (len(arms) - 1) / 2) * 0.8 / max(2, len(arms))
             _draw_arm(axes, values["differences"][arm], metrics, offset, colors[arm])
+        _limit(axes, values["differences"], metrics)
         first = next(iter(values["arms"]))
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(metrics)), [METRICS[name] for name in metrics])
@@ -56,6 +58,17 @@ def draw(path: Path, values: dict[str, Any]) -> None:
             fontsize=10, color=SOFT, loc="left",
         )  # fmt: skip
         figure.savefig(path, dpi=DPI)
+
+
+def _limit(axes: Axes, differences: dict[str, Any], metrics: list[str]) -> None:
+    """Cut off what would make all else invisible; the figure in the file says it."""
+    ends = [
+        max(map(abs, by_metric[name]["claim_percent"]))
+        for by_metric in differences.values()
+        for name in metrics
+    ]
+    limit = 1.1 * min(max(ends), 3.0 * float(np.median(ends)))
+    axes.set_xlim(-limit, limit)
 
 
 def _draw_arm(

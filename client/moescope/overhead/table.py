@@ -13,8 +13,8 @@ from moescope.overhead.comparison import METRICS
 def render(values: dict[str, Any]) -> Table:
     """Return a table of what timing.json holds: a row a metric, a column an arm."""
     differences = values["differences"]
-    table = Table(box=box.SIMPLE)
-    table.add_column(f"change to {next(iter(values['arms']))}, 95% interval")
+    table = Table(box=box.SIMPLE, caption="n.d.: not distinguishable from zero")
+    table.add_column(f"change to {next(iter(values['arms']))} in %")
     for arm in differences:
         table.add_column(arm, justify="right")
     first = next(iter(differences.values()))
@@ -26,5 +26,5 @@ def render(values: dict[str, Any]) -> Table:
 
 def _cell(one: dict[str, Any]) -> str:
     low, high = one["claim_percent"]
-    mark = "" if one["distinguishable"] else " (not distinguishable)"
-    return f"{one['percent']:+.2f}% [{low:+.2f}, {high:+.2f}]{mark}"
+    mark = "     " if one["distinguishable"] else " n.d."
+    return f"{one['percent']:+.1f} [{low:+.1f}, {high:+.1f}]{mark}"
