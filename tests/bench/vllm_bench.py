@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import io
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ class Load:
         endpoint: Endpoint,
         conversations: Sequence[Conversation],
         concurrency: int | None = None,
-        rate: float = float("inf"),
+        rate: float = math.inf,
     ) -> None:
         self.endpoint, self.conversations = endpoint, conversations
         self.concurrency, self.rate = concurrency, rate
@@ -69,12 +70,11 @@ class Load:
         """Put it on a server with moescope's client."""
         extra = {"cache_salt": salt}
         ask = Ask(model=DEMO_MODEL, endpoint=self.endpoint, ignore_eos=True, extra_body=extra)
-        pace = Pace(max_concurrency=self.concurrency)
+        due_s = None
         if self.concurrency is None:
-            due_s = schedule.due_times(
-                len(self.conversations), request_rate=self.rate, burstiness=float("inf")
-            )
-            pace = Pace(due_s=due_s.tolist())
+            num = len(self.conversations)
+            due_s = schedule.due_times(num, request_rate=self.rate, burstiness=math.inf).tolist()
+        pace = Pace(max_concurrency=self.concurrency, due_s=due_s)
         run = Run(self.conversations, ask, Target(base_url=url), pace)
         asyncio.run(run.go())
         summary = latency.summarize(run.records, run.duration_s)
@@ -109,7 +109,7 @@ class Load:
                     input_requests=requests,
                     logprobs=None,
                     request_rate=self.rate,
-                    burstiness=float("inf"),
+                    burstiness=math.inf,
                     disable_tqdm=True,
                     num_warmups=0,
                     profile=False,

@@ -274,7 +274,10 @@ def test_the_file_keeps_the_two_rows_and_the_overhead():
 
 
 def test_rows_are_left_out_where_their_arms_are_not_there():
+    alone = timing.summarize(paired(moescope=[1.0] * 3), 0)
+    assert "the noise of the run is not known" in timing.statements(alone)[-1]
     values = timing.summarize(paired(again=[1.0] * 3), 0)
+    assert len(timing.statements(values)) == 1
     assert not {"no_log", "log", "overhead"} & set(values)
 
 
@@ -474,9 +477,9 @@ def test_without_the_first_arm_or_any_other_there_is_nothing_to_compare(launch, 
 
 def test_vllms_refusal_of_its_own_capture_is_told_clearly(tmp_path):
     log = tmp_path / "log"
-    log.write_text("ValueError: enable_return_routed_experts requires the V2 model runner\n")
+    log.write_text("Value error, AuxOutput Connector requires Model Runner V2; set VLLM_…\n")
     error = CommandError("the routed-experts server ended with status 1")
-    assert "which the CPU build has not" in hosting.refusal("routed-experts", error, log)
+    assert "the CPU has none" in hosting.refusal("routed-experts", error, log)
     assert "status 1" in hosting.refusal("other", error, log)
 
 

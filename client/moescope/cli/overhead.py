@@ -41,7 +41,7 @@ def overhead(
     temperature: _options.TemperatureOption = 0.0,
     seed: _options.SeedOption = 1234,
     concurrency: _options.ConcurrencyOption = 8,
-    rounds: _options.RoundsOption = 6,
+    rounds: _options.RoundsOption = 12,
     start_timeout_s: _options.StartTimeoutOption = 1800.0,
 ) -> None:
     """Compare servers under the same load: stock vLLM, the same again, moescope, others."""

@@ -20,7 +20,8 @@ from moescope.run_dir import RunDir
 Placement = Literal["auto", "together", "in-turn"]
 _MARGIN = 1.2
 """An arm may need this much more memory than the first took."""
-_ON_CPU = "V2 model runner"
+_WANTS_V2 = "Model Runner V2"
+"""Words of vLLM 0.32.0's refusal, ``vllm/config/vllm.py``."""
 
 
 def available_memory() -> dict[str, int]:
@@ -205,10 +206,10 @@ def _start(
 
 def refusal(name: str, error: CommandError, log: Path) -> str:
     """Return why an arm did not start."""
-    if name == ROUTED_EXPERTS and _ON_CPU in log.read_text(errors="replace"):
+    if name == ROUTED_EXPERTS and _WANTS_V2 in log.read_text(errors="replace"):
         return (
-            f"{name}: vLLM refuses --enable-return-routed-experts here, since it needs the V2 "
-            f"model runner, which the CPU build has not ({log})"
+            f"{name}: vLLM refuses --enable-return-routed-experts, since it needs the V2 model "
+            "runner: the CPU has none, on a GPU set VLLM_USE_V2_MODEL_RUNNER=1"
         )
     return f"{name}: {error}"
 
