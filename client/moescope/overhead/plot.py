@@ -52,11 +52,14 @@ def draw(path: Path, values: dict[str, Any]) -> None:
         axes.legend(handles=[*handles, hollow], frameon=False, loc="upper left",
                     bbox_to_anchor=(1.0, 1.0))  # fmt: skip
         hardware = values["hardware"]
+        floor = ", none narrower than the stock pair's" if STOCK_AGAIN in arms else ""
         axes.set_title(
             f"{values['model']} on {hardware['cpu']}, {hardware['cores']} cores, "
-            f"{values['date'][:10]}; 95% intervals, none narrower than the stock pair's",
-            fontsize=10, color=SOFT, loc="left",
-        )  # fmt: skip
+            f"{values['date'][:10]}; 95% intervals{floor}",
+            fontsize=10,
+            color=SOFT,
+            loc="left",
+        )
         figure.savefig(path, dpi=DPI)
 
 
