@@ -1,9 +1,11 @@
 """``moescope bench`` beside vLLM's own benchmark: ``python -m tests.bench.vllm_bench --out FILE``.
 
 Both clients put the same load on the same server, in rounds of shuffled order: vLLM's, vLLM's
-again and ours. The first two differ by the noise of the run. In chats vLLM's client takes the chunk
-that names the role for the first token; ours takes the one after it, which is sent a moment later. vLLM's is its own code, called in
+again and ours. The first two differ by the noise of the run. vLLM's is its own code, called in
 this process, since its command line needs a distribution that the CPU build lacks.
+
+In chats vLLM's client takes the chunk that names the role for the first token; ours takes the one
+after it, which a vLLM server sends a moment later.
 
 Source: vLLM 0.32.0, ``vllm/benchmarks/serve.py``, ``benchmark``.
 """
