@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -212,10 +213,16 @@ def test_nothing_narrower_than_the_stock_pair_is_claimed():
     one = difference(noisy)
     assert one.interval_95_percent[0] > 1.8
     assert one.noise_percent == pytest.approx(3.05, abs=0.06)
-    assert one.claim_percent[0] < -1.0 < 5.0 < one.claim_percent[1]
+    assert one.claim_percent == pytest.approx((1.02 / 1.0305 * 100 - 100, 5.1), abs=0.15)
     assert not one.distinguishable
     assert "noise of the run ±3.0" in comparison.statement("capture", "s_per_token", one, 4)
     assert difference(noisy, STOCK_AGAIN).noise_percent is None
+
+
+def test_noise_is_a_ratio_alike_in_both_directions():
+    one = difference(paired(again=[-50.0] * 3, moescope=[100.0] * 3))
+    assert one.noise_percent == pytest.approx(100.0)  # half is as far off as twice
+    assert one.claim_percent == pytest.approx((0.0, 300.0))
 
 
 def test_a_metric_that_is_not_there_is_left_out():
@@ -352,6 +359,22 @@ def test_the_commands_of_the_built_in_arms():
         assert line == [sys.executable, *command, "--port", "81"]
     custom = Arm.parse("x=run --port {port} 'a b'")
     assert custom.command_line(model, 81) == ["run", "--port", "81", "a b"]
+
+
+def test_commands_are_told_as_one_types_them(tmp_path):
+    launcher = hosting.Launcher(
+        model=arms.Model(path=str(Path.cwd() / "a model"), served_name="demo"),
+        run_dir=RunDir(tmp_path),
+        timeout_s=1.0,
+        tell=print,
+    )
+    every = [Arm(name="moescope"), Arm(name="x", command="y {port}"), Arm(name="z", url="http://z")]
+    assert launcher.commands(every) == {
+        "moescope": "python -m moescope serve 'a model' --served-model-name demo "
+        "--host 127.0.0.1 --port {port}",
+        "x": "y {port}",
+        "z": "http://z",
+    }
 
 
 def test_a_stock_arms_environment_has_nothing_of_moescope():

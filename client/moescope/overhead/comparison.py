@@ -37,15 +37,15 @@ class Difference:
     interval_95_percent: tuple[float, float]
     """Bootstrap interval of that mean."""
     noise_percent: float | None
-    """The most that the two stock arms may differ by: the far end of their own interval. None
-    where there are no two, or this is the second of them."""
+    """The most that the two stock servers may differ by, upwards: the far end of their own
+    interval, in whichever direction. None where there are no two, or this is the second of them."""
 
     @property
     def claim_percent(self) -> tuple[float, float]:
-        """The interval that is claimed: at no side narrower than the noise."""
+        """The interval that is claimed: at no side narrower than the noise, as a ratio."""
         low, high = self.interval_95_percent
-        noise = self.noise_percent or 0.0
-        return min(low, self.percent - noise), max(high, self.percent + noise)
+        noise, mean = _log(self.noise_percent or 0.0), _log(self.percent)
+        return min(low, _percent(mean - noise)), max(high, _percent(mean + noise))
 
     @property
     def distinguishable(self) -> bool:
@@ -93,6 +93,10 @@ def _percent(log_ratio: float) -> float:
     return 100.0 * math.expm1(log_ratio)
 
 
+def _log(percent: float) -> float:
+    return math.log1p(percent / 100.0)
+
+
 def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Difference]]:
     """Compare every arm with the first in every metric.
 
@@ -115,7 +119,9 @@ def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Diffe
     noise: dict[str, float] = {}
     if baseline == STOCK and STOCK_AGAIN in others:
         noise = {
-            metric: max(map(abs, one(STOCK_AGAIN, metric, None).interval_95_percent))
+            metric: _percent(
+                max(abs(_log(end)) for end in one(STOCK_AGAIN, metric, None).interval_95_percent)
+            )
             for metric in measured
         }
     return {

@@ -108,9 +108,18 @@ class Launcher:
         )
 
     def commands(self, arms: Sequence[Arm]) -> dict[str, str]:
-        """Return by arm its command line, or the address of one that runs."""
+        """Return by arm its address, or its command line as one types it in this directory."""
+        here = Path.cwd()
+        path = Path(self.model.path)
+        model = (
+            dataclasses.replace(self.model, path=str(path.relative_to(here)))
+            if path.is_relative_to(here)
+            else self.model
+        )
         return {
-            arm.name: arm.url or arm.command or shlex.join(arm.command_line(self.model, 0))
+            arm.name: arm.url
+            or arm.command
+            or shlex.join(["python", *arm.command_line(model, 0)[1:-1]]) + " {port}"
             for arm in arms
         }
 
