@@ -34,7 +34,7 @@ $(LIGHT)/.done: requirements/light.txt pyproject.toml
 setup: $(VENV)/.done ## Make .venv with everything, for the CPU
 setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
 
-demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 2 to 4 minutes
+demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 5 minutes
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
 
 test: test-unit test-contract test-kernels test-e2e ## Run every test: about 7 minutes
