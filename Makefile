@@ -36,7 +36,7 @@ $(LIGHT)/.done: requirements/light.txt pyproject.toml
 setup: $(VENV)/.done ## Make .venv with everything, for the CPU
 setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
 
-demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 2 to 4 minutes
+demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 5 minutes
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
 
 test: test-unit test-contract test-kernels test-e2e ## Run every test: about 7 minutes
@@ -59,8 +59,10 @@ fidelity: setup ## Compare routes with HF transformers', scheme by scheme, and w
 	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python -m pytest tests/fidelity
 	$(BIN)/python -m tests.fidelity.table $(FIDELITY_DIR)/cells.jsonl --out tests/fidelity/TABLE.md
 
-bench: setup ## Measure what needs no GPU: what a scrape of a big model costs
+bench: setup ## Measure what needs no GPU: a scrape of a big model, our load test beside vLLM's
 	$(BIN)/python -m tests.bench.scrape --out runs/bench/scrape.json
+	$(BIN)/python -m tests.bench.client_rate --out runs/bench/client_rate.json
+	$(BIN)/python -m tests.bench.vllm_bench --out runs/bench/vllm_bench.json
 
 lint: setup ## Format check, lint, types, container files
 	$(BIN)/ruff format --check .

@@ -7,7 +7,10 @@ import time
 
 from rich.console import Console
 
-from moescope import _service, datasets, plot, prompts, replay, report, steps, timing
+from moescope import _service, datasets, plot, prompts, replay, report, steps
+from moescope.errors import CommandError
+from moescope.overhead.arms import DEFAULT, MOESCOPE, parse_all
+from moescope.overhead.rounds import Options
 from moescope.run_dir import RunDir
 
 _FLAGS = ("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048")
@@ -33,18 +36,20 @@ def run(
     run_dir.clear()
     questions = [item.question for item in datasets.sample()[:limit]]
     prompts.write(run_dir.prompts, questions)
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}  # GiB; two servers share the machine
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}  # GiB; the servers share the machine
     console.rule("servers")
-    with steps.started(
+    with steps.hosted(
         run_dir,
-        model=None,
+        parse_all(DEFAULT),
         args=_FLAGS,
-        api_key=env.get("VLLM_API_KEY"),
+        placement="together",
         timeout_s=start_timeout_s,
         console=console,
         env=env,
-    ) as arms:
-        _run_steps(run_dir, questions, arms, rounds, console)
+    ) as ready:
+        if MOESCOPE not in ready.hosted.names:
+            raise CommandError(ready.hosted.refused[MOESCOPE])
+        _run_steps(run_dir, questions, ready, rounds, env.get("VLLM_API_KEY"), console)
     console.rule("done")
     console.print(f"{time.monotonic() - started_s:.0f} s in all. Where to look:")
     for path, what in (
@@ -54,24 +59,38 @@ def run(
         (run_dir.routes, "the experts of every token, layer by layer"),
         (run_dir.responses, "questions and answers"),
         (run_dir.timing, "what the capture cost"),
+        (run_dir.overhead, "the same as a picture, with the noise of the run"),
     ):
         console.print(f"  {path}  {what}")
 
 
 def _run_steps(
-    run_dir: RunDir, questions: list[str], arms: timing.Arms, rounds: int, console: Console
+    run_dir: RunDir,
+    questions: list[str],
+    ready: steps.Measurable,
+    rounds: int,
+    key: str | None,
+    console: Console,
 ) -> None:
     options = replay.Options(model=_service.DEMO_MODEL)
-    url, key = arms.captured_url, arms.api_key
     console.rule("replay and routes")
-    responses = steps.replay_prompts(
-        run_dir, questions, base_url=url, api_key=key, options=options, console=console
-    )
-    replay.require_all(responses)
-    steps.fetch_routes(run_dir, responses, base_url=url, api_key=key, layers=None, console=console)
+    with ready.hosted.host.visit(MOESCOPE) as url:
+        responses = steps.replay_prompts(
+            run_dir, questions, base_url=url, api_key=key, options=options, console=console
+        )
+        replay.require_all(responses)
+        steps.fetch_routes(
+            run_dir, responses, base_url=url, api_key=key, layers=None, console=console
+        )
     plot.draw_run(run_dir)
     console.rule("what the capture costs")
     steps.measure_overhead(
-        run_dir, questions, arms=arms, options=options, rounds=rounds, console=console
+        run_dir,
+        questions,
+        ready,
+        options=Options(model=_service.DEMO_MODEL),
+        rounds=rounds,
+        api_key=key,
+        console=console,
     )
     report.write(run_dir)

@@ -5,8 +5,6 @@ This module imports matplotlib; import it where pictures are drawn, and nowhere 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from matplotlib import rc_context
@@ -16,23 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from moescope import analysis, report, routes_log
+from moescope._style import BAR, DPI, GRID, INK, SOFT, STYLE, TOP
 from moescope.errors import CommandError
 from moescope.run_dir import RunDir
-
-_INK, _SOFT, _GRID = "#1f2933", "#66727f", "#e3e7eb"
-_BAR, _TOP = "#4c78a8", "#e4572e"
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _SOFT,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
-}
-_DPI = 160
 
 
 def draw_run(run_dir: RunDir, num_experts: int | None = None) -> None:
@@ -53,7 +37,7 @@ def draw_run(run_dir: RunDir, num_experts: int | None = None) -> None:
         (run_dir.layers, layer_heatmap(routes.counts, routes.layers, subtitle)),
     )
     for path, figure in pictures:
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
 
 
 def expert_histogram(
@@ -70,7 +54,7 @@ def expert_histogram(
         CommandError: There is not one selection to draw.
     """
     total = _total(counts)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 5))
         where = f"layer {layers[0]}" if len(layers) == 1 else f"all {len(layers)} logged layers"
         _titles(figure, f"Selections per expert, {where}", subtitle)
@@ -96,7 +80,7 @@ def layer_heatmap(counts: npt.NDArray[np.int64], layers: list[int], subtitle: st
         CommandError: There is not one selection to draw.
     """
     _total(counts)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         height_in = min(max(2.3 + 0.3 * len(layers), 3.6), 14.0)
         figure = Figure(figsize=(11, height_in))
         _titles(figure, "Load of every expert in every layer", subtitle)
@@ -129,16 +113,16 @@ def _total(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def _titles(figure: Figure, title: str, subtitle: str) -> None:
     height_in = figure.get_size_inches()[1]
     figure.text(0.02, 1 - 0.3 / height_in, title, fontsize=15, weight="bold", va="center")
-    figure.text(0.02, 1 - 0.58 / height_in, subtitle, fontsize=10, color=_SOFT, va="center")
+    figure.text(0.02, 1 - 0.58 / height_in, subtitle, fontsize=10, color=SOFT, va="center")
 
 
 def _bars(axes: Axes, total: npt.NDArray[np.int64]) -> None:
     top = {expert for expert, _, _ in analysis.top_experts(total)}
-    colors = [_TOP if expert in top else _BAR for expert in range(len(total))]
+    colors = [TOP if expert in top else BAR for expert in range(len(total))]
     width = 0.8 if len(total) <= 128 else 1.0
     axes.bar(np.arange(len(total)), total, width=width, color=colors, zorder=2)
     uniform = total.mean()
-    axes.axhline(uniform, color=_INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=3)
+    axes.axhline(uniform, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=3)
     axes.text(
         1.0,
         uniform,
@@ -150,9 +134,9 @@ def _bars(axes: Axes, total: npt.NDArray[np.int64]) -> None:
     axes.set_xlim(-0.8, len(total) - 0.2)
     axes.set_ylim(0, total.max() * 1.06)
     axes.set_xlabel("expert")
-    axes.set_title("selections", fontsize=9, color=_SOFT, loc="left")
+    axes.set_title("selections", fontsize=9, color=SOFT, loc="left")
     axes.yaxis.set_major_formatter("{x:,.0f}" if total.max() < 1e6 else EngFormatter(sep=""))
-    axes.grid(axis="y", color=_GRID, linewidth=0.8, zorder=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8, zorder=0)
     axes.tick_params(length=0)
 
 
@@ -172,19 +156,19 @@ def _balance_table(axes: Axes, counts: npt.NDArray[np.int64], total: npt.NDArray
         facts.insert(2, ("mean within layers", f"{mean:.3f}"))
     for row, (name, value) in enumerate(facts):
         y = 0.98 - row * 0.115
-        axes.text(0.2, y, name, color=_SOFT, fontsize=9, va="top")
+        axes.text(0.2, y, name, color=SOFT, fontsize=9, va="top")
         axes.text(0.2, y - 0.045, value, fontsize=12, weight="bold", va="top")
     y = 0.34
     columns = ((0.42, "expert"), (0.76, "selections"), (1.0, "share"))
     for x, name in columns:
-        axes.text(x, y, name, color=_SOFT, fontsize=9, ha="right", va="center")
-    axes.plot((0.2, 1.0), (y - 0.045, y - 0.045), color=_GRID, linewidth=1)
+        axes.text(x, y, name, color=SOFT, fontsize=9, ha="right", va="center")
+    axes.plot((0.2, 1.0), (y - 0.045, y - 0.045), color=GRID, linewidth=1)
     for expert, selections, share in analysis.top_experts(total):
         y -= 0.09
         cells = (f"{expert}", f"{selections:,}", f"{share:.1%}")
         for (x, _), cell in zip(columns, cells, strict=True):
             axes.text(x, y, cell, fontsize=11, ha="right", va="center")
-        axes.plot(0.22, y, marker="s", markersize=6, color=_TOP)
+        axes.plot(0.22, y, marker="s", markersize=6, color=TOP)
 
 
 def _heatmap(axes: Axes, bar_axes: Axes, counts: npt.NDArray[np.int64], layers: list[int]) -> None:
@@ -204,20 +188,20 @@ def _heatmap(axes: Axes, bar_axes: Axes, counts: npt.NDArray[np.int64], layers: 
     bar.outline.set_visible(False)
     bar.set_ticks([0.0, 1.0, highest], labels=["0", "1", f"{highest:.3g}"])
     bar.ax.tick_params(length=0, labelsize=8)
-    bar.ax.set_title("load", fontsize=9, color=_SOFT, loc="left")
+    bar.ax.set_title("load", fontsize=9, color=SOFT, loc="left")
 
 
 def _layer_bars(axes: Axes, values: npt.NDArray[np.float64], title: str) -> None:
     drawn = np.nan_to_num(values)
     rows = np.arange(len(values))
-    axes.barh(rows, drawn, height=0.62, color=_BAR)
+    axes.barh(rows, drawn, height=0.62, color=BAR)
     right = max(1.0, float(drawn.max()))
     if len(values) <= 40:
         for row, value in enumerate(values.tolist()):
             axes.text(right * 1.04, row, f"{value:.2f}", va="center", fontsize=8.5)
     axes.set_xlim(0, right * 1.35)
     axes.set_ylim(len(values) - 0.5, -0.5)
-    axes.set_title(title, fontsize=9, color=_SOFT, loc="left")
+    axes.set_title(title, fontsize=9, color=SOFT, loc="left")
     axes.set_yticks([])
     axes.set_xticks([0, right], ["0", f"{right:.3g}"])
     axes.tick_params(length=0, labelsize=8)

@@ -32,8 +32,6 @@ class Options:
     """The sampling seed."""
     concurrency: int = 8
     """Requests in flight at most."""
-    cache_salt: str | None = None
-    """vLLM shares no prefix-cache block between requests with different salts."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,17 +144,14 @@ async def replay(
 
 
 def _body(prompt: str, model: str, options: Options) -> dict[str, Any]:
-    body: dict[str, Any] = {
+    return {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
-        "return_token_ids": True,  # vLLM's extension, like cache_salt; other servers ignore it
+        "return_token_ids": True,  # vLLM's extension; other servers ignore it
     }
-    if options.cache_salt:
-        body["cache_salt"] = options.cache_salt
-    return body
 
 
 async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moescope import analysis, replay, routes_log, timing
+from moescope import analysis, replay, routes_log
+from moescope.overhead import timing
 from moescope.run_dir import RunDir
 
 
@@ -29,6 +30,8 @@ def write(run_dir: RunDir, num_experts: int | None = None) -> None:
     sections += [f"![{name}]({name})" for name in pictures]
     if run_dir.timing.exists():
         sections.append(_overhead(timing.read(run_dir.timing)))
+        if run_dir.overhead.exists():
+            sections.append(f"![{run_dir.overhead.name}]({run_dir.overhead.name})")
     run_dir.report.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -87,25 +90,32 @@ def _balance(routes: routes_log.LoggedRoutes) -> str:
 
 
 def _overhead(values: dict[str, Any]) -> str:
+    said = ".\n\n".join(text[0].upper() + text[1:] for text in timing.statements(values))
     rows = (
         (
-            label,
-            f"{values[arm]['wall_s']:.2f}",
-            f"{values[arm]['completion_tokens']:,}",
-            f"{values[arm]['tokens_per_s']:,.1f}",
+            name,
+            f"{arm['wall_s']:.2f}",
+            f"{arm['completion_tokens']:,}",
+            f"{arm['tokens_per_s']:,.1f}",
+            f"{arm['metrics']['median_ttft_ms']:.1f}",
+            f"{arm['metrics']['median_tpot_ms']:.2f}",
         )
-        for arm, label in (("no_log", "without capture"), ("log", "with capture"))
+        for name, arm in values["arms"].items()
     )
-    header = ("arm", "wall time (s)", "completion tokens", "tokens/s")
-    hardware, between = values["hardware"], values["token_ids"]["between_arms"]
-    within = values["token_ids"]["within_arm"]
-    statement = values["overhead"]["statement"]
+    header = ("arm", "wall time (s)", "completion tokens", "tokens/s", "TTFT (ms)", "TPOT (ms)")
+    hardware, within = values["hardware"], values["token_ids"]["within_arm"]
+    first = next(iter(values["arms"]))
+    same = ", ".join(
+        f"{one['same']} of {one['compared']} between {first} and {name}"
+        for name, one in values["token_ids"]["between_arms"].items()
+    )
+    refused = "".join(f"\n\nLeft out: {reason}." for reason in values["refused"].values())
     return (
-        f"## Overhead\n\n{statement[0].upper()}{statement[1:]}.\n\n{_table(header, rows)}\n\n"
-        f"Outputs with the same token ids: {between['same']} of {between['compared']} between "
-        f"the arms, {within['same']} of {within['compared']} within an arm from one round to the "
-        f"next.\n\nMeasured on {hardware['cpu']}, {hardware['cores']} cores, "
-        f"{hardware['ram_gib']} GiB RAM, {values['date']}."
+        f"## Overhead\n\n{said}.\n\n{_table(header, rows)}\n\nTTFT and TPOT are means of the "
+        f"rounds' medians. Outputs with the same token ids: {same}, {within['same']} of "
+        f"{within['compared']} within an arm from one round to the next.{refused}\n\nMeasured on "
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['ram_gib']} GiB RAM, "
+        f"{values['date']}."
     )
 
 

@@ -49,6 +49,11 @@ class RunDir:
         return self.path / "timing.json"
 
     @property
+    def overhead(self) -> Path:
+        """The picture of that."""
+        return self.path / "overhead.png"
+
+    @property
     def report(self) -> Path:
         """The run in one page."""
         return self.path / "report.md"
@@ -77,6 +82,7 @@ class RunDir:
             self.histogram,
             self.layers,
             self.timing,
+            self.overhead,
             self.report,
         ):
             file.unlink(missing_ok=True)

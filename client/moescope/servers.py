@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,7 +17,6 @@ from typing import Self
 import httpx
 
 from moescope.errors import CommandError
-from moescope.run_dir import RunDir
 
 _POLL_S = 0.5
 _STOP_S = 20.0
@@ -125,58 +122,6 @@ def wait_ready(servers: Sequence[Server], timeout_s: float) -> None:
         waiting[0].wait_exit(_POLL_S)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pair:
-    """The two servers of a comparison, both ready."""
-
-    captured: Server
-    stock: Server
-
-    @property
-    def commands(self) -> dict[str, str]:
-        """The command lines, by the names of the arms in timing.json."""
-        return {
-            "log": shlex.join(self.captured.command),
-            "no_log": shlex.join(self.stock.command),
-        }
-
-
-@contextlib.contextmanager
-def pair(
-    model: str,
-    served_name: str,
-    args: Sequence[str],
-    run_dir: RunDir,
-    *,
-    timeout_s: float,
-    env: Mapping[str, str] = os.environ,
-) -> Iterator[Pair]:
-    """Start one server with capture and one without, on free ports, and end them afterwards.
-
-    Args:
-        model: The model's path or name.
-        served_name: The name it is served under.
-        args: Further flags of vLLM, for both.
-        run_dir: Where their logs go.
-        timeout_s: Seconds to wait until both are ready.
-        env: The environment; the server without capture gets none of moescope's variables.
-
-    Raises:
-        CommandError: A server does not start.
-    """
-    ports = _free_ports(2)
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    both = ["--served-model-name", served_name, "--host", "127.0.0.1", *args, "--port"]
-    captured = captured_command([model, *both, str(ports[0])])
-    stock = stock_command(["--model", model, *both, str(ports[1])])
-    with (
-        Server("captured", captured, urls[0], run_dir.server_log("captured"), env) as first,
-        Server("stock", stock, urls[1], run_dir.server_log("stock"), stock_env(env)) as second,
-    ):
-        wait_ready((first, second), timeout_s)
-        yield Pair(first, second)
-
-
 def captured_command(args: Sequence[str]) -> list[str]:
     """Return the command of a server with capture."""
     return [sys.executable, "-m", "moescope", "serve", *args]
@@ -204,7 +149,8 @@ def stock_env(env: Mapping[str, str]) -> dict[str, str]:
     return stock
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nothing listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for item in sockets:

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 
-from moescope import _service, progress, replay, routes_log, servers, timing
+from moescope import _service, progress, replay, routes_log
 from moescope._client import Client
 from moescope.errors import CommandError
+from moescope.overhead import hosting, table, timing
+from moescope.overhead.arms import Arm, Model
+from moescope.overhead.hosting import Hosted, Launcher, Placement
+from moescope.overhead.rounds import Options
 from moescope.run_dir import RunDir
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measurable:
+    """Arms that are ready to be measured."""
+
+    arms: Sequence[Arm]
+    hosted: Hosted
+    commands: dict[str, str]
+    """Their command lines or addresses."""
 
 
 def replay_prompts(
@@ -77,58 +92,82 @@ def fetch_routes(
 
 
 @contextlib.contextmanager
-def started(
+def hosted(
     run_dir: RunDir,
+    arms: Sequence[Arm],
     *,
-    model: str | None,
-    args: Sequence[str],
-    api_key: str | None,
+    model: str | None = None,
+    args: Sequence[str] = (),
+    placement: Placement = "auto",
     timeout_s: float,
     console: Console,
     env: Mapping[str, str] = os.environ,
-) -> Iterator[timing.Arms]:
-    """Start a server with capture and one without; end them afterwards.
+) -> Iterator[Measurable]:
+    """Start the arms of a comparison, those that run already aside; end them afterwards.
 
     Args:
         run_dir: Where their logs go.
+        arms: The arms.
         model: The model's path or name; the bundled one where None.
-        args: Further flags of vLLM, for both.
-        api_key: The key that both want, if any.
-        timeout_s: Seconds to wait until both are ready.
+        args: Further flags of vLLM, for all built-in arms.
+        placement: Side by side or in turn.
+        timeout_s: Seconds to wait until a server is ready.
         console: Where to tell what happens.
         env: Their environment.
 
     Raises:
-        CommandError: vLLM is not installed, or a server does not start.
+        CommandError: vLLM is not installed, or the first arm does not start, or no other.
     """
-    _service.require("moescope_service", "vllm")
-    path, name = (model, model) if model else (_service.bundled_model(), _service.DEMO_MODEL)
+    path, name = model or "", model or ""
+    if any(arm.command is None and arm.url is None for arm in arms):
+        _service.require("moescope_service", "vllm")
+        if not model:
+            path, name = _service.bundled_model(), _service.DEMO_MODEL
+    launcher = Launcher(
+        model=Model(path=path, served_name=name, args=args),
+        run_dir=run_dir,
+        timeout_s=timeout_s,
+        tell=console.print,
+        env=env,
+    )
     start_s = time.monotonic()
-    console.print("starting vLLM twice, with and without moescope; this takes a minute or two")
-    with servers.pair(path, name, args, run_dir, timeout_s=timeout_s, env=env) as pair:
-        console.print(f"both ready after {time.monotonic() - start_s:.0f} s")
-        yield timing.Arms(
-            captured_url=pair.captured.url,
-            stock_url=pair.stock.url,
-            api_key=api_key,
-            commands=pair.commands,
-        )
+    with hosting.hosted(launcher, arms, placement) as ready:
+        console.print(f"ready after {time.monotonic() - start_s:.0f} s: {', '.join(ready.names)}")
+        yield Measurable(arms, ready, launcher.commands(arms))
 
 
 def measure_overhead(
     run_dir: RunDir,
     prompts: Sequence[str],
+    measurable: Measurable,
     *,
-    arms: timing.Arms,
-    options: replay.Options,
+    options: Options,
     rounds: int,
+    api_key: str | None,
     console: Console,
 ) -> None:
-    """Measure what the capture costs and write timing.json.
+    """Measure what the arms cost; write timing.json after every round, then the picture.
 
     Raises:
         MoescopeError: See `timing.run`.
     """
-    with progress.bar(console, "overhead", 2 * (rounds + 1)) as advance:
-        values = timing.run(run_dir.timing, prompts, arms, options, rounds=rounds, on_pass=advance)
-    console.print(f"{values['overhead']['statement']}: {run_dir.timing}")
+    setting = timing.Setting(
+        prompts=prompts,
+        arms=measurable.arms,
+        options=options,
+        rounds=rounds,
+        api_key=api_key,
+    )
+    num_arms = len(measurable.hosted.names)
+    passes = num_arms * (rounds + 1 if measurable.hosted.host.stays_up else 2 * rounds)
+    with progress.bar(console, "overhead", passes) as advance:
+        values = timing.run(
+            run_dir.timing, setting, measurable.hosted, measurable.commands, advance
+        )
+    from moescope.overhead import plot  # noqa: PLC0415 - matplotlib is slow to import
+
+    plot.draw(run_dir.overhead, values)
+    console.print(table.render(values))
+    for statement in timing.statements(values):
+        console.print(statement)
+    console.print(f"{run_dir.timing}\n{run_dir.overhead}")

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from moescope.overhead import bootstrap_interval
+from moescope.overhead.comparison import bootstrap_interval
 
 STOCK, STOCK_AGAIN, MOESCOPE = "stock", "stock_again", "moescope"
 TIMEOUT_S = 300.0

@@ -51,6 +51,9 @@ def test_prompts_reads_gsm8k_from_a_file(tmp_path):
         ("prompts", "gsm8k", "--file", "/nowhere/test.jsonl"),
         ("plot", "--run-dir", "/nowhere"),
         ("replay", "--run-dir", "/nowhere"),
+        ("bench", "--model", "m", "--dataset-name", "mmlu"),
+        ("bench", "--model", "m", "--goodput", "ttft"),
+        ("bench", "--base-url", "http://127.0.0.1:9"),
     ],
 )  # fmt: skip
 def test_an_error_is_one_line_and_status_1(argv, capsys):
@@ -62,17 +65,16 @@ def test_an_error_is_one_line_and_status_1(argv, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "message"),
     [
-        ("--captured-url", "http://a"),
-        ("--stock-url", "http://b"),
-        ("--captured-url", "http://a", "--stock-url", "http://b", "--model", "c"),
-        ("--captured-url", "http://a", "--stock-url", "http://b", "--", "--dtype", "float32"),
+        (("--arm", "stock"), "two arms or more"),
+        (("--arm", "stock", "--arm", "nonsense"), "'nonsense' is not an arm"),
+        (("--placement", "sideways"), "is no placement"),
     ],
 )
-def test_overhead_takes_two_running_servers_or_starts_both(argv, capsys):
+def test_overhead_takes_arms(argv, message, capsys):
     assert run("overhead", "--run-dir", "/nowhere", *argv) == 1
-    assert capsys.readouterr().err.startswith("moescope: give --captured-url and --stock-url")
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,6 @@ def test_a_failed_request_is_status_1_after_all_the_others_are_done(served, tmp_
 
 def test_overhead_does_not_take_a_captured_server_for_a_stock_one(served, tmp_path, capsys):
     _, run_dir = replay(served, tmp_path, ["a"])
-    argv = ("--run-dir", run_dir, "--captured-url", served, "--stock-url", served)
-    assert run("overhead", *argv) == 1
+    argv = ("--arm", f"stock={served}", "--arm", f"moescope={served}")
+    assert run("overhead", "--run-dir", run_dir, *argv) == 1
     assert "is not vLLM without moescope" in capsys.readouterr().err

@@ -141,5 +141,5 @@ def test_a_deleted_request_is_forgotten_by_every_server(bench):
 
 def test_another_shape_is_refused_with_its_snapshot(bench):
     bench.say_hello()
-    bench.collector.handle(b"x", pack_hello(make_hello(top_k=3, sender="x"), make_snapshot()))
+    bench.collector.handle(b"x", pack_hello(make_hello(top_k=3, engine=1), make_snapshot()))
     assert bench.collector.hello == make_hello()

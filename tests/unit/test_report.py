@@ -2,7 +2,9 @@ import orjson
 import pytest
 from client_fakes import make_trace
 
-from moescope import CommandError, FormatError, environment, formats, overhead, replay, report
+from moescope import CommandError, FormatError, environment, formats, replay, report
+from moescope.overhead import comparison, timing
+from moescope.overhead.rounds import Pass, Round
 from moescope.run_dir import RunDir
 
 
@@ -15,6 +17,19 @@ def response(index, **changes):
         "latency_s": 1.5,
     }
     return replay.Response(**{**values, "prompt_tokens": 5, "completion_tokens": 10, **changes})
+
+
+ARMS = ("stock", "stock-again", "moescope")
+
+
+def overhead_pass():
+    return Pass(
+        wall_s=2.0,
+        prompt_tokens=1,
+        completion_tokens=8,
+        metrics=dict.fromkeys(comparison.METRICS, 5.0),
+        token_ids=[[1]],
+    )
 
 
 def fill(run_dir):
@@ -30,13 +45,11 @@ def fill(run_dir):
     )
     run_dir.routes.write_bytes(meta + b"".join(formats.route_lines(make_trace(num_rows=12))))
     run_dir.histogram.touch()
-    passes = {
-        name: overhead.Pass(wall_s=2.0, prompt_tokens=1, completion_tokens=8, token_ids=[[1]])
-        for name in overhead.ARMS
-    }
-    rounds = [overhead.Round(order=overhead.ARMS, passes=passes)] * 3
+    made = overhead_pass()
+    rounds = [Round(order=ARMS, passes=dict.fromkeys(ARMS, made))] * 3
     values = {
-        **overhead.summarize(rounds, 0),
+        **timing.summarize(rounds, 0),
+        "refused": {"routed-experts": "routed-experts: vLLM refuses it here"},
         "hardware": {"cpu": "Some CPU", "cores": 2, "ram_gib": 23.5},
         "date": "2026-01-02T03:04:05+00:00",
     }
@@ -57,8 +70,10 @@ def test_a_report_of_a_whole_run(tmp_path):
     assert text.count("of 60 |") == 3
     assert "![expert_hist.png](expert_hist.png)" in text
     assert "expert_layers.png" not in text
-    assert "| with capture | 6.00 | 24 | 4.0 |" in text
-    assert "3 of 3 between the arms, 4 of 4 within an arm" in text
+    assert "| moescope | 6.00 | 24 | 4.0 | 5.0 | 5.00 |" in text
+    assert "3 of 3 between stock and moescope, 6 of 6 within an arm" in text
+    assert "Capture changes the wall time per token by +0.00%" in text
+    assert "Left out: routed-experts: vLLM refuses it here." in text
     assert "Some CPU, 2 cores, 23.5 GiB RAM, 2026-01-02T03:04:05+00:00." in text
 
 

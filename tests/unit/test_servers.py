@@ -10,14 +10,14 @@ from moescope import CommandError, servers
 
 def start(tmp_path, code, url="http://127.0.0.1:9"):
     return servers.Server(
-        "captured", [sys.executable, "-S", "-c", code], url, tmp_path / "log", os.environ
+        "moescope", [sys.executable, "-S", "-c", code], url, tmp_path / "log", os.environ
     )
 
 
 def test_a_server_that_dies_is_told_with_the_end_of_its_log(tmp_path):
     code = "print('\\n'.join(map(str, range(100)))); print('no such model'); raise SystemExit(3)"
     with (
-        pytest.raises(CommandError, match="captured server ended with status 3") as raised,
+        pytest.raises(CommandError, match="moescope server ended with status 3") as raised,
         start(tmp_path, code) as server,
     ):
         servers.wait_ready([server], timeout_s=30.0)

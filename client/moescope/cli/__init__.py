@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moescope import __version__
-from moescope.cli import demo, overhead, plot, prompts, replay, serve, verify
+from moescope.cli import bench, demo, overhead, plot, prompts, replay, serve, verify
 from moescope.errors import MoescopeError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command(
 app.command()(prompts.prompts)
 app.command()(replay.replay)
 app.command()(plot.plot)
+app.command()(bench.bench)
 app.command()(overhead.overhead)
 app.command()(demo.demo)
 app.command()(verify.verify)

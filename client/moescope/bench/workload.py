@@ -1,0 +1,184 @@
+"""What is asked: conversations of one turn or more, each a request to the server."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+
+from moescope.errors import CommandError
+
+Endpoint = Literal["chat", "completions"]
+PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+"""The paths of OpenAI's API."""
+
+RANDOM_TOKENS = (50, 450)
+"""Default range of random token ids, end excluded: ordinary tokens in every vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """What a user adds to a conversation."""
+
+    content: str | list[int]
+    """Text, or token ids for ``/v1/completions``."""
+    max_tokens: int
+    """Output tokens at most."""
+
+
+Conversation = tuple[Turn, ...]
+"""Turns that follow one another: each is sent when the one before it was answered."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """How every request is asked."""
+
+    model: str
+    endpoint: Endpoint = "chat"
+    temperature: float | None = 0.0
+    """0 is greedy; the server's default where None."""
+    seed: int | None = None
+    """The sampling seed."""
+    ignore_eos: bool = False
+    """vLLM's extension: answers of exactly ``max_tokens`` tokens."""
+    token_ids: bool = False
+    """vLLM's extension ``return_token_ids``: keep the answers' token ids."""
+    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further fields of the body, such as vLLM's ``cache_salt``."""
+
+
+class Dialogue:
+    """A conversation as it goes: every request holds all that was said before.
+
+    Args:
+        conversation: Its turns.
+        ask: How to ask.
+
+    Raises:
+        CommandError: Token ids are to go to the chat endpoint.
+    """
+
+    def __init__(self, conversation: Conversation, ask: Ask) -> None:
+        if ask.endpoint == "chat" and any(isinstance(turn.content, list) for turn in conversation):
+            raise CommandError("token ids go to /v1/completions: take the endpoint completions")
+        self.turns = conversation
+        self._ask = ask
+        self._said: Any = None
+        self._number = 0
+        self._body: bytes | None = None
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Encode the next request, so that sending it costs no time."""
+        turn = self.turns[self._number]
+        ask = self._ask
+        body: dict[str, Any] = {
+            "model": ask.model,
+            "max_tokens": turn.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if ask.endpoint == "chat":
+            self._said = [*(self._said or ()), {"role": "user", "content": turn.content}]
+            body["messages"] = self._said
+        else:
+            self._said = turn.content if self._said is None else self._said + turn.content
+            body["prompt"] = self._said
+        optional = {
+            "temperature": ask.temperature,
+            "seed": ask.seed,
+            "ignore_eos": ask.ignore_eos or None,
+            "return_token_ids": ask.token_ids or self.needs_token_ids or None,
+        }
+        body |= {name: value for name, value in optional.items() if value is not None}
+        self._body = orjson.dumps(body | ask.extra_body)
+
+    @property
+    def body(self) -> bytes:
+        """The next request's body, as JSON."""
+        if self._body is None:
+            raise ValueError("the answer to the turn before is not known yet")
+        return self._body
+
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether the conversation cannot go on without its answers' token ids."""
+        return len(self.turns) > 1 and isinstance(self.turns[0].content, list)
+
+    def answered(self, text: str, token_ids: list[int] | None) -> bool:
+        """Take the answer into the conversation and prepare its next turn.
+
+        Returns:
+            Whether there is one.
+        """
+        self._number += 1
+        self._body = None
+        if self._number == len(self.turns):
+            return False
+        if self._ask.endpoint == "chat":
+            self._said = [*self._said, {"role": "assistant", "content": text}]
+        else:
+            self._said = self._said + (token_ids if isinstance(self._said, list) else text)
+        self.prepare()
+        return True
+
+
+def from_texts(
+    texts: Sequence[str], *, num_conversations: int, turns: int, max_tokens: int
+) -> list[Conversation]:
+    """Make conversations of texts, in their order, from the first again when they run out."""
+    endless = itertools.cycle(texts)
+    return [
+        tuple(Turn(next(endless), max_tokens) for _ in range(turns))
+        for _ in range(num_conversations)
+    ]
+
+
+def random_tokens(
+    *,
+    num_conversations: int,
+    turns: int,
+    input_len: int,
+    output_len: int,
+    range_ratio: float = 0.0,
+    prefix_len: int = 0,
+    token_range: tuple[int, int] = RANDOM_TOKENS,
+    seed: int = 0,
+) -> list[Conversation]:
+    """Make conversations of random token ids.
+
+    Args:
+        num_conversations: How many.
+        turns: Turns of each.
+        input_len: Tokens that each turn adds, without the prefix.
+        output_len: Output tokens of each turn.
+        range_ratio: Lengths are uniform within this part below and above those given.
+        prefix_len: Tokens that all conversations start with alike.
+        token_range: The ids' range, end excluded.
+        seed: The same seed gives the same conversations.
+    """
+    generator = np.random.default_rng(seed)
+    prefix = generator.integers(*token_range, prefix_len).tolist()
+
+    def length(mean: int) -> int:
+        low, high = int(mean * (1 - range_ratio)), int(mean * (1 + range_ratio))
+        return max(1, int(generator.integers(low, high, endpoint=True)))
+
+    def turn(start: list[int]) -> Turn:
+        ids = generator.integers(*token_range, length(input_len)).tolist()
+        return Turn(start + ids, length(output_len))
+
+    return [
+        tuple(turn(prefix if number == 0 else []) for number in range(turns))
+        for _ in range(num_conversations)
+    ]
+
+
+def num_requests(conversations: Iterable[Conversation]) -> int:
+    """Return how many requests the conversations are."""
+    return sum(map(len, conversations))

@@ -1,0 +1,145 @@
+"""The arms of a comparison: servers that differ in one thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import httpx
+
+from moescope import servers
+from moescope._client import Client
+from moescope.errors import CommandError, FormatError, ServerError
+from moescope.records import ServerInfo
+
+STOCK, STOCK_AGAIN, MOESCOPE = "stock", "stock-again", "moescope"
+COUNTS, ROUTED_EXPERTS = "counts", "routed-experts"
+BUILT_IN = {
+    STOCK: "vLLM as it is",
+    STOCK_AGAIN: "the same again: what differs between the two is the noise of the run",
+    MOESCOPE: "with capture",
+    COUNTS: "with capture of counts alone, no routes of tokens",
+    ROUTED_EXPERTS: "vLLM's own --enable-return-routed-experts; not on the CPU",
+}
+"""The arms that moescope can start by itself."""
+DEFAULT = (STOCK, STOCK_AGAIN, MOESCOPE)
+
+_MORE_FLAGS: dict[str, tuple[str, ...]] = {
+    COUNTS: ("--routes-mode", "counts"),
+    ROUTED_EXPERTS: ("--enable-return-routed-experts",),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What the built-in arms serve."""
+
+    path: str
+    """The model's path or name."""
+    served_name: str
+    args: Sequence[str] = ()
+    """Further flags of vLLM, for all of them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One server: a built-in one, a command that starts one, or one that runs."""
+
+    name: str
+    command: str | None = None
+    """A command line with ``{port}`` in it."""
+    url: str | None = None
+    """The address of a server that runs, without ``/v1``."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse ``NAME``, ``NAME=COMMAND`` or ``NAME=http://…``.
+
+        Raises:
+            CommandError: A name without more is not built in, or a command has no ``{port}``.
+        """
+        name, given, value = text.partition("=")
+        if not given:
+            if name not in BUILT_IN:
+                raise CommandError(
+                    f"{name!r} is not an arm: take of {', '.join(BUILT_IN)}, or NAME=COMMAND with "
+                    "{port} in it, or NAME=http://… of a server that runs"
+                )
+            return cls(name=name)
+        if value.startswith(("http://", "https://")):
+            return cls(name=name, url=value)
+        if "{port}" not in value:
+            raise CommandError(f"the command of the arm {name} has no {{port}} in it: {value!r}")
+        return cls(name=name, command=value)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether it must be vLLM with nothing of moescope enabled."""
+        return self.name in {STOCK, STOCK_AGAIN, ROUTED_EXPERTS}
+
+    def command_line(self, model: Model, port: int) -> list[str]:
+        """Return the command that starts it."""
+        if self.command:
+            return shlex.split(self.command.replace("{port}", str(port)))
+        flags = [
+            *("--served-model-name", model.served_name, "--host", "127.0.0.1", *model.args),
+            *(*_MORE_FLAGS.get(self.name, ()), "--port", str(port)),
+        ]
+        if self.is_stock:
+            return servers.stock_command(["--model", model.path, *flags])
+        return servers.captured_command([model.path, *flags])
+
+    def environment(self, env: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the environment to start it in: a stock arm's has nothing of moescope."""
+        return servers.stock_env(env) if self.is_stock else env
+
+
+def parse_all(texts: Sequence[str]) -> list[Arm]:
+    """Parse arms; the first is what the others are compared with.
+
+    Raises:
+        CommandError: One is malformed, a name is given twice, or there are fewer than two.
+    """
+    parsed = [Arm.parse(text) for text in texts]
+    names = [arm.name for arm in parsed]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise CommandError(f"two arms or more with different names are wanted, not {names}")
+    return parsed
+
+
+def check(
+    arm: Arm, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None
+) -> ServerInfo | None:
+    """Check that a server is what its arm must be.
+
+    Returns:
+        What a server with moescope says of itself; None of others.
+
+    Raises:
+        CommandError: A stock server answers ``/moescope/info``, since a paused capture makes no
+            stock arm; or the capture of the arm ``moescope`` is not on.
+    """
+    with Client(url, api_key, transport=transport) as client:
+        try:
+            info = client.info()
+        except ServerError as error:
+            if error.status_code == 404 and arm.name not in {MOESCOPE, COUNTS}:
+                return None
+            problem = str(error)
+        except FormatError as error:
+            problem = str(error)
+        else:
+            problem = _problem(arm, info)
+            if not problem:
+                return info
+    raise CommandError(f"the arm {arm.name} at {url} is not what it should be: {problem}")
+
+
+def _problem(arm: Arm, info: ServerInfo) -> str:
+    if arm.is_stock:
+        return "it answers /moescope/info, so it is not vLLM without moescope"
+    if arm.name == MOESCOPE and info.capture != "on":
+        return f"its capture is {info.capture}: resume it"
+    return ""

@@ -1,0 +1,192 @@
+"""Says what the differences between arms are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moescope.overhead.arms import STOCK, STOCK_AGAIN
+from moescope.overhead.rounds import Pass, Round
+
+METRICS = {
+    "s_per_token": "wall time per token",
+    "output_throughput": "output tokens a second",
+    "request_throughput": "requests a second",
+    **{
+        f"{statistic}_{name}_ms": f"{name.upper()}, {word}"
+        for name in ("ttft", "tpot", "itl", "e2el")
+        for statistic, word in (("mean", "mean"), ("median", "median"), ("p99", "99th percentile"))
+    },
+}
+"""What is compared: the names in the file, those of ``vllm bench serve``, and in words."""
+
+_BOOTSTRAP_SAMPLES = 10_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How an arm differs from the first, in percent of the first; paired by round."""
+
+    percent: float
+    """Geometric mean of the rounds' ratios, less one: a rate and its inverse then agree."""
+    interval_95_percent: tuple[float, float]
+    """Bootstrap interval of that mean."""
+    noise_percent: float | None
+    """The most that the two stock servers may differ by, upwards: the far end of their own
+    interval, in whichever direction. None where there are no two, or this is the second of them."""
+
+    @property
+    def claim_percent(self) -> tuple[float, float]:
+        """The interval that is claimed: at no side narrower than the noise, as a ratio."""
+        low, high = self.interval_95_percent
+        noise, mean = _log(self.noise_percent or 0.0), _log(self.percent)
+        return min(low, _percent(mean - noise)), max(high, _percent(mean + noise))
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the interval that is claimed excludes zero."""
+        low, high = self.claim_percent
+        return not low <= 0.0 <= high
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as the file has it."""
+        return {
+            **dataclasses.asdict(self),
+            "claim_percent": self.claim_percent,
+            "distinguishable": self.distinguishable,
+        }
+
+
+def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
+    """Return the 95% interval of the mean, by the percentile bootstrap.
+
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+
+    Args:
+        values: One value a round.
+        seed: Seed of the resampling.
+    """
+    generator = np.random.default_rng(seed)
+    picks = generator.integers(0, len(values), size=(_BOOTSTRAP_SAMPLES, len(values)))
+    low, high = np.percentile(np.asarray(values)[picks].mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _paired(
+    rounds: Sequence[Round], arm: str, baseline: str, metric: str, seed: int
+) -> tuple[float, tuple[float, float]]:
+    """Return an arm's mean difference to the baseline in percent, and its interval."""
+    logs = [
+        math.log(item.passes[arm].metrics[metric] / item.passes[baseline].metrics[metric])
+        for item in rounds
+    ]
+    low, high = bootstrap_interval(logs, seed)
+    return _percent(float(np.mean(logs))), (_percent(low), _percent(high))
+
+
+def _percent(log_ratio: float) -> float:
+    return 100.0 * math.expm1(log_ratio)
+
+
+def _log(percent: float) -> float:
+    return math.log1p(percent / 100.0)
+
+
+def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Difference]]:
+    """Compare every arm with the first in every metric.
+
+    Metrics that a round lacks, such as a TPOT of answers of one token, are left out.
+
+    Args:
+        rounds: The rounds that are done, one at least.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        By arm and metric, the first arm left out.
+    """
+    baseline, *others = rounds[0].passes
+    measured = [metric for metric in METRICS if all(_has(item, metric) for item in rounds)]
+
+    def one(arm: str, metric: str, noise: float | None) -> Difference:
+        percent, interval = _paired(rounds, arm, baseline, metric, seed)
+        return Difference(percent=percent, interval_95_percent=interval, noise_percent=noise)
+
+    noise: dict[str, float] = {}
+    if baseline == STOCK and STOCK_AGAIN in others:
+        noise = {
+            metric: _percent(
+                max(abs(_log(end)) for end in one(STOCK_AGAIN, metric, None).interval_95_percent)
+            )
+            for metric in measured
+        }
+    return {
+        arm: {
+            metric: one(arm, metric, None if arm == STOCK_AGAIN else noise.get(metric))
+            for metric in measured
+        }
+        for arm in others
+    }
+
+
+def _has(item: Round, metric: str) -> bool:
+    return all(made.metrics[metric] > 0 for made in item.passes.values())
+
+
+def statement(what: str, metric: str, difference: Difference, num_rounds: int) -> str:
+    """Return a difference in words.
+
+    Args:
+        what: Whose it is, such as ``capture``.
+        metric: Of `METRICS`.
+        difference: The difference.
+        num_rounds: Of how many rounds.
+    """
+    low, high = difference.claim_percent
+    text = (
+        f"{what} changes the {METRICS[metric]} by {difference.percent:+.2f}% "
+        f"(95% interval {low:+.2f}% to {high:+.2f}%, {num_rounds} paired rounds)"
+    )
+    if difference.noise_percent is not None:
+        text += f"; noise of the run ±{difference.noise_percent:.2f}%"
+    if not difference.distinguishable:
+        text += ": not distinguishable from zero"
+    return text
+
+
+def agreement(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Count equal outputs between each arm and the first, and within arms between rounds.
+
+    The second is the measure of the first: a batch's make-up alone can change a token.
+    """
+    baseline, *others = rounds[0].passes
+    between = {
+        arm: _equal([(item.passes[baseline], item.passes[arm]) for item in rounds])
+        for arm in others
+    }
+    pairs = itertools.pairwise(rounds)
+    within = [
+        (one.passes[name], other.passes[name])
+        for one, other in pairs
+        for name in (baseline, *others)
+    ]
+    return {"between_arms": between, "within_arm": _equal(within)}
+
+
+def _equal(pairs: Sequence[tuple[Pass, Pass]]) -> dict[str, int]:
+    outputs = [
+        (a, b)
+        for one, other in pairs
+        for a, b in zip(one.token_ids, other.token_ids, strict=True)
+        if a is not None and b is not None
+    ]
+    return {"same": sum(a == b for a, b in outputs), "compared": len(outputs)}
+
+
+def means(passes: Sequence[Pass]) -> Mapping[str, float]:
+    """Return the mean of every metric over an arm's passes."""
+    return {metric: float(np.mean([made.metrics[metric] for made in passes])) for metric in METRICS}

@@ -1,0 +1,237 @@
+"""Where the arms run: side by side, or one after the other where memory is short."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from moescope import servers
+from moescope.errors import CommandError
+from moescope.overhead.arms import ROUTED_EXPERTS, Arm, Model
+from moescope.run_dir import RunDir
+
+Placement = Literal["auto", "together", "in-turn"]
+_MARGIN = 1.2
+"""An arm may need this much more memory than the first took."""
+_WANTS_V2 = "Model Runner V2"
+"""Words of vLLM 0.32.0's refusal, ``vllm/config/vllm.py``."""
+
+
+def available_memory() -> dict[str, int]:
+    """Return the free memory of this machine and of its NVIDIA GPUs, in bytes."""
+    free = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free["host"] = int(line.split()[1]) * 1024
+    if shutil.which("nvidia-smi"):
+        query = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+        for number, line in enumerate(done.stdout.splitlines()):
+            if line.strip().isdigit():
+                free[f"gpu {number}"] = int(line) * 2**20
+    return free
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Running:
+    """Arms that are all up."""
+
+    urls: Mapping[str, str]
+    """By arm."""
+    stays_up: ClassVar[bool] = True
+    """A server is the same from one visit to the next."""
+
+    @contextlib.contextmanager
+    def visit(self, name: str) -> Iterator[str]:
+        """Give an arm's address."""
+        yield self.urls[name]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InTurn:
+    """Arms of which one is up at a time: every visit starts a server and ends it."""
+
+    launcher: Launcher
+    arms: Mapping[str, Arm]
+    """By name."""
+    stays_up: ClassVar[bool] = False
+
+    @contextlib.contextmanager
+    def visit(self, name: str) -> Iterator[str]:
+        """Start an arm, where it is not one that runs; give its address.
+
+        Raises:
+            CommandError: It does not start.
+        """
+        arm = self.arms[name]
+        if arm.url:
+            yield arm.url
+            return
+        with self.launcher.server(arm) as server:
+            servers.wait_ready((server,), self.launcher.timeout_s)
+            yield server.url
+
+
+Host = Running | InTurn
+"""Gives the arms' addresses, each for the time of a visit."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """How servers are started."""
+
+    model: Model
+    run_dir: RunDir
+    timeout_s: float
+    """Seconds to wait until a server is ready."""
+    tell: Callable[[str], object]
+    """Says what happens."""
+    free_memory: Callable[[], dict[str, int]] = available_memory
+    env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
+
+    def server(self, arm: Arm) -> servers.Server:
+        """Return the server of an arm, on a free port, not yet started."""
+        (port,) = servers.free_ports(1)
+        return servers.Server(
+            arm.name,
+            arm.command_line(self.model, port),
+            f"http://127.0.0.1:{port}",
+            self.run_dir.server_log(arm.name),
+            arm.environment(self.env),
+        )
+
+    def commands(self, arms: Sequence[Arm]) -> dict[str, str]:
+        """Return by arm its address, or its command line as one types it in this directory."""
+        here = Path.cwd()
+        path = Path(self.model.path)
+        model = (
+            dataclasses.replace(self.model, path=str(path.relative_to(here)))
+            if path.is_relative_to(here)
+            else self.model
+        )
+        return {
+            arm.name: arm.url
+            or arm.command
+            or shlex.join(["python", *arm.command_line(model, 0)[1:-1]]) + " {port}"
+            for arm in arms
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hosted:
+    """Arms that can be measured."""
+
+    host: Host
+    names: list[str]
+    """Arms in the order given, without those refused."""
+    refused: dict[str, str]
+    """Why others are not among them."""
+
+
+@contextlib.contextmanager
+def hosted(launcher: Launcher, arms: Sequence[Arm], placement: Placement) -> Iterator[Hosted]:
+    """Start the arms, or make ready to start them in turn; end them afterwards.
+
+    ``auto`` starts the first, and the others beside it if the memory that it took is there for each
+    of them.
+
+    Raises:
+        CommandError: The first arm does not start, or no other does.
+    """
+    with contextlib.ExitStack() as stack:
+        started: dict[str, servers.Server] = {}
+        together = placement != "in-turn"
+        if placement == "auto":
+            together = _first_fits(launcher, arms, stack, started)
+        if not together:
+            stack.close()
+            by_name = {arm.name: arm for arm in arms}
+            yield Hosted(InTurn(launcher, by_name), list(by_name), {})
+            return
+        urls, refused = _start(launcher, arms, stack, started)
+        if len(urls) < 2:
+            raise CommandError("; ".join(refused.values()))
+        yield Hosted(Running(urls), list(urls), refused)
+
+
+def _first_fits(
+    launcher: Launcher,
+    arms: Sequence[Arm],
+    stack: contextlib.ExitStack,
+    started: dict[str, servers.Server],
+) -> bool:
+    """Start the first arm that needs starting; return whether the others fit beside it."""
+    to_start = [arm for arm in arms if not arm.url]
+    if len(to_start) < 2:
+        return True
+    first, *more = to_start
+    launcher.tell(f"starting {first.name}, to see what memory it takes")
+    before = launcher.free_memory()
+    started[first.name] = stack.enter_context(launcher.server(first))
+    servers.wait_ready((started[first.name],), launcher.timeout_s)
+    if fits(before, launcher.free_memory(), len(more)):
+        return True
+    launcher.tell("memory is short: the arms run in turn, started anew in every round")
+    return False
+
+
+def _start(
+    launcher: Launcher,
+    arms: Sequence[Arm],
+    stack: contextlib.ExitStack,
+    started: dict[str, servers.Server],
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Start arms at once; return the addresses, and why some did not start: never the first."""
+    to_start = [arm for arm in arms if not arm.url and arm.name not in started]
+    if to_start:
+        names = ", ".join(arm.name for arm in to_start)
+        launcher.tell(f"starting {names}; this takes a minute or two")
+    started |= {arm.name: stack.enter_context(launcher.server(arm)) for arm in to_start}
+    urls, refused = {}, {}
+    for arm in arms:
+        if arm.url:
+            urls[arm.name] = arm.url
+            continue
+        server = started[arm.name]
+        try:
+            servers.wait_ready((server,), launcher.timeout_s)
+        except CommandError as error:
+            if arm is arms[0]:
+                raise
+            server.stop()
+            refused[arm.name] = refusal(arm.name, error, server.log)
+            launcher.tell(f"left out: {refused[arm.name]}")
+        else:
+            urls[arm.name] = server.url
+    return urls, refused
+
+
+def refusal(name: str, error: CommandError, log: Path) -> str:
+    """Return why an arm did not start."""
+    if name == ROUTED_EXPERTS and _WANTS_V2 in log.read_text(errors="replace"):
+        return (
+            f"{name}: vLLM refuses --enable-return-routed-experts, since it needs the V2 model "
+            "runner: the CPU has none, on a GPU set VLLM_USE_V2_MODEL_RUNNER=1"
+        )
+    return f"{name}: {error}"
+
+
+def fits(before: Mapping[str, int], after: Mapping[str, int], more: int) -> bool:
+    """Return whether as much memory as the first server took is there for more of them.
+
+    Args:
+        before: Free memory before it was started, in bytes.
+        after: Free memory now.
+        more: How many more.
+    """
+    return all(
+        after[name] >= _MARGIN * more * max(0, before[name] - after[name])
+        for name in before.keys() & after.keys()
+    )
