@@ -4,9 +4,10 @@ A *row* here is one token in one layer. A server that computes in bfloat16 or fl
 logits than the reference, off by the roundings of all layers before; where two experts are as good
 as equal it may then select the other one. How much that is in each layer is measured, not guessed:
 it is the largest difference of any logit between the reference and HF transformers in the server's
-dtype. A row is a *near-tie* if, by the reference's logits, every expert that only the server selected is within `TIE_FACTOR` times that of
-every expert that only the reference selected. Any other difference is a mismatch, also where two
-*groups* of experts are as good as equal, and a near-tie is never counted as equal.
+dtype. A row is a *near-tie* if, by the reference's logits, every expert that only the server
+selected is within `TIE_FACTOR` times that of every expert that only the reference selected. Any
+other difference is a mismatch, also where two *groups* of experts are as good as equal, and a
+near-tie is never counted as equal.
 """
 
 from __future__ import annotations
