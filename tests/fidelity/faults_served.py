@@ -26,7 +26,7 @@ from tests.e2e.fidelity import SENTENCE, reference
 
 from . import fault_plugin
 
-CHANCES = {"rows_lost": 0.02, "given_up": 0.002, "delay": 0.05}
+CHANCES = {"rows_lost": 0.003, "given_up": 0.0005, "delay": 0.05}
 """Of each fault, a message."""
 CONCURRENCY = 8
 KV_BLOCKS = 80
@@ -226,7 +226,7 @@ def run(num_requests: int, seed: int, *, kill_every_s: float = 11.0) -> dict[str
     with tempfile.TemporaryDirectory() as name, faulty_server(Path(name), seed, CHANCES) as server:
         load = Load(server, num_requests, seed)
         started_s = time.perf_counter()
-        outcome = asyncio.run(load.run(kill_every_s=kill_every_s, pause_every_s=2.5))
+        outcome = asyncio.run(load.run(kill_every_s=kill_every_s, pause_every_s=8.0))
         served_s = time.perf_counter() - started_s
     judged = judge(outcome.traces)
     zeros = dict.fromkeys(["complete_and_wrong", "wrong_rows", "near_ties"], 0)
