@@ -93,10 +93,11 @@ class Tally:
     Args:
         situation: What the requests went through.
         model: A model in float64; `reference_model` where None.
+        layout: The workers.
     """
 
-    def __init__(self, situation: str, model: Any = None) -> None:
-        self._situation, self._model = situation, model
+    def __init__(self, situation: str, model: Any = None, *, layout: str = "1 worker") -> None:
+        self._situation, self._model, self._layout = situation, model, layout
         self._traces: list[RouteTrace] = []
         self.rows = self.missing = 0
         """(Row, layer) pairs, and those of them that are missing."""
@@ -127,6 +128,7 @@ class Tally:
                 equal,
                 self.missing,
                 largest_weight_error=max(errors),
+                layout=self._layout,
                 machine=machine,
             )
         )

@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 with warnings.catch_warnings():  # torch's and transformers' own, at their import
@@ -49,22 +52,40 @@ def traced(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     compiled = {"out": str(out / "compiled.npz"), "options": {}}
     jobs.append({"model": jobs[0]["model"], **compiled})
+    run_jobs(jobs, out)
+    return out
+
+
+def run_jobs(jobs: list[dict[str, Any]], out: Path, env: Mapping[str, str] | None = None) -> None:
+    """Run jobs of `tests.fidelity.run_offline` in a process of their own.
+
+    Args:
+        jobs: The jobs.
+        out: Where its log goes.
+        env: Further variables.
+    """
     (out / "jobs.json").write_text(json.dumps(jobs))
-    env = {
+    variables = {
         **os.environ,
         "MOESCOPE_ENABLE": "1",
         "MOESCOPE_ROUTES_WEIGHTS_DTYPE": "float32",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        **(env or {}),
     }
     with (out / "log").open("w") as log:
         done = subprocess.run(
             [sys.executable, "-m", "tests.fidelity.run_offline", str(out / "jobs.json")],
-            env=env,
+            env=variables,
             stdout=log,
             stderr=subprocess.STDOUT,
             timeout=TIMEOUT_S,
             check=False,
         )
     assert done.returncode == 0, (out / "log").read_text()[-4000:]
-    return out
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of the test's own, the same in every run."""
+    return np.random.default_rng(list(request.node.name.encode()))

@@ -25,7 +25,13 @@ def load(out: Path) -> list[RouteTrace]:
     return formats.load_npz(out.read_bytes())
 
 
-def compare(traces: list[RouteTrace], reference: Reference, scheme: Scheme, situation: str) -> None:
+def compare(
+    traces: list[RouteTrace],
+    reference: Reference,
+    scheme: Scheme,
+    situation: str,
+    layout: str = "1 worker",
+) -> None:
     """Compare all rows, record the cell, and then demand that all are equal."""
     rows = equal = missing = 0
     largest_error = 0.0
@@ -41,7 +47,7 @@ def compare(traces: list[RouteTrace], reference: Reference, scheme: Scheme, situ
         equal += int(is_equal.sum())
         missing += int((~trace.present).sum()) * trace.num_layers
         largest_error = max(largest_error, float(errors[is_equal].max(initial=0.0)))
-    record(Cell(scheme.name, situation, rows, equal, missing, largest_error))
+    record(Cell(scheme.name, situation, rows, equal, missing, largest_error, layout))
     assert (equal, missing) == (rows, 0)
     assert largest_error <= WEIGHT_TOLERANCE
 

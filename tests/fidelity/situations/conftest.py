@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from tests.fidelity.situations.served import Served, serve
@@ -17,9 +16,3 @@ def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]
     flags = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with serve(log, *flags) as served:
         yield served
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Random numbers of the test's own, the same in every run."""
-    return np.random.default_rng(list(request.node.name.encode()))

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ BUDGET = 64
 # The engine tells each step's rows in the log, which is how situations are proved to have occurred.
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
 FLAGS = (
-    *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
+    *("--served-model-name", MODEL, "--dtype", "float32"),
     *("--max-model-len", "1024", "--max-num-batched-tokens", str(BUDGET), "--max-num-seqs", "8"),
     *("--block-size", str(BLOCK), "--host", "127.0.0.1", "--routes-weights-dtype", "float32"),
     *("--enable-prompt-tokens-details", "--enable-request-id-headers"),
@@ -131,12 +131,15 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEAD
 
 
 @contextlib.contextmanager
-def serve(log: Path, *flags: str) -> Iterator[Served]:
+def serve(
+    log: Path, *flags: str, eager: bool = True, env: Mapping[str, str] | None = None
+) -> Iterator[Served]:
     """Serve the bundled model in float32 with moescope, and further flags."""
     port = free_port()
-    command = captured_command([str(bundled_model.path()), *FLAGS, *flags, "--port", str(port)])
+    flags = (*FLAGS, *flags, *(["--enforce-eager"] if eager else []), "--port", str(port))
+    command = captured_command([str(bundled_model.path()), *flags])
     url = f"http://127.0.0.1:{port}"
-    with Server(log.stem, command, url, log, {**os.environ, **ENV}) as server:
+    with Server(log.stem, command, url, log, {**os.environ, **ENV, **(env or {})}) as server:
         wait_ready([server], START_TIMEOUT_S)
         with (
             Client(url) as client,
