@@ -287,3 +287,17 @@ def test_two_sinks_do_not_mix(hooked):
     other_model(torch.randn(2, 8))
     assert sink.take(2) == "hook_missed"
     assert other.take(2).topk_weights.dtype == np.float32
+
+
+def test_a_graph_of_an_earlier_worker_writes_for_the_one_that_runs(hooked):
+    """vLLM's compile cache hands a graph to any worker of the same configuration."""
+    model, first, _ = hooked
+    run = torch.compile(model, backend="eager", dynamic=True)
+    first.start_step()
+    run(torch.randn(3, 8))
+    kept = first.take(3).topk_ids.copy()
+    second = make_sink()
+    second.start_step()
+    run(torch.randn(5, 8))
+    assert len(second.take(5).topk_ids) == 5
+    np.testing.assert_array_equal(first.take(3).topk_ids, kept)

@@ -7,6 +7,8 @@ every step, eager and compiled.
 
 from __future__ import annotations
 
+import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -15,25 +17,32 @@ import torch
 
 from moescope_service.capture.rows import StepRows
 
-_sinks: list[CpuSink] = []
-"""By the number that is compiled into the graph. The op has no other way to find its sink."""
+_running = threading.local()
+"""``sink``: whose step runs in this thread.
+
+The op has no other way to find it. A number in the graph would be an earlier sink's where vLLM's
+compile cache hands the graph to another worker, as in a script with several `vllm.LLM`.
+"""
 
 _library = torch.library.Library("moescope", "FRAGMENT")
 
 
 def _record_routing(
-    topk_ids: torch.Tensor, topk_weights: torch.Tensor, sink: int, column: int
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor, column: int
 ) -> torch.Tensor:
-    _sinks[sink].write(column, topk_ids, topk_weights)
+    sink: CpuSink | None = getattr(_running, "sink", None)
+    if sink is not None:  # none: the warm-up
+        sink.write(column, topk_ids, topk_weights)
     return topk_ids.clone()
 
 
 def _fake_record_routing(
-    topk_ids: torch.Tensor, topk_weights: torch.Tensor, sink: int, column: int
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor, column: int
 ) -> torch.Tensor:
     return torch.empty_like(topk_ids)
 
 
+@functools.cache
 def _register_op() -> None:
     from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -68,8 +77,7 @@ class CpuSink:
         id_dtype: npt.DTypeLike,
         weights_dtype: npt.DTypeLike,
     ) -> None:
-        if not _sinks:
-            _register_op()
+        _register_op()
         self._positions = positions.numpy()
         shape = (len(positions), num_layers, top_k)
         self._topk_ids = np.zeros(shape, id_dtype)
@@ -77,8 +85,6 @@ class CpuSink:
         self._id_columns = torch.from_numpy(self._topk_ids).unbind(1)
         self._weight_columns = torch.from_numpy(self._topk_weights).unbind(1)
         self._rows = [0] * num_layers
-        self._number = len(_sinks)
-        _sinks.append(self)
 
     def hook(self, column: int, router: Any) -> None:
         """Let a router hand over its results; see `moescope_service.capture.rows.StepSink`.
@@ -86,7 +92,6 @@ class CpuSink:
         Call it after the weights are loaded and before the model is compiled or warmed up.
         """
         compute_routing = router._compute_routing
-        number = self._number
 
         def compute_and_record(
             hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
@@ -94,7 +99,7 @@ class CpuSink:
             topk_weights, topk_ids = compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
-            ids = torch.ops.moescope.record_routing(topk_ids, topk_weights, number, column)
+            ids = torch.ops.moescope.record_routing(topk_ids, topk_weights, column)
             return topk_weights, ids
 
         router._compute_routing = compute_and_record
@@ -108,7 +113,8 @@ class CpuSink:
         self._rows[column] = -1 if self._rows[column] else num_tokens
 
     def start_step(self) -> None:
-        """Forget earlier writes."""
+        """Forget earlier writes; the layers that run in this thread from here on write here."""
+        _running.sink = self
         self._rows = [0] * len(self._rows)
 
     def take(self, num_rows: int) -> StepRows | str:
