@@ -184,3 +184,30 @@ except RuntimeError as error:
 """
     done = run_script(code, bundled_model.path())
     assert "REFUSED no routes of this LLM are captured: set MOESCOPE_ENABLE=1" in done.stdout
+
+
+def test_a_model_that_calls_its_kernels_itself_is_refused(tmp_path: Path) -> None:
+    """MiniCPM with experts; its weights do not matter, so vLLM makes them up."""
+    config = json.loads((bundled_model.path() / "config.json").read_text())
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id")
+    config = {
+        **{name: config[name] for name in kept if name in config},
+        "architectures": ["MiniCPMForCausalLM"],
+        "model_type": "llama",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "scale_emb": 1.0,
+        "scale_depth": 1.0,
+        "dim_model_base": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = REFUSED.replace(
+        "sys.argv[1]", "sys.argv[1], skip_tokenizer_init=True, load_format='dummy'"
+    )
+    done = run_script(code, tmp_path, MOESCOPE_ENABLE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert "MiniCPMForCausalLM has no mixture-of-experts layer that vLLM routes" in done.stdout, (
+        done.stdout + done.stderr
+    )

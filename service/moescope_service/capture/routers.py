@@ -55,8 +55,8 @@ def find_routed_layers(model: Any) -> list[RoutedLayer]:
     layers = sorted((check_runner(runner) for runner in runners), key=lambda found: found.layer)
     if not layers:
         raise RefusedError(
-            f"{type(model).__name__} has no mixture-of-experts layer that vLLM routes: "
-            "there is nothing to capture; serve it with vLLM itself"
+            f"{type(model).__name__} has no mixture-of-experts layer that vLLM routes; a model "
+            "that calls its experts' kernels itself cannot be captured: serve it with vLLM itself"
         )
     shapes = {(found.router.top_k, found.router.global_num_experts) for found in layers}
     if len(shapes) > 1:
