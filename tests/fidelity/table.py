@@ -19,6 +19,23 @@ in float64, by the scheme's published formula, unless the cell says otherwise. M
 random and in float32. *Equal*: the same set of experts. *Missing*: marked as missing in the trace.
 """
 
+NOTES = """
+## Notes
+
+* Weights are what vLLM's router returns: without `routed_scaling_factor` for DeepSeek and GLM-4,
+  where vLLM scales the experts' sum, with `route_scale` for AFMoE; Llama 4's multiply the experts'
+  inputs.
+* DeepSeek's models run with PyTorch's rotary embedding: the kernel of vLLM 0.32.0 for the CPU is
+  wrong for queries of the shape that their attention hands it. Their prefixes are not cached there.
+* Of Phi-3.5-MoE one layer is compared: on the CPU vLLM 0.32.0 computes NaN behind it, for reasons
+  of its own; the routes of those layers are the ones that its router chose.
+* vLLM's CPU router leaves out the selection bias of Ernie 4.5; the reference then does as well.
+* Sigmoid scores without groups (MiniMax-M2) are not served on the CPU, whose router takes softmax
+  there.
+* Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels and
+  dense models are refused at start.
+"""
+
 
 def make_table(recorded: Sequence[Recorded]) -> str:
     """Return the document. A cell that was recorded twice counts as it was recorded last."""
@@ -36,7 +53,7 @@ def make_table(recorded: Sequence[Recorded]) -> str:
             *_overview(found),
             "\n## All cells\n",
             *_details(found),
-            "",
+            NOTES,
         ]
     )
 

@@ -1,0 +1,70 @@
+"""Checkpoints of all schemes, and their traces from one process with ``vllm.LLM``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+with warnings.catch_warnings():  # torch's and transformers' own, at their import
+    warnings.simplefilter("ignore")
+    from tests.fidelity import checkpoints
+from tests.fidelity.schemes import SCHEMES, UNSERVED, Scheme
+
+TIMEOUT_S = 1500
+
+
+ALL = (*SCHEMES, UNSERVED)
+
+
+def place(directory: Path, scheme: Scheme) -> Path:
+    return directory / str(ALL.index(scheme))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the checkpoint of every scheme; see `place`."""
+    directory = tmp_path_factory.mktemp("models")
+    for scheme in ALL:
+        checkpoints.make(scheme, place(directory, scheme))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def traced(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the traces of every scheme's model, or the error; and a compiled run."""
+    out = tmp_path_factory.mktemp("traces")
+    jobs = [
+        {
+            "model": str(place(models, scheme)),
+            "out": f"{place(out, scheme)}.npz",
+            "options": {"enforce_eager": True, **scheme.llm_options},
+        }
+        for scheme in ALL
+    ]
+    compiled = {"out": str(out / "compiled.npz"), "options": {}}
+    jobs.append({"model": jobs[0]["model"], **compiled})
+    (out / "jobs.json").write_text(json.dumps(jobs))
+    env = {
+        **os.environ,
+        "MOESCOPE_ENABLE": "1",
+        "MOESCOPE_ROUTES_WEIGHTS_DTYPE": "float32",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    with (out / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.fidelity.run_offline", str(out / "jobs.json")],
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    assert done.returncode == 0, (out / "log").read_text()[-4000:]
+    return out
