@@ -26,12 +26,18 @@ NOTES = """
   where vLLM scales the experts' sum, with `route_scale` for AFMoE; Llama 4's multiply the experts'
   inputs.
 * DeepSeek's models run with PyTorch's rotary embedding: the kernel of vLLM 0.32.0 for the CPU is
-  wrong for queries of the shape that their attention hands it.
+  wrong for queries of the shape that their attention hands it. Their prefixes are not cached there.
+* Of Phi-3.5-MoE one layer is compared: on the CPU vLLM 0.32.0 computes NaN behind it, for reasons
+  of its own; the routes of those layers are the ones that its router chose.
 * vLLM's CPU router leaves out the selection bias of Ernie 4.5; the reference then does as well.
 * Sigmoid scores without groups (MiniMax-M2) are not served on the CPU, whose router takes softmax
   there.
 * Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels and
   dense models are refused at start.
+* LoRA: vLLM's CPU build serves no MoE model with it (it takes Triton kernels that are not there).
+  Asynchronous scheduling: the CPU build switches it off. Both are compared where there is a GPU.
+* Ranks: data parallelism fails in the MoE layers of the CPU build, which has no all-to-all
+  communication. With a GPU it, expert parallelism and their load balancer were not run.
 """
 
 
