@@ -39,7 +39,7 @@ setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
 demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 5 minutes
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
 
-test: test-unit test-contract test-kernels test-e2e ## Run every test: about 7 minutes
+test: test-unit test-contract test-kernels test-e2e test-fidelity ## Run every test: about 20 minutes
 
 test-unit: setup-light ## Unit tests, with the light base alone
 	$(LIGHT)/bin/python -m pytest tests/unit
@@ -52,6 +52,9 @@ test-kernels: setup ## GPU kernels, interpreted where there is no GPU; what need
 
 test-e2e: setup ## Real vLLM servers on the CPU, and Prometheus on one of them
 	$(BIN)/python -m pytest tests/e2e tests/dashboards
+
+test-fidelity: setup ## Every row against HF transformers: schemes, situations, ranks
+	$(BIN)/python -m pytest tests/fidelity
 
 fidelity: setup ## Compare routes with HF transformers', scheme by scheme, and write the table
 	mkdir -p $(FIDELITY_DIR)
