@@ -68,6 +68,8 @@ class ServerInfo(_Record):
     """The engine's seed."""
     versions: dict[str, str]
     """Versions of moescope, vLLM and torch."""
+    mode: str
+    """``routes``, or ``counts`` where the server keeps no routes."""
     capture: str
     """``on`` or ``paused``."""
     routes_default: str

@@ -81,6 +81,11 @@ def install(engine_class: Any) -> None:
 
     @functools.wraps(init)
     def init_and_capture(self: Any, *args: Any, **kwargs: Any) -> None:
+        if Settings.from_env().mode == "counts":
+            raise RefusedError(
+                "MOESCOPE_ROUTES_MODE is counts, which a script has no server to ask for: leave it "
+                "out, and add up the traces' counts()"
+            )
         runtime.ensure_collector()
         try:
             init(self, *args, **kwargs)

@@ -96,6 +96,12 @@ def _setting(
 class Settings:
     """What can be set. Source of the flags, the variables and their documentation."""
 
+    mode: str = _setting(
+        "routes",
+        _choice("routes", "counts"),
+        "routes|counts",
+        "counts: only counts of experts leave the workers; no routes are kept.",
+    )
     memory: int = _setting(
         "1GiB", parse_size, "SIZE", "Memory for finished traces; the oldest make room."
     )
@@ -160,6 +166,11 @@ class Settings:
                     values[field.name] = field.metadata["parse"](env[name])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
+        if values.get("mode") == "counts" and values.get("log"):
+            raise ValueError(
+                f"{variable('mode')} is counts: there are no routes to log; leave "
+                f"{variable('log')} ({LOG_ALIAS}) out"
+            )
         return cls(**values)
 
 

@@ -12,6 +12,8 @@ import torch
 
 from moescope_service.capture import kernels
 from moescope_service.capture.buffers import copy_routing
+from moescope_service.capture.counts_cuda import CudaCounts
+from moescope_service.histogram import count_selections
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -132,7 +134,55 @@ def test_an_id_that_is_no_expert_has_no_position():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("num_experts", [60, 512])
+def test_rows_are_counted(num_experts):
+    num_layers, top_k, start, num_rows = 5, 4, 30, 61
+    buffers = Buffers(num_layers, top_k, num_experts, torch.uint16, torch.float16)
+    ids = buffers.ids.clone()
+    buffers.ids[2, start + 7, 1] = -1  # a layer did not write this row
+    counts = torch.zeros(2 * num_layers * num_experts + 1, dtype=torch.int64, device=DEVICE)
+    constants = kernels.pack_blocks(num_layers, top_k)
+    for phase in (1, 1, 0):  # the second time nobody has written
+        kernels.count_rows[(-(-num_rows // constants["BLOCK_ROWS"]),)](
+            buffers.ids, counts, start, num_rows, 128 * top_k, num_experts, phase, **constants
+        )
+    kept = [row for row in range(start, start + num_rows) if row != start + 7]
+    want = count_selections(
+        ids[:, kept].transpose(0, 1).cpu().numpy(), np.ones(len(kept), np.bool_), num_experts
+    )
+    np.testing.assert_array_equal(counts[:-1].cpu().numpy().reshape(want.shape), want)
+    assert int(counts[-1]) == 1 + 2 * num_rows
+    assert (buffers.ids[:, start : start + num_rows] == -1).all()
+    assert (buffers.ids[:, :start] == ids[:, :start]).all()
+
+
+def test_counts_of_the_gpu_are_those_of_its_buffers():
+    counts = CudaCounts(
+        positions=torch.zeros(64, dtype=torch.int64, device=DEVICE), num_layers=3, top_k=2,
+        num_experts=8, index_dtype=torch.int32,
+    )  # fmt: skip
+    ids = torch.randint(0, 8, (3, 64, 2), dtype=torch.int32, device=DEVICE)
+    counts.buffers.topk_ids.copy_(ids)
+    counts.count(np.array([0, 2, 20], np.int32), np.array([True, False]))
+    by_row = np.repeat([True, False], [2, 18])
+    want = count_selections(ids[:, :20].transpose(0, 1).cpu().numpy(), by_row, 8)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    np.testing.assert_array_equal(counts.totals().selections, want)
+    counts.buffers.topk_ids.copy_(ids)
+    counts.skip(5)
+    counts.count(np.array([0, 5], np.int32), np.array([True]))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    np.testing.assert_array_equal(counts.totals().selections, want)
+    assert counts.totals().rows_missed == 5
+
+
 SIGNATURES = {
+    "count_rows": (
+        ["*i32", "*i64", "i32", "i32", "i32", "i32", "i32"],
+        kernels.pack_blocks(24, 4),
+    ),
     "pack_rows": (
         ["*i32", "*fp32", "*i64", "*u8", "*fp16", "*i32", "i32", "i32", "i32", "i32"],
         kernels.pack_blocks(24, 4),

@@ -74,6 +74,7 @@ INFO = {
     "versions": {"moescope": "0.1.0", "vllm": "0.32.0", "torch": "2.13.0"},
     "capture": "on",
     "routes_default": "on",
+    "mode": "routes",
     "routes_sample": 1.0,
     "token_ids": True,
     "store": {"limit_bytes": 100, "bytes": 10, "traces": 1, "evicted": 0},

@@ -17,7 +17,7 @@ from moescope_service.api.routes import (
     MAX_WAIT_S,
     WAIT_S,
     WEIGHTS,
-    Collector,
+    Keeper,
     ask_routes,
     layers_of,
     select,
@@ -74,7 +74,7 @@ class BatchRequest(BaseModel):
         503: {"description": "The collector process does not answer."},
     },
 )
-async def routes_batch(request: Request, wanted: BatchRequest, collector: Collector) -> Response:
+async def routes_batch(request: Request, wanted: BatchRequest, collector: Keeper) -> Response:
     """Return the traces of up to 1,024 requests, each with its status, in the order asked."""
     layers = layers_of(wanted.layers)
     replies = await _ask_all(collector, list(dict.fromkeys(wanted.request_ids)), wanted.wait_s)

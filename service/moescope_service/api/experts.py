@@ -13,8 +13,8 @@ from moescope import analysis
 from moescope_service.api.collector_client import Reply
 from moescope_service.api.responses import MoescopeRoute, encoded
 from moescope_service.api.routes import Collector
-from moescope_service.collector.counters import PHASES
 from moescope_service.collector.windows import MAX_WINDOW_S
+from moescope_service.histogram import PHASES
 from moescope_service.settings import Settings
 
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
@@ -106,6 +106,7 @@ async def info(collector: Collector) -> dict[str, Any]:
              "id_dtype", "weights_dtype", "device", "seed", "versions")  # fmt: skip
     return {
         **{name: hello[name] for name in shown},
+        "mode": settings.mode,
         "capture": values["capture"],
         "routes_default": settings.default,
         "routes_sample": settings.sample,

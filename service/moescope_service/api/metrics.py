@@ -22,9 +22,9 @@ from starlette.concurrency import run_in_threadpool
 from moescope import analysis
 from moescope.trace import Source
 from moescope_service.api.collector_client import CollectorClient, Reply
-from moescope_service.collector.counters import PHASES
 from moescope_service.collector.reassembly import CAUSES
 from moescope_service.errors import CollectorGoneError
+from moescope_service.histogram import PHASES
 from moescope_service.messages import LOST_REASONS
 from moescope_service.metric_names import METRICS
 from moescope_service.settings import Settings

@@ -51,9 +51,11 @@ class MoescopeEndpoints:
         settings = Settings.from_env()
         collector = CollectorClient(runtime.collector_address())
         hello = await self._wait_for_hello(collector)
+        state.moescope_collector = collector
+        if settings.mode == "counts":
+            return
         registration = Registration(collector, model=hello["model"], kept_share=settings.kept_share)
         registration.watch(engine_client.output_processor)
-        state.moescope_collector = collector
         state.moescope_registration = registration
 
     async def _wait_for_hello(self, collector: CollectorClient) -> dict[str, Any]:

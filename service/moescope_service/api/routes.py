@@ -14,7 +14,7 @@ from moescope_service.api.bodies import Format, make_body
 from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient, Reply
 from moescope_service.api.responses import MEDIA_TYPES, MoescopeRoute, encoded
 from moescope_service.collector.queries import FINISHING_WAIT_S
-from moescope_service.settings import parse_layers
+from moescope_service.settings import Settings, parse_layers
 
 RequestId = Annotated[str, Path(description="Any id of the request that its client saw.")]
 LAYERS = "Layers to return, such as ``0,5-7``; all by default."
@@ -37,9 +37,25 @@ def collector_of(request: Request) -> CollectorClient:
 Collector = Annotated[CollectorClient, Depends(collector_of)]
 
 
+def keeper_of(collector: Collector) -> CollectorClient:
+    """Return the app's link to the collector, where it keeps routes.
+
+    Raises:
+        HTTPException: 409, the server only counts.
+    """
+    if Settings.from_env().mode == "counts":
+        raise HTTPException(
+            409, "this server keeps no routes, only counts (--routes-mode counts): see /experts"
+        )
+    return collector
+
+
+Keeper = Annotated[CollectorClient, Depends(keeper_of)]
+
+
 @router.get("/routes", summary="Recent requests, newest first")
 async def recent(
-    collector: Collector,
+    collector: Keeper,
     limit: Annotated[int, Query(ge=1, le=1000, description="Sequences a page.")] = 50,
     before: Annotated[int | None, Query(description="``next_before`` of the last page.")] = None,
 ) -> dict[str, Any]:
@@ -78,7 +94,10 @@ async def reset(collector: Collector) -> dict[str, Any]:
         },
         202: {"description": "The request is still running."},
         404: {"description": "No request with this id was recorded."},
-        409: {"description": "The trace is incomplete, which ``npy`` cannot say."},
+        409: {
+            "description": "The trace is incomplete, which ``npy`` cannot say; or the server keeps "
+            "no routes (--routes-mode counts)."
+        },
         410: {"description": "The trace made room for newer ones (--routes-memory)."},
         422: {"description": "A parameter is malformed; the message says what is allowed."},
         501: {"description": "``arrow`` and ``parquet``: the server has no pyarrow."},
@@ -88,7 +107,7 @@ async def reset(collector: Collector) -> dict[str, Any]:
 async def routes(
     request: Request,
     request_id: RequestId,
-    collector: Collector,
+    collector: Keeper,
     form: Annotated[
         Format,
         Query(
@@ -124,7 +143,7 @@ async def routes(
 
 
 @router.delete("/routes/{request_id:path}", summary="Forget a request")
-async def forget(request_id: RequestId, collector: Collector) -> dict[str, Any]:
+async def forget(request_id: RequestId, collector: Keeper) -> dict[str, Any]:
     """Forget the traces of a request; one that is running will leave none."""
     reply = await collector.ask("delete", request_id=request_id)
     if not reply.values["deleted"]:

@@ -18,6 +18,7 @@ from moescope import formats
 from moescope_service import runtime
 from moescope_service.capture import layout_v1, layout_v2
 from moescope_service.capture.control import ControlEncoder
+from moescope_service.capture.counting import CountRecorder, CountSink
 from moescope_service.capture.ranks import Place, place_of
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.routers import RoutedLayer, find_routed_layers
@@ -65,7 +66,7 @@ class WorkerCapture:
         self._place = place
         self._layers: list[RoutedLayer] = []
         self._sink: Any = None
-        self._recorder: Recorder | None = None
+        self._recorder: Recorder | CountRecorder | None = None
         self._read_batch, self._positions = (
             (layout_v2.read_batch, layout_v2.positions)
             if worker.vllm_config.use_v2_model_runner
@@ -112,28 +113,37 @@ class WorkerCapture:
         for column, found in enumerate(self._layers):
             self._sink.hook(column, found.router)
 
-    def _make_sink(self) -> StepSink:
+    def _make_sink(self) -> StepSink | CountSink:
         first = self._layers[0]
         shape: dict[str, Any] = {
             "positions": self._positions(self._runner),
             "num_layers": len(self._layers),
             "top_k": first.router.top_k,
-            "id_dtype": self._id_dtype,
-            "weights_dtype": self._settings.weights_dtype,
             "own_rows": self._place.own_rows,
         }
+        dtypes: dict[str, Any] = {
+            "id_dtype": self._id_dtype,
+            "weights_dtype": self._settings.weights_dtype,
+        }
+        num_experts = first.router.global_num_experts
         if self._worker.device.type == "cpu":
+            from moescope_service.capture.counts_cpu import CpuCounts
             from moescope_service.capture.sink_cpu import CpuSink
 
-            return CpuSink(**shape)
+            sink = CpuSink(**shape, **dtypes)
+            return CpuCounts(sink, len(self._layers), num_experts) if self._counts_only else sink
+        shape |= {"num_experts": num_experts, "index_dtype": first.index_dtype}
+        if self._counts_only:
+            from moescope_service.capture.counts_cuda import CudaCounts
+
+            return CudaCounts(**shape)
         from moescope_service.capture.sink_cuda import CudaSink
 
-        return CudaSink(
-            **shape,
-            num_experts=first.router.global_num_experts,
-            index_dtype=first.index_dtype,
-            queue_bytes=self._settings.queue,
-        )
+        return CudaSink(**shape, **dtypes, queue_bytes=self._settings.queue)
+
+    @property
+    def _counts_only(self) -> bool:
+        return self._settings.mode == "counts"
 
     @property
     def _num_experts(self) -> int:
@@ -161,6 +171,14 @@ class WorkerCapture:
             )
 
     def _start(self, kv_cache_config: Any) -> None:
+        read_batch = functools.partial(self._read_batch, self._runner)
+        if self._counts_only:
+            # No row is kept by its KV block: any model that routes can be counted.
+            self._recorder = CountRecorder(
+                runtime.collector_address(), self._hello(1, 1), sink=self._sink,
+                read_batch=read_batch,
+            )  # fmt: skip
+            return
         with runtime.reported_refusal():
             group, block_size = full_attention_group(kv_cache_config)
         config = self._worker.vllm_config
@@ -169,7 +187,7 @@ class WorkerCapture:
             runtime.collector_address(),
             self._hello(kv_cache_config.num_blocks, block_size),
             sink=self._sink,
-            read_batch=functools.partial(self._read_batch, self._runner),
+            read_batch=read_batch,
             encoder=ControlEncoder(group, block_size, overshoot),
             max_rows_bytes=self._settings.queue,
         )

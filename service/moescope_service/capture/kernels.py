@@ -1,6 +1,7 @@
 """Triton kernels of the capture on NVIDIA GPUs.
 
-Both move routing without arithmetic: ids are narrowed to the shipped dtype, weights rounded to it.
+Two move routing without arithmetic: ids are narrowed to the shipped dtype, weights rounded to it.
+The third counts ids.
 Under ``TRITON_INTERPRET=1`` they run on the CPU, which is how they are tested there.
 """
 
@@ -116,8 +117,60 @@ def pack_rows(
     tl.store(topk_ids + source, tl.full(source.shape, -1, topk_ids.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["first_row", "num_rows", "layer_stride", "num_experts", "phase"])
+def count_rows(
+    topk_ids,
+    counts,
+    first_row,
+    num_rows,
+    layer_stride,
+    num_experts,
+    phase,
+    TOP_K: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+):
+    """Add rows of the layers' buffers to a histogram, and mark what was read.
+
+    A row whose ids are not all in ``[0, num_experts)`` is in no count but its own. What was read is
+    overwritten with -1, as by `pack_rows`.
+
+    Args:
+        topk_ids: Static buffer ``[num_layers, max_tokens, TOP_K]``, integer.
+        counts: Selections ``[2, num_layers, num_experts]``, int64, and behind them the number of
+            rows that a layer did not write.
+        first_row: First row to count.
+        num_rows: Rows to count.
+        layer_stride: ``max_tokens * TOP_K``.
+        num_experts: Ids are below it.
+        phase: 0 or 1: where in ``counts``.
+        TOP_K: Experts a token and layer.
+        ENTRIES: ``num_layers * TOP_K``.
+        BLOCK_ROWS: Rows a program counts.
+        BLOCK_ENTRIES: ``ENTRIES``, rounded up to a power of two.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    entry = tl.arange(0, BLOCK_ENTRIES)[None, :]
+    row_mask = row < num_rows
+    mask = row_mask[:, None] & (entry < ENTRIES)
+    layer = (entry // TOP_K).to(tl.int64)
+    source = layer * layer_stride + (first_row + row)[:, None] * TOP_K + entry % TOP_K
+    ids = tl.load(topk_ids + source, mask=mask, other=0)
+    is_wrong = (ids < 0) | (ids >= num_experts)
+    num_wrong = tl.sum(is_wrong.to(tl.int32), axis=1)
+    num_layers = ENTRIES // TOP_K
+    target = (phase * num_layers + layer) * num_experts + ids
+    one = tl.full(target.shape, 1, tl.int64)
+    tl.atomic_add(counts + target, one, mask=mask & (num_wrong == 0)[:, None])
+    behind = tl.full(row.shape, 2 * num_layers, tl.int64) * num_experts
+    missed = tl.full(row.shape, 1, tl.int64)
+    tl.atomic_add(counts + behind, missed, mask=row_mask & (num_wrong > 0))
+    tl.store(topk_ids + source, tl.full(source.shape, -1, topk_ids.dtype.element_ty), mask=mask)
+
+
 def pack_blocks(num_layers: int, top_k: int) -> dict[str, int]:
-    """Return the constants of `pack_rows` for a model."""
+    """Return the constants of `pack_rows` and `count_rows` for a model."""
     entries = num_layers * top_k
     block_entries = triton.next_power_of_2(entries)
     return {

@@ -18,10 +18,11 @@ from moescope_service.collector.queries import Queries
 from moescope_service.collector.reassembly import CAUSES, Reassembler, Rows
 from moescope_service.collector.routes_log import RoutesLog
 from moescope_service.collector.sequences import Sequence, Sequences
-from moescope_service.collector.stats import Stats
+from moescope_service.collector.stats import Report, Stats
 from moescope_service.collector.store import Kept, TraceStore
 from moescope_service.collector.windows import CountWindows
 from moescope_service.collector.workers import Peer, Workers
+from moescope_service.histogram import PHASES
 from moescope_service.messages import (
     Frames,
     Hello,
@@ -67,6 +68,7 @@ class Collector:
         """(peer, frames) to be sent."""
         self.is_capturing = True
         self.workers = Workers(clock)
+        self._reports: dict[Peer, Report] = {}
         self.servers: set[Peer] = set()
         """The API servers."""
         self._log = RoutesLog(settings.log, settings.log_layers) if settings.log else None
@@ -83,6 +85,8 @@ class Collector:
         match kind:
             case "steps":
                 self._on_steps(peer, values, frames)
+            case "counts":
+                self._on_counts(peer, values, frames)
             case "query":
                 self._queries.ask(peer, values)
             case "hello":
@@ -184,6 +188,19 @@ class Collector:
             rows = self.workers.end(worker, internal_id, part)
             if rows is not None:
                 self._settle(self.sequences.end(internal_id, rows))
+
+    def _on_counts(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
+        worker = self.workers.get(peer)
+        if worker is None or self.counters is None:
+            return
+        hello, is_first = worker.hello, self.workers.is_first(worker)
+        shape = (len(PHASES), len(hello.layers), hello.num_experts)
+        totals = np.frombuffer(frames[1], np.int64).reshape(shape)
+        report = Report(selections=totals, rows=totals[:, 0].sum(-1) // hello.top_k, **values)
+        new = report.since(self._reports.get(peer))
+        self._reports[peer] = report
+        self.stats.add_report(new, is_first=is_first)
+        self.counters.add_counted(new.selections, new.rows * is_first, hello.layers)
 
     def _on_alias(self, internal_ids: list[str], alias: str) -> None:
         for internal_id in internal_ids:

@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope_service.collector.reassembly import Written
-
-PHASES = ("prefill", "decode")
-"""A row's phase: ``prefill`` for tokens of the prompt, ``decode`` for generated ones."""
+from moescope_service.histogram import PHASES, count_selections
 
 
 class ExpertCounters:
@@ -28,7 +26,7 @@ class ExpertCounters:
         """Selections, ``[num_phases, num_layers, num_experts]``."""
         self.rows = np.zeros(len(PHASES), np.int64)
         """Rows, ``[num_phases]``."""
-        self._offset = {layer: column * num_experts for column, layer in enumerate(layers)}
+        self._column = {layer: column for column, layer in enumerate(layers)}
         self.reset()
 
     def add(
@@ -41,15 +39,23 @@ class ExpertCounters:
             layers: In which layers, those of one pipeline stage; None: in all.
             with_rows: Whether to count the rows too: every stage has the same ones.
         """
-        num_layers = len(self.layers)
-        offsets = np.array([self._offset[layer] for layer in layers or self.layers], np.int64)
-        flat = written.topk_ids + offsets[None, :, None]
-        flat += written.is_decode[:, None, None] * (num_layers * self.num_experts)
-        counts = np.bincount(flat.ravel(), minlength=self.totals.size)
-        self.totals += counts.reshape(self.totals.shape)
-        if with_rows:
-            decode = int(np.count_nonzero(written.is_decode))
-            self.rows += (len(written.is_decode) - decode, decode)
+        selections = count_selections(written.topk_ids, written.is_decode, self.num_experts)
+        decode = int(np.count_nonzero(written.is_decode))
+        rows = np.array([len(written.is_decode) - decode, decode]) * with_rows
+        self.add_counted(selections, rows, layers or self.layers)
+
+    def add_counted(
+        self, selections: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], layers: Sequence[int]
+    ) -> None:
+        """Add what a worker has counted itself.
+
+        Args:
+            selections: ``[num_phases, num_layers, num_experts]``, of some layers.
+            rows: ``[num_phases]``.
+            layers: Which layers.
+        """
+        self.totals[:, [self._column[layer] for layer in layers]] += selections
+        self.rows += rows
 
     def reset(self) -> None:
         """Start `since_reset` anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 
 import numpy as np
@@ -11,6 +12,36 @@ import numpy.typing as npt
 from moescope.trace import RouteTrace, Source
 from moescope_service.collector.reassembly import CAUSES
 from moescope_service.messages import Step
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a worker that counts has counted since its start; see `capture.counting`."""
+
+    selections: npt.NDArray[np.int64]
+    """``[num_phases, num_layers, num_experts]``."""
+    rows: npt.NDArray[np.int64]
+    """``[num_phases]``."""
+    steps: int
+    host_s: float
+    """Seconds on the worker's thread."""
+    lost: dict[str, int]
+    """Rows that are in no count, by reason."""
+    time_s: float
+    """Unix time, in seconds."""
+
+    def since(self, before: Report | None) -> Report:
+        """Return what came since an earlier report."""
+        if before is None:
+            return self
+        return Report(
+            selections=self.selections - before.selections,
+            rows=self.rows - before.rows,
+            steps=self.steps - before.steps,
+            host_s=self.host_s - before.host_s,
+            lost={name: rows - before.lost[name] for name, rows in self.lost.items()},
+            time_s=self.time_s,
+        )
 
 
 class Stats:
@@ -53,6 +84,14 @@ class Stats:
             self.rows_captured += rows * is_first
         else:
             self.rows_lost[step.lost] += rows
+
+    def add_report(self, new: Report, *, is_first: bool = True) -> None:
+        """Count what a worker that counts has counted anew; `is_first` as in `add_step`."""
+        self.steps += new.steps * is_first
+        self.hook_seconds += new.host_s
+        self.lag_seconds = max(0.0, time.time() - new.time_s)
+        self.rows_captured += int(new.rows.sum()) * is_first
+        self.rows_lost.update(new.lost)
 
     def add_trace(self, trace: RouteTrace, cause: npt.NDArray[np.uint8]) -> None:
         """Count one finished trace, and why its missing rows are missing."""
