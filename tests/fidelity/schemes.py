@@ -295,14 +295,15 @@ SCHEMES = (
     Scheme(
         "custom function: sparse mixer (Phi-3.5-MoE)",
         "PhimoeConfig",
-        {  # vLLM 0.32.0 computes NaN behind the first layer of these
-            "num_hidden_layers": 1,
+        {
             "num_local_experts": 16,
             "num_experts_per_tok": 2,
             "router_jitter_noise": 0.01,
+            "attention_bias": True,  # as published; vLLM has these without asking
+            "lm_head_bias": True,
         },
         "mlp.router",
-        (0,),
+        (0, 1, 2),
         16,
         2,
         lambda logits, _: sparse_mixer(logits, jitter_eps=0.01),

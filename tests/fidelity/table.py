@@ -27,8 +27,6 @@ NOTES = """
   inputs.
 * DeepSeek's models run with PyTorch's rotary embedding: the kernel of vLLM 0.32.0 for the CPU is
   wrong for queries of the shape that their attention hands it. Their prefixes are not cached there.
-* Of Phi-3.5-MoE one layer is compared: on the CPU vLLM 0.32.0 computes NaN behind it, for reasons
-  of its own; the routes of those layers are the ones that its router chose.
 * vLLM's CPU router leaves out the selection bias of Ernie 4.5; the reference then does as well.
 * Sigmoid scores without groups (MiniMax-M2) are not served on the CPU, whose router takes softmax
   there.
