@@ -37,22 +37,26 @@ def streamed(
         yield (line for line in response.iter_lines() if line)
 
 
-def aborted(served: Served, request_id: str) -> RouteTrace:
-    """Return the trace of an aborted request."""
+def aborted(served: Served, request_id: str) -> RouteTrace | None:
+    """Return the trace of a request that was left; None where it ended before anybody noticed."""
     (trace,) = served.routes(request_id)
-    assert trace.finish_reason == "abort"
-    return trace
+    return trace if trace.finish_reason == "abort" else None
 
 
 def test_aborts_in_decode(default_server: Served, rng: np.random.Generator) -> None:
-    tally = Tally("aborts in decode")
-    for number in range(3):
+    tally, found = Tally("aborts in decode"), 0
+    for number in range(30):
         with streamed(default_server, random_prompt(rng, 70), f"decode-{number}") as lines:
-            for _ in range(5 * (number + 1)):
+            for _ in range(5 * (found + 1)):
                 next(lines)
         trace = aborted(default_server, f"decode-{number}")
-        assert trace.prompt_len < trace.num_tokens < 1000
-        tally.add(trace)
+        if trace is not None:
+            found += 1
+            assert trace.prompt_len < trace.num_tokens < 1023
+            tally.add(trace)
+        if found == 3:
+            break
+    assert found == 3, "requests ended before they could be aborted"
     tally.record()
 
 
@@ -66,6 +70,8 @@ def test_aborts_in_prefill(default_server: Served, rng: np.random.Generator) -> 
         with streamed(default_server, random_prompt(rng, 1000), name):
             wait_until(lambda name=name: default_server.spans(name), "the first chunk")
         trace = aborted(default_server, name)
+        if trace is None:
+            continue
         routed = int(trace.present.sum())
         assert trace.present[:routed].all(), "there is a hole"
         found += 0 < routed < 999
@@ -103,17 +109,22 @@ def missing_rows(served: Served) -> dict[str, float]:
 
 def test_aborts_in_the_queue(default_server: Served, rng: np.random.Generator) -> None:
     """A request that was never scheduled has a trace without a row."""
-    # As many samples as the engine runs at once.
-    with streamed(default_server, random_prompt(rng, 9), "busy", n=8, temperature=1) as lines:
-        next(lines)
-        with streamed(default_server, random_prompt(rng, 50), "queued"):
-            wait_until(
-                lambda: default_server.metric("vllm:num_requests_waiting"), "it waits its turn"
-            )
-        trace = aborted(default_server, "queued")
-    assert not default_server.spans("queued")
+    for number in range(10):
+        busy, queued = f"busy-{number}", f"queued-{number}"
+        # As many samples as the engine runs at once.
+        with streamed(default_server, random_prompt(rng, 9), busy, n=8, temperature=1) as lines:
+            next(lines)
+            with streamed(default_server, random_prompt(rng, 50), queued):
+                wait_until(
+                    lambda: default_server.metric("vllm:num_requests_waiting"), "it waits its turn"
+                )
+            trace = aborted(default_server, queued)
+        assert len(default_server.routes(busy)) == 8  # they end before what comes next
+        if trace is not None and not default_server.spans(queued):
+            break
+    assert trace is not None, "every request ended before it could be aborted"
+    assert not default_server.spans(queued)
     assert (trace.num_tokens, trace.coverage, trace.complete) == (50, 0.0, False)
-    assert len(default_server.routes("busy")) == 8  # they end before the next test
 
 
 def test_opting_out_spoils_no_other_trace(default_server: Served, rng: np.random.Generator) -> None:
