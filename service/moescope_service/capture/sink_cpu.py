@@ -81,6 +81,7 @@ class CpuSink:
         own_rows: OwnRows | None = None,
     ) -> None:
         _register_op()
+        _running.sink = None  # an earlier worker's, whose steps this one's warm-up are not
         self._own_rows = own_rows
         self._positions = positions.numpy()
         shape = (len(positions), num_layers, top_k)
