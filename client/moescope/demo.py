@@ -10,7 +10,6 @@ from rich.console import Console
 from moescope import _service, datasets, plot, prompts, replay, report, steps
 from moescope.errors import CommandError
 from moescope.overhead.arms import DEFAULT, MOESCOPE, parse_all
-from moescope.overhead.rounds import Options
 from moescope.run_dir import RunDir
 
 _FLAGS = ("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048")
@@ -88,7 +87,7 @@ def _run_steps(
         run_dir,
         questions,
         ready,
-        options=Options(model=_service.DEMO_MODEL),
+        options=options,
         rounds=rounds,
         api_key=key,
         console=console,

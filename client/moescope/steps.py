@@ -17,7 +17,7 @@ from moescope.errors import CommandError
 from moescope.overhead import hosting, table, timing
 from moescope.overhead.arms import Arm, Model
 from moescope.overhead.hosting import Hosted, Launcher, Placement
-from moescope.overhead.rounds import Options
+from moescope.replay import Options
 from moescope.run_dir import RunDir
 
 

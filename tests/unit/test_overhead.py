@@ -14,7 +14,8 @@ from stream_server import DONE, chunk, delta, serving, usage
 from moescope import CommandError
 from moescope.overhead import arms, comparison, hosting, plot, rounds, table, timing
 from moescope.overhead.arms import MOESCOPE, STOCK, STOCK_AGAIN, Arm
-from moescope.overhead.rounds import Options, Pass, Round
+from moescope.overhead.rounds import Pass, Round
+from moescope.replay import Options
 from moescope.run_dir import RunDir
 
 OPTIONS = Options(model="demo", concurrency=1)
@@ -391,17 +392,21 @@ def check(name, transport):
 def test_arms_are_what_they_must_be():
     plain, captured = server({}), server({"GET /moescope/info": INFO})
     paused = server({"GET /moescope/info": {**INFO, "capture": "paused"}})
+    counting = server({"GET /moescope/info": {**INFO, "mode": "counts"}})
     down = httpx.MockTransport(lambda _: httpx.Response(503, json={"detail": "collector"}))
     assert check("stock", plain) is None
     assert check("anything", plain) is None
     assert check("moescope", captured).model == "demo"
     assert check("anything", paused).capture == "paused"
+    assert check("counts", counting).mode == "counts"
     for name, transport, why in (
         ("stock", captured, "answers /moescope/info"),
         ("stock-again", paused, "answers /moescope/info"),
         ("routed-experts", captured, "answers /moescope/info"),
         ("moescope", plain, "HTTP 404"),
         ("moescope", paused, "is paused"),
+        ("moescope", counting, "--routes-mode is counts, not routes"),
+        ("counts", captured, "--routes-mode is routes, not counts"),
         ("stock", down, "HTTP 503"),
     ):
         with pytest.raises(CommandError, match=why):

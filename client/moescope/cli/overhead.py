@@ -49,7 +49,7 @@ def overhead(
     from moescope import report, steps
     from moescope.errors import CommandError
     from moescope.overhead.arms import DEFAULT, parse_all
-    from moescope.overhead.rounds import Options
+    from moescope.replay import Options
     from moescope.run_dir import RunDir
 
     if placement not in {"auto", "together", "in-turn"}:

@@ -140,6 +140,9 @@ def check(
 def _problem(arm: Arm, info: ServerInfo) -> str:
     if arm.is_stock:
         return "it answers /moescope/info, so it is not vLLM without moescope"
-    if arm.name == MOESCOPE and info.capture != "on":
+    modes = {MOESCOPE: "routes", COUNTS: "counts"}
+    if info.mode != (wanted := modes.get(arm.name, info.mode)):
+        return f"its --routes-mode is {info.mode}, not {wanted}"
+    if arm.name in modes and info.capture != "on":
         return f"its capture is {info.capture}: resume it"
     return ""

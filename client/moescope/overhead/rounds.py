@@ -14,22 +14,7 @@ from moescope.bench.driver import Pace, Run
 from moescope.bench.workload import Ask, Turn
 from moescope.errors import CommandError
 from moescope.overhead.hosting import Host
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to ask."""
-
-    model: str | None = None
-    """The model's name; the first that a server lists where None."""
-    max_tokens: int = 128
-    """Output tokens at most."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    seed: int = 1234
-    """Of sampling, and of the order of the arms."""
-    concurrency: int = 8
-    """Requests in flight at most."""
+from moescope.replay import Options
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,9 @@ import orjson
 from moescope import environment
 from moescope.errors import FormatError
 from moescope.overhead import arms, comparison, hosting, rounds
-from moescope.overhead.rounds import Options, Pass, Round
+from moescope.overhead.rounds import Pass, Round
 from moescope.records import ServerInfo
+from moescope.replay import Options
 
 ROWS = {"no_log": arms.STOCK, "log": arms.MOESCOPE}
 """The two rows that a timing.json has first, and the arms that they are."""
