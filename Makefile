@@ -60,7 +60,8 @@ fidelity: setup ## Compare routes with HF transformers', scheme by scheme, and w
 	mkdir -p $(FIDELITY_DIR)
 	rm -f $(FIDELITY_DIR)/cells.jsonl
 	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python -m pytest tests/fidelity
-	$(BIN)/python -m tests.fidelity.table $(FIDELITY_DIR)/cells.jsonl --out tests/fidelity/TABLE.md
+	$(BIN)/python -m tests.fidelity.table $(FIDELITY_DIR)/cells.jsonl \
+		tests/fidelity/results/gpu.jsonl --out tests/fidelity/TABLE.md
 
 bench: setup ## Measure what needs no GPU: a scrape of a big model, our load test beside vLLM's
 	$(BIN)/python -m tests.bench.scrape --out runs/bench/scrape.json

@@ -22,6 +22,11 @@ random and in float32. *Equal*: the same set of experts. *Missing*: marked as mi
 NOTES = """
 ## Notes
 
+* Cells of a GPU are those of `python -m tests.gpu.measure`
+  ([the file](../../client/examples/gpu/fidelity.json)), kept in `tests/fidelity/results/gpu.jsonl`;
+  their reference stands in the situation's name.
+* In the situation *pause* rows are missing as they must be: those routed while the capture was
+  held.
 * Weights are what vLLM's router returns: without `routed_scaling_factor` for DeepSeek and GLM-4,
   where vLLM scales the experts' sum, with `route_scale` for AFMoE; Llama 4's multiply the experts'
   inputs.
