@@ -60,7 +60,7 @@ class StreamServer:
 
     Args:
         script: Takes the request's number and body; returns pairs of seconds to wait and bytes to
-            send as one HTTP chunk (or RESET, CLOSE, WAIT). A status in front of them other than
+            send as one HTTP chunk (or RESET, CLOSE, WAIT, or an event to wait for). A status in front of them other than
             200 makes them an error's body.
     """
 
@@ -103,6 +103,8 @@ class StreamServer:
             if isinstance(data, bytes):
                 seen.sent_s.append(time.perf_counter())
                 writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+            elif isinstance(data, asyncio.Event):
+                await data.wait()
             else:
                 await self._act(data, writer)
         writer.write(b"0\r\n\r\n")
