@@ -60,8 +60,8 @@ class StreamServer:
 
     Args:
         script: Takes the request's number and body; returns pairs of seconds to wait and bytes to
-            send as one HTTP chunk (or RESET, CLOSE, WAIT, or an event to wait for). A status in front of them other than
-            200 makes them an error's body.
+            send as one HTTP chunk (or RESET, CLOSE, WAIT, or an event to wait for). A status in
+            front of them other than 200 makes them an error's body.
     """
 
     def __init__(self, script: Callable[[int, dict], list]) -> None:
