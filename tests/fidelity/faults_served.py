@@ -22,7 +22,8 @@ from moescope import RouteTrace, Source, formats
 from moescope.servers import Server, captured_command
 from moescope_service import bundled_model
 from tests.e2e.conftest import API_KEY, MODEL, serving
-from tests.e2e.fidelity import SENTENCE, reference
+from tests.e2e.fidelity import SENTENCE
+from tests.fidelity.bundled import reference, reference_model
 
 from . import fault_plugin
 
@@ -191,7 +192,10 @@ def with_reference(traces: list[RouteTrace]) -> Iterator[tuple[RouteTrace, Refer
     for trace in sorted(traces, key=lambda trace: tokens_of[id(trace)], reverse=True):
         mine = tokens_of[id(trace)]
         if longest[: len(mine)] != mine or not longest:
-            longest, found = mine, reference(np.array(mine, np.int32), trace.top_k)
+            longest, found = (
+                mine,
+                reference(reference_model(), np.array(mine, np.int32), trace.top_k),
+            )
         yield trace, (found[0][: len(mine)], found[1][: len(mine)])
 
 
