@@ -70,7 +70,8 @@ def main() -> None:
     log.unlink()
     result = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m tests.bench.client_rate --out {args.out.name}",
+        "command": f"python -m tests.bench.client_rate --out {args.out.name} "
+        f"--seconds {args.seconds:g}",
         "hardware": environment.hardware(),
         "load_average": os.getloadavg(),
         "versions": environment.system(),
