@@ -22,6 +22,7 @@ from moescope.bench import latency, schedule
 from moescope.bench.connections import Target
 from moescope.bench.driver import Pace, Run
 from moescope.bench.workload import Ask, Turn
+from moescope.cli._options import end_servers_on_signals
 
 RATES = (250, 500, 750, 1000)
 CONCURRENCY = 32
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=10.0)
     args = parser.parse_args()
+    end_servers_on_signals()
     first, *others = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, others or {first})  # the server inherits it
     (port,) = servers.free_ports(1)
@@ -70,7 +72,8 @@ def main() -> None:
     log.unlink()
     result = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m tests.bench.client_rate --out {args.out.name}",
+        "command": f"python -m tests.bench.client_rate --out {args.out.name} "
+        f"--seconds {args.seconds:g}",
         "hardware": environment.hardware(),
         "load_average": os.getloadavg(),
         "versions": environment.system(),

@@ -36,6 +36,7 @@ from moescope.bench import latency, schedule, workload
 from moescope.bench.connections import Target
 from moescope.bench.driver import Pace, Run
 from moescope.bench.workload import PATHS, Ask, Conversation, Endpoint
+from moescope.cli._options import end_servers_on_signals
 from moescope.overhead.arms import STOCK, Arm, Model
 from moescope.overhead.comparison import bootstrap_interval
 from moescope.overhead.hosting import Launcher
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--num-prompts", type=int, default=40)
     args = parser.parse_args()
+    end_servers_on_signals()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     path = str(bundled_model.path())
     launcher = Launcher(
