@@ -16,7 +16,7 @@ INTRODUCTION = """# Routes compared with a reference
 Made by `make fidelity`; do not edit. A row is one token in one layer. Each is compared with the
 experts and weights that the reference computes for the same tokens: HF transformers' router logits
 in float64, by the scheme's published formula, unless the cell says otherwise. Models are small,
-random and in float32. *Equal*: the same set of experts. *Missing*: marked as missing in the trace.
+random (the bundled one is trained) and in float32. *Equal*: the same set of experts. *Missing*: marked as missing in the trace.
 """
 
 NOTES = """
@@ -66,17 +66,32 @@ def make_table(recorded: Sequence[Recorded]) -> str:
 
 
 def _overview(found: Sequence[Recorded]) -> list[str]:
+    """Return the lines of schemes x situations: those that several schemes share, then the rest."""
+    schemes_of: dict[str, set[str]] = {}
+    for one in found:
+        schemes_of.setdefault(_situation(one), set()).add(one.cell.scheme)
+    shared = [one for one in found if len(schemes_of[_situation(one)]) > 1]
+    rest = [one for one in found if len(schemes_of[_situation(one)]) == 1]
+    lines = _matrix(shared) if shared else []
+    for scheme in dict.fromkeys(one.cell.scheme for one in rest):
+        lines += ["", _line([scheme, "rows / equal / missing"]), _line(["---", "---"])]
+        lines += [_line([_situation(r), _numbers(r)]) for r in rest if r.cell.scheme == scheme]
+    return lines
+
+
+def _matrix(found: Sequence[Recorded]) -> list[str]:
     """Return the lines of schemes (down) x situations (across)."""
     situations = list(dict.fromkeys(_situation(r) for r in found))
     lines = [_line(["scheme", *situations]), _line(["---"] * (1 + len(situations)))]
     for scheme in dict.fromkeys(r.cell.scheme for r in found):
-        numbers = {
-            _situation(r): f"{r.cell.rows:,} / {r.cell.equal:,} / {r.cell.missing:,}"
-            for r in found
-            if r.cell.scheme == scheme
-        }
+        numbers = {_situation(r): _numbers(r) for r in found if r.cell.scheme == scheme}
         lines.append(_line([scheme, *(numbers.get(one, "") for one in situations)]))
     return lines
+
+
+def _numbers(recorded: Recorded) -> str:
+    cell = recorded.cell
+    return f"{cell.rows:,} / {cell.equal:,} / {cell.missing:,}"
 
 
 def _situation(recorded: Recorded) -> str:

@@ -12,7 +12,7 @@ def recorded(cell: Cell, date: str = "2026-01-01") -> Recorded:
     return Recorded(cell, date, {"vllm": "0.32.0"})
 
 
-def test_table_has_a_line_a_scheme_and_a_column_a_situation() -> None:
+def test_a_shared_situation_is_a_column_and_any_other_a_line() -> None:
     table = make_table(
         [
             recorded(Cell("sigmoid", "offline", 2000, 2000, 0, 1e-8)),
@@ -20,9 +20,11 @@ def test_table_has_a_line_a_scheme_and_a_column_a_situation() -> None:
             recorded(Cell("softmax", "preemption", 7, 7, 0, 0.0, layout="TP 2", machine="H200")),
         ]
     )
-    assert "| scheme | offline | preemption, TP 2, H200 |" in table
-    assert "| sigmoid | 2,000 / 2,000 / 0 |  |" in table
-    assert "| softmax | 10 / 9 / 1 | 7 / 7 / 0 |" in table
+    assert "| scheme | offline |" in table
+    assert "| sigmoid | 2,000 / 2,000 / 0 |" in table
+    assert "| softmax | 10 / 9 / 1 |" in table
+    assert "| softmax | rows / equal / missing |" in table
+    assert "| preemption, TP 2, H200 | 7 / 7 / 0 |" in table
     assert "In all 2,017 rows: 2,016 equal, 1 missing, 3 cells." in table
     assert "| softmax | offline | 1 worker | CPU | 10 | 9 | 1 | 2.0e-08 | 2026-01-01 |" in table
 
