@@ -16,7 +16,8 @@ INTRODUCTION = """# Routes compared with a reference
 Made by `make fidelity`; do not edit. A row is one token in one layer. Each is compared with the
 experts and weights that the reference computes for the same tokens: HF transformers' router logits
 in float64, by the scheme's published formula, unless the cell says otherwise. Models are small,
-random (the bundled one is trained) and in float32. *Equal*: the same set of experts. *Missing*: marked as missing in the trace.
+random (the bundled one is trained) and in float32. *Equal*: the same set of experts. *Missing*:
+marked as missing in the trace.
 """
 
 NOTES = """
