@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,6 +21,9 @@ from moescope.run_dir import RunDir
 Placement = Literal["auto", "together", "in-turn"]
 _MARGIN = 1.2
 """An arm may need this much more memory than the first took."""
+SETTLE_S = 1.5
+"""vLLM's processes go on spinning for a second after the last request, on cores that the next arm
+needs: vLLM 0.32.0, ``distributed/device_communicators/shm_broadcast.py`` (``SpinCondition``)."""
 _WANTS_V2 = "Model Runner V2"
 """Words of vLLM 0.32.0's refusal, ``vllm/config/vllm.py``."""
 
@@ -45,6 +49,8 @@ class Running:
 
     urls: Mapping[str, str]
     """By arm."""
+    settle_s: float = 0.0
+    """How long the arm that was visited is given to come to rest before the next visit."""
     stays_up: ClassVar[bool] = True
     """A server is the same from one visit to the next."""
 
@@ -52,6 +58,7 @@ class Running:
     def visit(self, name: str) -> Iterator[str]:
         """Give an arm's address."""
         yield self.urls[name]
+        time.sleep(self.settle_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +100,7 @@ class Launcher:
     """Seconds to wait until a server is ready."""
     tell: Callable[[str], object]
     """Says what happens."""
+    settle_s: float = SETTLE_S
     free_memory: Callable[[], dict[str, int]] = available_memory
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
 
@@ -158,7 +166,7 @@ def hosted(launcher: Launcher, arms: Sequence[Arm], placement: Placement) -> Ite
         urls, refused = _start(launcher, arms, stack, started)
         if len(urls) < 2:
             raise CommandError("; ".join(refused.values()))
-        yield Hosted(Running(urls), list(urls), refused)
+        yield Hosted(Running(urls, launcher.settle_s), list(urls), refused)
 
 
 def _first_fits(
