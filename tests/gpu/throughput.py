@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 
 from moescope.overhead.comparison import bootstrap_interval
+from moescope.overhead.hosting import SETTLE_S
 
 STOCK, STOCK_AGAIN, MOESCOPE = "stock", "stock_again", "moescope"
 TIMEOUT_S = 300.0
@@ -109,6 +110,7 @@ async def measure(load: Load, urls: Mapping[str, str]) -> dict[str, Any]:
             names = list(urls)
             order.shuffle(names)
             for name in names:
+                await asyncio.sleep(SETTLE_S)
                 seconds[name].append(await run_load(clients[name], load, number))
         after = await _host_counters(clients.get(MOESCOPE))
     finally:
