@@ -349,3 +349,17 @@ class TestCauses:
         bench.finish("a-i", output=[9])
         bench.end()
         assert self.missing(bench) == {"not_captured": 4}
+
+
+def test_totals_of_a_worker_that_comes_again_are_counted_once(bench):
+    totals = np.zeros((2, 2, 8), np.int64)
+    totals[1, :, 3] = 4  # of two rows, whose top-k is 2
+    values = {"time_s": 0.0, "steps": 2, "host_s": 0.5, "lost": {"paused": 1}}
+    for peer, more in ((b"one", 0), (b"another connection", 2)):
+        bench.collector.handle(peer, pack_dataclass("hello", bench.hello))
+        totals[0, :, 1] += more
+        bench.collector.handle(peer, pack("counts", [totals.tobytes()], **values))
+    np.testing.assert_array_equal(bench.collector.counters.totals, totals)
+    assert bench.collector.counters.rows.tolist() == [1, 2]
+    assert bench.collector.stats.steps == 2
+    assert bench.collector.stats.rows_lost == {"paused": 1}

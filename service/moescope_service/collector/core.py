@@ -68,7 +68,7 @@ class Collector:
         """(peer, frames) to be sent."""
         self.is_capturing = True
         self.workers = Workers(clock)
-        self._reports: dict[Peer, Report] = {}
+        self._reports: dict[tuple[int, int], Report] = {}  # by engine and stage
         self.servers: set[Peer] = set()
         """The API servers."""
         self._log = RoutesLog(settings.log, settings.log_layers) if settings.log else None
@@ -197,8 +197,9 @@ class Collector:
         shape = (len(PHASES), len(hello.layers), hello.num_experts)
         totals = np.frombuffer(frames[1], np.int64).reshape(shape)
         report = Report(selections=totals, rows=totals[:, 0].sum(-1) // hello.top_k, **values)
-        new = report.since(self._reports.get(peer))
-        self._reports[peer] = report
+        place = hello.engine, hello.stage  # it may come again, on another connection
+        new = report.since(self._reports.get(place))
+        self._reports[place] = report
         self.stats.add_report(new, is_first=is_first)
         self.counters.add_counted(new.selections, new.rows * is_first, hello.layers)
 
