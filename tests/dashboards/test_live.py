@@ -16,9 +16,9 @@ import pytest
 
 from dashboards import build
 from moescope import datasets, replay
-from moescope.servers import Server, captured_command
+from moescope.servers import Server, captured_command, free_ports
 from moescope_service import bundled_model
-from tests.e2e.conftest import API_KEY, free_port, serving
+from tests.e2e.conftest import API_KEY, serving
 
 from .test_generated import RULES, panels, rules
 
@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def ask(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Return a function that queries a Prometheus which has seen load for some scrapes."""
-    directory, port = tmp_path_factory.mktemp("prometheus"), free_port()
+    directory, (port,) = tmp_path_factory.mktemp("prometheus"), free_ports(1)
     target = server.url.removeprefix("http://")
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},

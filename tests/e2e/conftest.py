@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from moescope import Client
-from moescope.servers import Server, captured_command, stock_command, wait_ready
+from moescope.servers import Server, captured_command, free_ports, stock_command, wait_ready
 from moescope_service import bundled_model
 
 START_TIMEOUT_S = 300.0
@@ -28,15 +27,9 @@ FLAGS = (
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @contextlib.contextmanager
 def serving(command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[Server]:
-    port = free_port()
+    (port,) = free_ports(1)
     server = Server(
         log.stem,
         [*command, *FLAGS, "--port", str(port)],

@@ -20,9 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from moescope import Client, RouteTrace, Source, formats
 from moescope.errors import AuthenticationError, InvalidQueryError, RequestNotFoundError
-from moescope.servers import Server
+from moescope.servers import Server, free_ports
 
-from .conftest import API_KEY, MODEL, free_port
+from .conftest import API_KEY, MODEL
 
 QUESTION = [{"role": "user", "content": "Tom has 3 apples and buys 4. How many has he now?"}]
 
@@ -313,7 +313,7 @@ def test_prometheus_scrapes_it(
 ) -> None:
     chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=2)
     totals = eager.experts()  # counts since the last reset, so Prometheus sees at least as many
-    target, port = eager_server.url.removeprefix("http://"), free_port()
+    target, (port,) = eager_server.url.removeprefix("http://"), free_ports(1)
     config = tmp_path / "prometheus.yml"
     config.write_text(
         "scrape_configs: [{job_name: moescope, scrape_interval: 1s, "

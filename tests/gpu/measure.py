@@ -18,7 +18,6 @@ import datetime as dt
 import importlib.metadata
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,14 @@ from typing import Any
 import orjson
 
 from moescope import Client, datasets, environment
-from moescope.servers import Server, captured_command, stock_command, stock_env, wait_ready
+from moescope.servers import (
+    Server,
+    captured_command,
+    free_ports,
+    stock_command,
+    stock_env,
+    wait_ready,
+)
 from moescope_service.versions import versions
 from tests.gpu import fidelity, tap, throughput
 
@@ -80,7 +86,7 @@ def servers(
     with contextlib.ExitStack() as stack:
         started = {}
         for name, command, env in arms:
-            port = free_port()
+            (port,) = free_ports(1)
             address = ["--host", "127.0.0.1", "--port", str(port)]
             log = args.out.with_name(f"{args.out.stem}_{name}.log")
             url = f"http://127.0.0.1:{port}"
@@ -88,13 +94,6 @@ def servers(
             started[name] = stack.enter_context(server)
         wait_ready(list(started.values()), START_TIMEOUT_S)
         yield started
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from moescope import Client, datasets, replay
-from moescope.servers import Server, captured_command, wait_ready
+from moescope.servers import Server, captured_command, free_ports, wait_ready
 from moescope_service import bundled_model
 from moescope_service.bundled_model.problems import final_answer
-from tests.e2e.conftest import free_port
 from tests.gpu import fidelity, tap
 
 # Given, not profiled: other programs on the GPU may take and free memory meanwhile.
@@ -22,7 +21,7 @@ MEMORY = ("--kv-cache-memory-bytes", str(2**30), "--gpu-memory-utilization", "0.
 @pytest.mark.parametrize("runner", ["v2", "v1"])
 def test_routes_are_what_the_routers_computed(runner: str, tmp_path: Path) -> None:
     tap.install(tmp_path)
-    port = str(free_port())
+    port = str(*free_ports(1))
     command = captured_command([str(bundled_model.path()), *MEMORY, "--port", port])
     if runner == "v2":
         command.append("--enable-return-routed-experts")

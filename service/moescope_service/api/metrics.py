@@ -123,10 +123,11 @@ def _experts(hello: dict[str, Any], counts: Counts) -> Metric:
 def _balance(hello: dict[str, Any], window: Counts) -> Iterable[Metric]:
     """Yield the load balance of every layer in the window; nothing of layers without traffic."""
     model, layers = hello["model"], [str(layer) for layer in hello["layers"]]
+    max_violation = analysis.max_violation(window)
     by_phase = {
         "moescope_layer_normalized_entropy": analysis.normalized_entropy(window),
-        "moescope_layer_max_violation": analysis.max_violation(window),
-        "moescope_layer_max_mean_load_ratio": analysis.max_violation(window) + 1.0,
+        "moescope_layer_max_violation": max_violation,
+        "moescope_layer_max_mean_load_ratio": max_violation + 1.0,
         "moescope_layer_active_experts": analysis.active_experts(window),
     }
     samples: Samples

@@ -16,9 +16,8 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from moescope import Client, RouteTrace
-from moescope.servers import Server, captured_command, wait_ready
+from moescope.servers import Server, captured_command, free_ports, wait_ready
 from moescope_service import bundled_model
-from tests.e2e.conftest import free_port
 from tests.fidelity.bundled import steps_in
 
 MODEL = "bundled"
@@ -135,7 +134,7 @@ def serve(
     log: Path, *flags: str, eager: bool = True, env: Mapping[str, str] | None = None
 ) -> Iterator[Served]:
     """Serve the bundled model in float32 with moescope, and further flags."""
-    port = free_port()
+    (port,) = free_ports(1)
     flags = (*FLAGS, *flags, *(["--enforce-eager"] if eager else []), "--port", str(port))
     command = captured_command([str(bundled_model.path()), *flags])
     url = f"http://127.0.0.1:{port}"
