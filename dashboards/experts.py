@@ -10,9 +10,9 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from dashboards.parts import (
     LAYER,
     OURS,
+    add,
     board,
     cells,
-    heading,
     layer_variable,
     lines,
     query,
@@ -36,12 +36,7 @@ def build() -> Dashboard:
         "Load of the experts by layer. The first group is there for every model; the second needs "
         "a series an expert: up to 2,000 layers x experts, or --routes-expert-metrics on.",
     ).with_variable(layer_variable())
-    for panel in _by_layer():
-        made = made.with_panel(panel)
-    made = made.with_row(heading("Every expert"))
-    for panel in _by_expert():
-        made = made.with_panel(panel)
-    return made
+    return add(add(made, _by_layer()), _by_expert(), "Every expert")
 
 
 def _by_layer() -> Iterator[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.parts import OURS, board, heading, lines, number, query
+from dashboards.parts import OURS, add, board, lines, number, query
 
 
 def build() -> Dashboard:
@@ -17,20 +17,14 @@ def build() -> Dashboard:
         "Overview",
         "Whether experts are used evenly, whether every route is captured, and what that costs.",
     )
-    for panel in (*_now(), *_balance()):
-        made = made.with_panel(panel)
-    made = made.with_row(heading("Completeness"))
-    for panel in _completeness():
-        made = made.with_panel(panel)
-    made = made.with_row(heading("Cost"))
-    for panel in _cost():
-        made = made.with_panel(panel)
-    return made
+    made = add(made, (*_now(), *_balance()))
+    made = add(made, _completeness(), "Completeness")
+    return add(made, _cost(), "Cost")
 
 
 def _now() -> Iterator[Any]:
     yield number(
-        "Collector", "1: the collector process answers. 0: nothing of moescope is shown; restart.",
+        "Collector", "1: the collector process answers. 0: it has ended, and another is started.",
         "none", query('min(moescope_collector_up{instance=~"$instance"})'),
     )  # fmt: skip
     yield number(

@@ -5,6 +5,7 @@ Source: grafana-foundation-sdk for Grafana 10.1 and later.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, table
@@ -168,6 +169,9 @@ def rows(title: str, description: str, unit: str, one: prometheus.Dataquery) -> 
     )
 
 
-def heading(title: str) -> dashboard.Row:
-    """Return the heading of a group of panels."""
-    return dashboard.Row(title)
+def add(to: dashboard.Dashboard, panels: Iterable[Any], heading: str = "") -> dashboard.Dashboard:
+    """Return a dashboard with more panels, under a heading if there is one."""
+    made = to.with_row(dashboard.Row(heading)) if heading else to
+    for panel in panels:
+        made = made.with_panel(panel)
+    return made

@@ -7,7 +7,7 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.parts import OURS, board, lines, query
+from dashboards.parts import OURS, add, board, lines, query
 
 
 def build() -> Dashboard:
@@ -17,9 +17,7 @@ def build() -> Dashboard:
         "Serving",
         "vLLM's latency, queue and KV cache beside the tokens that were routed.",
     )
-    for panel in (*_latencies(), *_load()):
-        made = made.with_panel(panel)
-    return made
+    return add(made, (*_latencies(), *_load()))
 
 
 def _latencies() -> Iterator[Any]:
