@@ -49,7 +49,7 @@ def check_fidelity(server: Server, client: Client) -> None:
     for trace in traces:
         assert trace.complete
         assert trace.coverage == 1.0
-    errors = [compare(trace) for trace in traces]
+    errors = [compare(trace)[0] for trace in traces]
     rows = sum(trace.num_rows for trace in traces)
     print(f"{rows} rows of {len(traces)} sequences equal; largest weight error {max(errors):.1e}")
     steps = steps_in(server.log.read_text())[steps_before:]

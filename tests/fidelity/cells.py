@@ -39,6 +39,9 @@ class Cell:
     """Largest absolute difference of a routing weight from the reference's, of all equal rows."""
     layout: str = "1 worker"
     machine: str = "CPU"
+    ties: int = 0
+    """Of the equal rows those in which the reference, in float64, would have taken another expert
+    that is as probable within float32's rounding; it was made to go on with the trace's."""
 
     def __post_init__(self) -> None:
         """Check the numbers.

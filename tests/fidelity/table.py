@@ -16,8 +16,9 @@ INTRODUCTION = """# Routes compared with a reference
 Made by `make fidelity`; do not edit. A row is one token in one layer. Each is compared with the
 experts and weights that the reference computes for the same tokens: HF transformers' router logits
 in float64, by the scheme's published formula, unless the cell says otherwise. Models are small,
-random (the bundled one is trained) and in float32. *Equal*: the same set of experts. *Missing*:
-marked as missing in the trace.
+random (the bundled one is trained) and in float32. *Equal*: the same set of experts, *ties*
+among them: two experts are as probable within float32's rounding, so that either may be taken; the
+reference then goes on with the trace's. *Missing*: marked as missing in the trace.
 """
 
 NOTES = """
@@ -52,7 +53,9 @@ def make_table(recorded: Sequence[Recorded]) -> str:
     rows = sum(r.cell.rows for r in found)
     equal = sum(r.cell.equal for r in found)
     missing = sum(r.cell.missing for r in found)
-    total = f"In all {rows:,} rows: {equal:,} equal, {missing:,} missing, {len(found)} cells."
+    ties = sum(r.cell.ties for r in found)
+    total = f"In all {rows:,} rows: {equal:,} equal, {ties:,} of them ties, {missing:,} missing; "
+    total += f"{len(found)} cells."
     return "\n".join(
         [
             INTRODUCTION,
@@ -102,13 +105,14 @@ def _situation(recorded: Recorded) -> str:
 
 
 def _details(found: Sequence[Recorded]) -> list[str]:
-    names = ["scheme", "situation", "layout", "machine", "rows", "equal", "missing"]
+    names = ["scheme", "situation", "layout", "machine", "rows", "equal", "ties", "missing"]
     names += ["largest weight error", "date", "versions"]
     lines = [_line(names), _line(["---"] * len(names))]
     for one in found:
         cell = one.cell
         versions = ", ".join(f"{name} {version}" for name, version in sorted(one.versions.items()))
-        numbers = [f"{number:,}" for number in (cell.rows, cell.equal, cell.missing)]
+        counts = (cell.rows, cell.equal, cell.ties, cell.missing)
+        numbers = [f"{number:,}" for number in counts]
         error = f"{cell.largest_weight_error:.1e}"
         where = [cell.scheme, cell.situation, cell.layout, cell.machine]
         lines.append(_line([*where, *numbers, error, one.date, versions]))
