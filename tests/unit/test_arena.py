@@ -53,6 +53,30 @@ def test_read_returns_copies(arena):
     assert here.all()
 
 
+@pytest.mark.parametrize("pages", [True, False])
+def test_many_rows_are_copies_too(pages, monkeypatch):
+    if not pages:
+
+        def no_more(*args, **kwargs):
+            raise OSError("too many maps")
+
+        monkeypatch.setattr("moescope_service.collector.arena.mmap.mmap", no_more)
+    arena = Arena(
+        num_blocks=512, block_size=16, num_layers=4, top_k=4, id_dtype="uint16",
+        weights_dtype="float32",
+    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    sent = generator.integers(0, 300, (8192, 4, 4)).astype(np.uint16)
+    arena.write(np.arange(8192), sent, sent.astype(np.float32))
+    slots = generator.permutation(8192)[:8000]
+    ids, weights, _ = arena.read(slots)
+    arena.write(np.arange(8192), np.zeros_like(sent), np.zeros(sent.shape, np.float32))
+    np.testing.assert_array_equal(ids, sent[slots])
+    np.testing.assert_array_equal(weights, sent[slots])
+    assert ids.dtype == np.uint16
+    ids[0] = 1
+
+
 def test_a_newly_allocated_block_holds_nobodys_rows(arena):
     write(arena, range(16), 0)
     before = arena.generation.copy()

@@ -37,12 +37,14 @@ def worker():
 
 
 def check(rows, source, first=0):
-    """The sources are these, and every row that is there belongs to its position."""
+    """The sources are these, every row that is there belongs to its position, others are zero."""
     assert rows.source.tolist() == [*source]
     here = rows.source != M
     ids, weights = make_rows(first, len(source))
     np.testing.assert_array_equal(rows.topk_ids[here], ids[here])
     np.testing.assert_array_equal(rows.topk_weights[here], weights[here])
+    assert not rows.topk_ids[~here].any()
+    assert not rows.topk_weights[~here].any()
 
 
 def test_chunks_then_decodes(worker):

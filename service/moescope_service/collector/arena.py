@@ -12,6 +12,7 @@ never that somebody's rows.
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,28 @@ Ints = npt.NDArray[np.int64]
 
 EMPTY, FILLED = 0, 1
 """States of a slot; higher ones say why its row was lost."""
+
+
+_PAGES_BYTES = 128 * 2**10
+"""Copies of so many bytes get pages of their own."""
+
+
+def _rows(array: npt.NDArray[Any], slots: Ints) -> npt.NDArray[Any]:
+    """Return copies of rows; many of them in pages of their own.
+
+    They are kept for long, among large messages that come and go. On the C library's heap they
+    scatter, and it grows to three times what is in it (``python -m tests.bench.collector``).
+    """
+    shape = (len(slots), *array.shape[1:])
+    size_bytes = int(np.prod(shape)) * array.itemsize
+    if size_bytes < _PAGES_BYTES:
+        return array[slots]
+    try:
+        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # a process may have 65,530 such pieces, by Linux' default
+        return array[slots]
+    rows = np.frombuffer(pages, array.dtype).reshape(shape)
+    return np.take(array, slots, axis=0, out=rows, mode="clip")
 
 
 class Arena:
@@ -85,7 +108,7 @@ class Arena:
 
     def read(self, slots: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.uint8]]:
         """Return copies of ids, weights, and the state of each slot."""
-        return self._topk_ids[slots], self._topk_weights[slots], self._state[slots]
+        return _rows(self._topk_ids, slots), _rows(self._topk_weights, slots), self._state[slots]
 
     def _slots_of(self, block: int) -> slice:
         return slice(block * self.block_size, (block + 1) * self.block_size)

@@ -297,5 +297,8 @@ class Reassembler:
             source[start:end] = Source.CACHED
         cause[~ours] = CAUSES["overwritten"]
         cause[self._generations[handle, block] == _STALE] = running.lacking
-        source[cause != FILLED] = Source.MISSING
+        missing = cause != FILLED
+        source[missing] = Source.MISSING
+        if missing.any():  # whatever stands in those slots is not this sequence's
+            topk_ids[missing], topk_weights[missing] = 0, 0
         return Rows(self.hello.layers, topk_ids, topk_weights, source, cause, running.cached_len)
