@@ -5,7 +5,6 @@ What is fake is the engine: `Engine` says what was scheduled and which rows came
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -27,19 +26,15 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from vllm import SamplingParams
-from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
-from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.lora.request import LoRARequest
-from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from moescope_service.api.plugin import MoescopeEndpoints
 from moescope_service.runtime import collector_address
 from moescope_service.settings import ENABLE, RUNTIME_DIR
 
+from .app import make_app, server_args
 from .fake_engine import HELLO, OUTPUT, PROMPT, Engine, Running
 
 DEADLINE_S = 20.0
@@ -107,12 +102,7 @@ class Deployment:
     """The collector's process, a worker's recorder, and a server at `url`."""
 
     def __init__(self, **flags: Any) -> None:
-        self.args = argparse.Namespace(
-            api_key=flags.pop("api_key", None), enable_request_id_headers=True, middleware=[],
-            allowed_origins=["*"], allow_credentials=False, allowed_methods=["*"],
-            allowed_headers=["*"], log_error_stack=False, root_path="",
-            enable_offline_docs=False, disable_fastapi_docs=False,
-        )  # fmt: skip
+        self.args = server_args(flags.pop("api_key", None))
         self.hello = flags.pop("hello", HELLO)
         self.env = {f"MOESCOPE_ROUTES_{name.upper()}": value for name, value in flags.items()}
         self.directory = Path(tempfile.mkdtemp(prefix="moescope-test-"))
@@ -136,23 +126,8 @@ class Deployment:
             yield self
 
     def make_app(self) -> FastAPI:
-        plugin = MoescopeEndpoints()
-
-        @contextlib.asynccontextmanager
-        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-            client = SimpleNamespace(output_processor=self.frontend.output_processor)
-            await plugin.init_state(client, app.state, self.args)
-            yield
-            app.state.moescope_collector._link.close()
-
-        app = FastAPI(lifespan=lifespan)
-        app.state.args = self.args
-        register_instrumentator_api_routers(app)
-        app.post("/v1/completions")(self.completions)
-        attach_endpoint_plugins(app, ("generate",))  # finds ours by its entry point
-        init_exception_handler(app)
-        init_entrypoints_middleware(self.args, app, ("generate",))
-        return app
+        processor = self.frontend.output_processor
+        return make_app(self.args, processor, completions=self.completions)
 
     async def completions(self, request: Request) -> Any:
         """Answer as vLLM's endpoint does: the id is chosen here, the engine's has a suffix."""

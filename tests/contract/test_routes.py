@@ -136,7 +136,7 @@ class TestFormats:
         assert (trace.index, trace.layers.tolist(), trace.topk_weights) == (1, [3], None)
         np.testing.assert_array_equal(trace.topk_ids[:, 0], rows_of(0, NUM_ROWS)[0][:, 1])
 
-    @pytest.mark.parametrize("form", ["json", "npz"])
+    @pytest.mark.parametrize("form", ["json", "jsonl"])
     def test_gzip(self, deployment, form):
         url = f"{deployment.url}/routes/cmpl-formats?format={form}"
         with deployment.http.stream("GET", url, headers={"Accept-Encoding": "gzip"}) as answer:
@@ -146,6 +146,13 @@ class TestFormats:
         assert "content-encoding" not in plain.headers
         assert gzip.decompress(raw) == plain.content
         assert all("Accept-Encoding" in one.headers["vary"] for one in (answer, plain))
+
+    @pytest.mark.parametrize("form", ["npz", "arrow", "parquet"])
+    def test_arrays_are_not_compressed(self, deployment, form):
+        url = f"{deployment.url}/routes/cmpl-formats?format={form}"
+        answer = deployment.http.get(url, headers={"Accept-Encoding": "gzip"})
+        assert len(answer.content) > 1024
+        assert "content-encoding" not in answer.headers
 
     @pytest.mark.parametrize(
         ("params", "words"),

@@ -191,3 +191,13 @@ def test_route_lines_after_a_selection_of_layers():
     trace = make_trace(layers=(0, 1, 3)).select(layers=[3])
     records = lines(b"".join(formats.route_lines(trace)))
     assert [record["topk_ids"] for record in records] == trace.topk_ids[:, 0].tolist()
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.1])
+def test_json_written_in_pieces_is_what_it_would_be_in_one(missing):
+    traces = [
+        make_trace(seed, num_rows=rows, missing=missing) for seed, rows in ((1, 300), (2, 128))
+    ]
+    want = {"request_id": "x", "traces": [*map(formats.to_dict, traces)]}
+    plain = orjson.dumps(want, option=orjson.OPT_SERIALIZE_NUMPY)
+    assert formats.dump_json("x", traces) == plain

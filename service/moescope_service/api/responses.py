@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from isal import igzip
 from starlette.concurrency import run_in_threadpool
 
 from moescope_service.errors import CollectorGoneError
 
 _GZIP_FROM_BYTES = 1024
 _GZIP_LEVEL = 1
+"""ISA-L's: JSON becomes smaller than with zlib's first, in a quarter of the time."""
+_COMPRESSED = frozenset({"json", "jsonl"})
+"""Arrays of ids and weights would shrink by a fifth, and fetching them take twice as long."""
 _MAX_ERRORS, _MAX_INPUT_CHARS = 5, 200
 """What a message says of bad parameters: a list of thousands can be bad in every item."""
 
@@ -61,7 +64,7 @@ def _describe(error: Any) -> str:
 
 
 async def encoded(request: Request, form: str, make: Callable[[], bytes]) -> Response:
-    """Make a body in a thread, and compress it where the client takes gzip.
+    """Make a body in a thread, and compress it if it is text and the client takes gzip.
 
     Args:
         request: Whose ``Accept-Encoding`` counts.
@@ -72,10 +75,12 @@ async def encoded(request: Request, form: str, make: Callable[[], bytes]) -> Res
 
     def make_and_compress() -> tuple[bytes, dict[str, str]]:
         body = make()
+        if form not in _COMPRESSED:
+            return body, {}
         if not takes_gzip or len(body) < _GZIP_FROM_BYTES:
             return body, {"Vary": "Accept-Encoding"}
         headers = {"Vary": "Accept-Encoding", "Content-Encoding": "gzip"}
-        return gzip.compress(body, _GZIP_LEVEL), headers
+        return igzip.compress(body, _GZIP_LEVEL), headers
 
     body, headers = await run_in_threadpool(make_and_compress)
     return Response(body, media_type=MEDIA_TYPES[form], headers=headers)
