@@ -352,6 +352,8 @@ def test_the_commands_of_the_built_in_arms():
         "stock-again": stock,
         "moescope": capture,
         "counts": [*capture, "--routes-mode", "counts"],
+        "paused": capture,
+        "installed": stock,
         "routed-experts": [*stock, "--enable-return-routed-experts"],
     }
     assert set(expected) == set(arms.BUILT_IN)
@@ -381,7 +383,10 @@ def test_commands_are_told_as_one_types_them(tmp_path):
 def test_a_stock_arms_environment_has_nothing_of_moescope():
     env = {"MOESCOPE_ENABLE": "1", "PATH": "/bin"}
     for name in ("stock", "stock-again", "routed-experts"):
-        assert Arm(name=name).environment(env) == {"PATH": "/bin"}
+        made = Arm(name=name).environment(env)
+        assert "moescope" not in made.pop("VLLM_PLUGINS").split(",")
+        assert made == {"PATH": "/bin"}
+    assert Arm(name="installed").environment(env) == {"PATH": "/bin"}
     assert Arm(name="moescope").environment(env) == env
 
 
@@ -399,6 +404,8 @@ def test_arms_are_what_they_must_be():
     assert check("moescope", captured).model == "demo"
     assert check("anything", paused).capture == "paused"
     assert check("counts", counting).mode == "counts"
+    assert check("paused", paused).capture == "paused"
+    assert check("installed", plain) is None
     for name, transport, why in (
         ("stock", captured, "answers /moescope/info"),
         ("stock-again", paused, "answers /moescope/info"),
@@ -406,11 +413,29 @@ def test_arms_are_what_they_must_be():
         ("moescope", plain, "HTTP 404"),
         ("moescope", paused, "is paused"),
         ("moescope", counting, "--routes-mode is counts, not routes"),
+        ("installed", captured, "answers /moescope/info"),
+        ("paused", captured, "is on, not paused"),
+        ("paused", plain, "HTTP 404"),
         ("counts", captured, "--routes-mode is routes, not counts"),
         ("stock", down, "HTTP 503"),
     ):
         with pytest.raises(CommandError, match=why):
             check(name, transport)
+
+
+def test_the_arm_paused_is_paused_where_moescope_started_it():
+    asked = []
+
+    def pause(request):
+        asked.append(request.url.path)
+        return httpx.Response(200, json={"capture": "paused"})
+
+    transport = server({"POST /routes/pause": pause})
+    for arm in (Arm(name="moescope"), Arm(name="stock"), Arm(name="paused", url="http://moe")):
+        arms.prepare(arm, "http://moe", None, transport)
+    assert asked == []
+    arms.prepare(Arm(name="paused"), "http://moe", None, transport)
+    assert asked == ["/routes/pause"]
 
 
 # Hosting.
