@@ -57,7 +57,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
         Rows in the order of the loads, and all sittings by name.
 
     Raises:
-        FormatError: A file has no sittings, or a load is none of those there are.
+        FormatError: A file has no sittings, or none that tells anything, or a load is none of those
+            there are.
     """
     found: dict[str, dict[str, Any]] = {}
     sittings: dict[str, Any] = {}
@@ -73,7 +74,10 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
         Row(dataclasses.replace(workloads()[places[name]], name=name), latest(found[name]))
         for name in sorted(found, key=lambda name: (places[name], name))
     ]
-    return [row for row in rows if row.by_arm], sittings
+    rows = [row for row in rows if row.by_arm]
+    if not rows:
+        raise FormatError(f"no sitting has {MIN_ROUNDS} rounds of stock vLLM and another arm")
+    return rows, sittings
 
 
 def place_of(name: str) -> int:
@@ -179,7 +183,8 @@ def _where(sittings: Mapping[str, Any]) -> str:
     gpus = sorted({_device(one["hardware"]) for one in sittings.values()})
     vllms = sorted({one["versions"]["vllm"] for one in sittings.values()})
     dates = sorted({one["date"][:10] for one in sittings.values()})
-    return f"{', '.join(models)} on {', '.join(gpus)}, vLLM {', '.join(vllms)}, {', '.join(dates)}."
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{', '.join(models)} on {', '.join(gpus)}, vLLM {', '.join(vllms)}, {when}."
 
 
 def _device(hardware: Mapping[str, Any]) -> str:

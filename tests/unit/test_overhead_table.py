@@ -137,7 +137,7 @@ def test_a_later_file_adds_to_an_earlier_one(tmp_path):
         f"| {DECODE}, 8 at a time",
     ]
     assert "| load | paused |" in text
-    assert "2026-01-01, 2026-01-02" in text
+    assert "2026-01-01 to 2026-01-02." in text
 
 
 def test_a_file_of_another_kind_is_told(tmp_path):
@@ -147,6 +147,9 @@ def test_a_file_of_another_kind_is_told(tmp_path):
         overhead_table.read([old])
     with pytest.raises(FormatError, match="'batch 9' is none of the loads"):
         overhead_table.read([result(tmp_path, **{"batch 9": {}})])
+    cut_off = measured(moescope=AGAIN, rounds=2)
+    with pytest.raises(FormatError, match="no sitting has 3 rounds"):
+        overhead_table.read([result(tmp_path, **{DECODE: {"2026-01-01": cut_off}})])
 
 
 def test_the_table_takes_the_place_between_the_markers():

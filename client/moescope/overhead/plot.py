@@ -83,7 +83,7 @@ def draw_rows(
         axes.legend(handles=[*handles, hollow], frameon=False, loc="upper left",
                     bbox_to_anchor=(1.0, 1.0))  # fmt: skip
         floor = ", none narrower than the stock pair's" if STOCK_AGAIN in arms else ""
-        axes.set_title(f"{title}; 95% intervals{floor}", fontsize=10, color=SOFT, loc="left")
+        axes.set_title(f"{title}\n95% intervals{floor}", fontsize=10, color=SOFT, loc="left")
         figure.savefig(path, dpi=DPI)
 
 
