@@ -16,7 +16,7 @@ from moescope.overhead.arms import Arm
 from moescope.overhead.hosting import Hosted, InTurn, Running
 from tests.gpu import loads, throughput
 from tests.gpu.loads import Workload
-from tests.gpu.throughput import Sitting
+from tests.gpu.throughput import COUNTERS, Sitting
 
 SMALL = Workload(
     name="small", num=2, concurrency=2, input_len=3, output_len=2, rounds=2, target_percent=1.0
@@ -167,6 +167,7 @@ def test_the_work_on_the_host_is_that_of_the_rounds_that_count():
     assert captured["steps"] == 2 * 10  # without those of the warm-up
     assert captured["host_us_per_step"] == pytest.approx(100.0)
     assert measured["arms"]["stock"]["host_us_per_step"] is None
+    assert {tuple(one["moescope"]["counted"]) for one in measured["passes"]} == {COUNTERS}
 
 
 def test_an_answer_of_another_length_ends_it():

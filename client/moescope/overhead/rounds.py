@@ -228,7 +228,6 @@ def summarize(run: Run, where: str) -> Pass:
         completion_tokens=summary.total_output_tokens,
         metrics=metrics,
         token_ids=[
-            record.token_ids
-            for record in sorted(run.records, key=lambda one: (one.conversation, one.turn))
+            record.token_ids for record in sorted(run.records, key=lambda one: one.conversation)
         ],
     )
