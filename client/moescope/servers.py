@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import socket
@@ -21,6 +22,13 @@ from moescope.errors import CommandError
 _POLL_S = 0.5
 _STOP_S = 20.0
 _TAIL_LINES = 15
+_PLUGIN = "moescope"
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
 
 
 class Server:
@@ -137,16 +145,54 @@ def stock_command(args: Sequence[str]) -> list[str]:
 
 
 def stock_env(env: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which nothing switches moescope on."""
-    stock = {
+    """Return an environment in which vLLM does not even load moescope's plugin.
+
+    Where ``VLLM_PLUGINS`` is unset vLLM would load it, though it does nothing unless it is enabled:
+    then all others are named.
+    """
+    stock = _without_settings(env)
+    names = [name for name in _plugin_names(env) if name != _PLUGIN]
+    return {**stock, "VLLM_PLUGINS": ",".join(names)}
+
+
+def installed_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which vLLM loads moescope's plugin, and nothing enables it."""
+    installed = _without_settings(env)
+    if "VLLM_PLUGINS" in env and _PLUGIN not in (names := _plugin_names(env)):
+        installed["VLLM_PLUGINS"] = ",".join([*names, _PLUGIN])
+    return installed
+
+
+def _without_settings(env: Mapping[str, str]) -> dict[str, str]:
+    return {
         name: value
         for name, value in env.items()
         if not name.startswith(("MOESCOPE_", "VLLM_LOG_MOE"))
     }
-    if "VLLM_PLUGINS" in stock:
-        plugins = stock["VLLM_PLUGINS"].split(",")
-        stock["VLLM_PLUGINS"] = ",".join(name for name in plugins if name != "moescope")
-    return stock
+
+
+def _plugin_names(env: Mapping[str, str]) -> list[str]:
+    if "VLLM_PLUGINS" in env:
+        return [name for name in env["VLLM_PLUGINS"].split(",") if name]
+    return found_plugins(env)
+
+
+def found_plugins(env: Mapping[str, str]) -> list[str]:
+    """Return the plugins that vLLM loads by itself where ``VLLM_PLUGINS`` is unset.
+
+    Source: vLLM 0.32.0, ``vllm/plugins/__init__.py``; endpoint plugins want to be named.
+
+    Args:
+        env: The environment of a Python like this one: its ``PYTHONPATH`` counts.
+    """
+    path = [*filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *sys.path]
+    found = [
+        point.name
+        for distribution in importlib.metadata.distributions(path=path)
+        for point in distribution.entry_points
+        if point.group in _PLUGIN_GROUPS
+    ]
+    return list(dict.fromkeys(found))
 
 
 def free_ports(count: int) -> list[int]:

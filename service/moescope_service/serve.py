@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.metadata
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from moescope import servers
 from moescope_service import bundled_model, plugin, runtime, settings
 from moescope_service.errors import RefusedError
 from moescope_service.versions import check_vllm
@@ -27,13 +27,6 @@ _DEMO_KV_CACHE_BYTES = 256 * 2**20
 DESCRIPTION = """vLLM's OpenAI-compatible server, with the routing of every token at
 /routes/{request_id}, /experts and /metrics. Takes every flag of `vllm serve`; without a model it
 serves the small mixture-of-experts model that comes with moescope."""
-
-_PLUGIN_GROUPS = (
-    "vllm.general_plugins",
-    "vllm.io_processor_plugins",
-    "vllm.platform_plugins",
-    "vllm.stat_logger_plugins",
-)
 
 
 def main(argv: list[str]) -> int:
@@ -69,8 +62,7 @@ def plugin_names(given: str | None) -> str:
     would load by itself are named.
     """
     if given is None:
-        found = [importlib.metadata.entry_points(group=group) for group in _PLUGIN_GROUPS]
-        names = list(dict.fromkeys(point.name for points in found for point in points))
+        names = servers.found_plugins(os.environ)
     else:
         names = [name for name in given.split(",") if name]
     return ",".join(names if "moescope" in names else [*names, "moescope"])

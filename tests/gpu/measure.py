@@ -7,37 +7,49 @@ On a machine with an NVIDIA GPU, vLLM 0.32.0 and moescope::
 
 Each part replaces its entry in the file as soon as it is done: what was measured stays where the
 run is cut off. ``--part`` runs one part, ``--scale 0.2`` a shorter version of all.
+
+The part throughput is written after every round, and each run of it adds a sitting. Three servers
+fit the 141 GB of an H200 side by side, and 8,192 tokens are enough for every load::
+
+    … --part throughput [--arm stock --arm counts --arm paused] [--load "batch 1" …] \
+        -- --max-model-len 8192
+
+Loads with more keys and values than a third of the GPU holds want it for themselves: servers
+in turn, each started for every round, which visit all the loads that are named::
+
+    … --part throughput --placement in-turn --kv-cache-bytes 98784247808 --load "256" \
+        --load "64 conversations" -- --max-model-len 8192
+
+or side by side with fewer conversations at a time (``--concurrency 8``).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import datetime as dt
 import importlib.metadata
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from moescope import Client, datasets, environment
-from moescope.servers import (
-    Server,
-    captured_command,
-    free_ports,
-    stock_command,
-    stock_env,
-    wait_ready,
-)
+from moescope.cli._options import end_servers_on_signals
+from moescope.overhead import arms, hosting, timing
+from moescope.overhead.arms import Arm, Model
+from moescope.overhead.hosting import Hosted, Launcher
+from moescope.run_dir import RunDir
+from moescope.servers import wait_ready
 from moescope_service.versions import versions
-from tests.gpu import fidelity, tap, throughput
+from tests.gpu import fidelity, loads, tap, throughput
+from tests.gpu.throughput import now
 
 PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "throughput")
 START_TIMEOUT_S = 420.0
@@ -48,69 +60,64 @@ STOCK_QUESTIONS = 50
 class Result:
     """The result file; every change is written at once."""
 
-    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self.values: dict[str, Any] = orjson.loads(path.read_bytes()) if path.exists() else {}
-        self["date"] = now()
-        self["command"] = shlex.join(["python", "-m", "tests.gpu.measure", *sys.argv[1:]])
-        self["hardware"] = {**environment.hardware(), "gpu": gpu()}
-        self["versions"] = {**environment.system(), **packages()}
+        self.circumstances = {
+            "date": now(),
+            "command": shlex.join(["python", "-m", "tests.gpu.measure", *sys.argv[1:]]),
+            "hardware": {**environment.hardware(), "gpu": gpu()},
+            "versions": {**environment.system(), **packages()},
+        }
+        self.values |= self.circumstances
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.values[key] = value
-        options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-        self._path.write_bytes(orjson.dumps(self.values, option=options))
+        timing.write(self._path, self.values)
 
 
-def now() -> str:
-    """Return the date and time."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-
-
-def gpu() -> str:
-    """Return the GPU's name, memory and driver."""
+def gpu() -> str | None:
+    """Return the GPU's name, memory and driver; None where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return None
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def packages() -> dict[str, str]:
     """Return the versions of what the result depends on."""
-    return {**versions(), "triton": importlib.metadata.version("triton")}
+    try:
+        return {**versions(), "triton": importlib.metadata.version("triton")}
+    except importlib.metadata.PackageNotFoundError:  # on the CPU
+        return versions()
 
 
-@contextlib.contextmanager
-def servers(
-    args: argparse.Namespace, arms: Sequence[tuple[str, list[str], dict[str, str]]]
-) -> Iterator[dict[str, Server]]:
-    """Start servers side by side: (name, command without address, environment)."""
-    with contextlib.ExitStack() as stack:
-        started = {}
-        for name, command, env in arms:
-            (port,) = free_ports(1)
-            address = ["--host", "127.0.0.1", "--port", str(port)]
-            log = args.out.with_name(f"{args.out.stem}_{name}.log")
-            url = f"http://127.0.0.1:{port}"
-            server = Server(name, [*command, *address], url, log, env)
-            started[name] = stack.enter_context(server)
-        wait_ready(list(started.values()), START_TIMEOUT_S)
-        yield started
+def launcher(args: argparse.Namespace, flags: Sequence[str], env: dict[str, str]) -> Launcher:
+    """Return what starts the servers: with these flags of vLLM and more of the environment."""
+    return Launcher(
+        model=Model(path=args.model, served_name=Path(args.model).name, args=flags),
+        run_dir=RunDir(args.out.parent),
+        timeout_s=START_TIMEOUT_S,
+        tell=lambda text: print(text, flush=True),
+        settle_s=0.0,  # see throughput.Sitting
+        env={
+            **os.environ,
+            **tap.environment(args.tap_directory, gate_scale=args.gate_scale),
+            **env,
+        },
+    )
 
 
 def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str) -> dict[str, Any]:
     """Serve with both captures on and compare them."""
     tapped = args.tap_directory / runner
     tapped.mkdir()
-    env = {
-        **os.environ,
-        **tap.environment(args.tap_directory, gate_scale=args.gate_scale),
-        **tap.saving(tapped, TAP_ROWS),
-        **fidelity.runner_env(runner),
-    }
-    command = captured_command([args.model, *args.vllm])
-    if runner == "v2":  # vLLM's own capture needs it
-        command.append("--enable-return-routed-experts")
-    with servers(args, [(f"fidelity_{runner}", command, env)]) as started:
-        (server,) = started.values()
+    env = {**tap.saving(tapped, TAP_ROWS), **fidelity.runner_env(runner)}
+    # vLLM's own capture needs the V2 runner.
+    own = ["--enable-return-routed-experts"] if runner == "v2" else []
+    start = launcher(args, [*args.vllm, *own], env)
+    with start.server(Arm(name=f"fidelity_{runner}")) as server:
+        wait_ready([server], START_TIMEOUT_S)
         answers = asyncio.run(fidelity.ask_all(server.url, questions, concurrency=128))
         with Client(server.url) as client:
             info = client.info()
@@ -126,19 +133,17 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
 
 def run_stock_routing(args: argparse.Namespace, questions: Sequence[str]) -> dict[str, Any]:
     """Compare routes of a server with moescope with those of two that have nothing of it."""
-    flags = [*side_by_side(args), "--enable-return-routed-experts"]
-    stock = stock_command(["--model", args.model, *flags])
-    env = {**os.environ, **tap.environment(args.tap_directory, gate_scale=args.gate_scale)}
-    arms = [
-        (throughput.STOCK, stock, stock_env(env)),
-        (throughput.STOCK_AGAIN, stock, stock_env(env)),
-        (throughput.MOESCOPE, captured_command([args.model, *flags]), env),
-    ]
-    with servers(args, arms) as started:
-        return fidelity.compare_stock({n: s.url for n, s in started.items()}, questions)
+    flags = [*shared(args), "--enable-return-routed-experts"]
+    chosen = arms.parse_all(arms.DEFAULT)
+    with hosting.hosted(launcher(args, flags, {}), chosen, "together") as ready:
+        urls = {}
+        for name in ready.names:
+            with ready.host.visit(name) as url:
+                urls[name] = url
+        return fidelity.compare_stock(urls, questions)
 
 
-def side_by_side(args: argparse.Namespace) -> list[str]:
+def shared(args: argparse.Namespace) -> list[str]:
     """Return vLLM's flags for servers that share the GPU.
 
     Their KV cache is given, not profiled: starting together, they would count each other's memory.
@@ -148,26 +153,42 @@ def side_by_side(args: argparse.Namespace) -> list[str]:
 
 
 def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: Result) -> None:
-    """Alternate loads between stock vLLM, stock vLLM again, and moescope."""
-    share = side_by_side(args)
-    stock = stock_command(["--model", args.model, *share])
-    env = {**os.environ, **tap.environment(args.tap_directory, gate_scale=args.gate_scale)}
-    arms = [
-        (throughput.STOCK, stock, stock_env(env)),
-        (throughput.STOCK_AGAIN, stock, stock_env(env)),
-        (throughput.MOESCOPE, captured_command([args.model, *share]), env),
-    ]
-    measured = result.values.get("throughput", {})
-    with servers(args, arms) as started:
-        urls = {name: server.url for name, server in started.items()}
-        for load in throughput.loads(questions, args.scale):
-            if args.load and not load.name.startswith(tuple(args.load)):
-                continue
-            values = asyncio.run(throughput.measure(load, urls))
-            measured[load.name] = {"date": now(), **values}
-            result["throughput"] = measured
-            shown = {key: value for key, value in values.items() if key != "seconds"}
-            print(load.name, orjson.dumps(shown).decode(), flush=True)
+    """Put loads on the arms that were chosen; add a sitting to the result."""
+    picked = loads.pick(
+        loads.workloads(questions, args.scale),
+        args.load or (),
+        rounds=args.rounds,
+        concurrency=args.concurrency,
+    )
+    chosen = arms.parse_all(args.arm or arms.DEFAULT)
+    start = launcher(args, shared(args), {})
+    with hosting.hosted(start, chosen, args.placement) as ready:
+        sitting = str(result.circumstances["date"])
+        result["sittings"] = {
+            **result.values.get("sittings", {}),
+            sitting: circumstances(args, result, ready, start.commands(chosen)),
+        }
+
+        def on_round(workload: loads.Workload, measured: dict[str, Any]) -> None:
+            found = result.values.get("loads", {})
+            result["loads"] = throughput.add(found, workload, sitting, measured)
+            if measured["complete"]:
+                print(*throughput.statements(workload, measured), sep="\n", flush=True)
+
+        throughput.Sitting(chosen, ready).measure(picked, on_round)
+
+
+def circumstances(
+    args: argparse.Namespace, result: Result, ready: Hosted, commands: dict[str, str]
+) -> dict[str, Any]:
+    """Return what a sitting was measured with."""
+    return {
+        **result.circumstances,
+        "model": Path(args.model).name,
+        "placement": args.placement,
+        "commands": commands,
+        "refused": ready.refused,
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -177,11 +198,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's test.jsonl; the hub by default.")
     parser.add_argument("--out", type=Path, required=True, help="The result file.")
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--load", action="append", help="Throughput: loads that start like this.")
+    parser.add_argument(
+        "--load",
+        action="append",
+        help="Throughput: loads whose names start like this; all that fit side by side by default.",
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        choices=arms.BUILT_IN,
+        help="Throughput: repeat; the first is what the others are compared with. By default "
+        "stock, stock-again and moescope; three fit side by side.",
+    )
+    parser.add_argument(
+        "--placement", choices=("together", "in-turn"), default="together", help="Throughput."
+    )
+    parser.add_argument("--rounds", type=int, help="Throughput: rounds of every load.")
+    parser.add_argument(
+        "--concurrency", type=int, help="Throughput: conversations at a time, of every load."
+    )
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")
     parser.add_argument(
-        "--kv-cache-bytes", type=int, default=13 * 2**30, help="KV cache of each of three servers."
+        "--kv-cache-bytes", type=int, default=13 * 2**30, help="KV cache of each server."
     )
     parser.add_argument(
         "--gate-scale", type=float, help="For --load-format dummy: sharpens the gates; try 1e5."
@@ -193,8 +232,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the parts that were asked for."""
     args = parse()
+    end_servers_on_signals()
     questions = [item.question for item in datasets.load("gsm8k", args.gsm8k)]
-    result = Result(args.out, args)
+    result = Result(args.out)
     with tempfile.TemporaryDirectory() as directory:
         args.tap_directory = Path(directory)
         tap.install(args.tap_directory)

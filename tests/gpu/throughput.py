@@ -1,169 +1,174 @@
-"""Throughput of several servers under the same loads, in short rounds of shuffled order.
+"""Puts loads on stock vLLM and on servers with moescope, in paired rounds of shuffled order.
 
-Outputs are sampled at temperature 1. A step's time depends on how many experts its tokens load, and
-greedy outputs of random weights run into loops that differ from server to server by rounding alone:
-the same prompts then cost up to 70% more on one than on the other, with or without capture.
+A sitting is one start of servers. What it measured stands in the result file by load and sitting,
+so that later sittings, of other arms or loads, add to it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import random
+import datetime as dt
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import numpy as np
 
-from moescope.overhead.comparison import bootstrap_interval
-from moescope.overhead.hosting import SETTLE_S
+from moescope.overhead import arms, comparison, rounds
+from moescope.overhead.arms import Arm
+from moescope.overhead.hosting import SETTLE_S, Hosted
+from moescope.overhead.rounds import Pass, Round
+from moescope.records import ServerInfo
+from tests.gpu.loads import Workload
 
-STOCK, STOCK_AGAIN, MOESCOPE = "stock", "stock_again", "moescope"
-TIMEOUT_S = 300.0
-RANDOM_TOKENS = (50, 450)
-"""Range of the random tokens: ordinary ones in every vocabulary."""
+SEED = 0
+COUNTERS = ("moescope_steps_total", "moescope_hook_seconds_total")
+METRICS_TIMEOUT_S = 30.0
 
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What is asked of a server in one round."""
-
-    name: str
-    num_requests: int
-    prompt_len: int
-    output_len: int
-    concurrency: int
-    rounds: int
-    texts: Sequence[str] = ()
-    """Prompts to ask in place of random tokens."""
-
-    def prompts(self, round_number: int) -> list[str] | list[list[int]]:
-        """Return a round's prompts: no two rounds share a prefix that could be cached."""
-        if self.texts:
-            return [f"({round_number}) {text}" for text in self.texts[: self.num_requests]]
-        generator = np.random.default_rng(round_number)
-        shape = (self.num_requests, self.prompt_len)
-        return generator.integers(*RANDOM_TOKENS, shape).tolist()
+OnRound = Callable[[Workload, dict[str, Any]], object]
+"""Takes what was measured of a workload so far, after every round."""
 
 
-def loads(gsm8k: Sequence[str], scale: float) -> list[Load]:
-    """Return the loads of the result file; ``scale`` shortens all of them."""
-
-    def rounds(number: int) -> int:
-        return max(3, round(number * scale))
-
-    return [
-        Load("batch 1, 128 in, 256 out", 1, 128, 256, 1, rounds(20)),
-        Load("64 concurrent, 128 in, 256 out", 64, 128, 256, 64, rounds(12)),
-        Load("prefill 64 x 1,024, 1 out", 64, 1024, 1, 64, rounds(20)),
-        Load("GSM8K, 25 questions, 128 out", 25, 0, 128, 25, rounds(16), gsm8k),
-    ]
+def now() -> str:
+    """Return the date and time."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
-async def run_load(http: httpx.AsyncClient, load: Load, round_number: int) -> float:
-    """Run one round on one server; return its wall time in seconds."""
-    gate = asyncio.Semaphore(load.concurrency)
+class Sitting:
+    """Measures workloads on arms that are ready.
 
-    async def ask(prompt: Any) -> int:
-        body = {
-            "prompt": prompt,
-            "max_tokens": load.output_len,
-            "temperature": 1.0,
-            "ignore_eos": True,
-        }
-        async with gate:
-            reply = await http.post("/v1/completions", json=body)
-        reply.raise_for_status()
-        return int(reply.json()["usage"]["completion_tokens"])
+    Args:
+        chosen: The arms.
+        hosted: Where they are. They get no rest but the one here, after each pass.
+        settle_s: How long a server is given to come to rest before its counters are read and the
+            next one's turn comes.
+    """
 
-    prompts = load.prompts(round_number)
-    started_s = time.perf_counter()
-    tokens = await asyncio.gather(*map(ask, prompts))
-    wall_s = time.perf_counter() - started_s
-    if any(count != load.output_len for count in tokens):
-        raise RuntimeError(f"{http.base_url}: outputs of {set(tokens)} tokens: not the same work")
-    return wall_s
+    def __init__(self, chosen: Sequence[Arm], hosted: Hosted, settle_s: float = SETTLE_S) -> None:
+        self._arms = {arm.name: arm for arm in chosen}
+        self._hosted, self._settle_s = hosted, settle_s
+        self._infos: dict[str, ServerInfo | None] = {}
+
+    def measure(self, workloads: Sequence[Workload], on_round: OnRound) -> None:
+        """Measure all workloads.
+
+        Servers that stay up are visited for one workload after the other, those that are started
+        anew in every visit for all of them, in as many rounds as the shortest has.
+
+        Raises:
+            MoescopeError: An arm is not what it must be, or a request failed, or an answer is not
+                as long as it was asked to be.
+        """
+        if self._hosted.host.stays_up:
+            for one in workloads:
+                self._measure([one], on_round)
+        else:
+            self._measure(workloads, on_round)
+
+    def _measure(self, workloads: Sequence[Workload], on_round: OnRound) -> None:
+        measured: list[list[Round]] = [[] for _ in workloads]
+        num_rounds = min(one.rounds for one in workloads)
+        for items in rounds.measure(
+            [one.load() for one in workloads],
+            self._hosted.host,
+            self._hosted.names,
+            rounds=num_rounds,
+            seed=SEED,
+            hooks=rounds.Hooks(on_visit=self._check, counters=self._counters),
+        ):
+            for one, item, done in zip(workloads, items, measured, strict=True):
+                done.append(item)
+                on_round(one, {"complete": len(done) == num_rounds, **summarize(done)})
+
+    def _check(self, name: str, url: str) -> None:
+        arms.prepare(self._arms[name], url, None)
+        self._infos[name] = arms.check(self._arms[name], url, None)
+
+    def _counters(self, name: str, url: str) -> dict[str, float]:
+        time.sleep(self._settle_s)  # the last steps are on their way to the collector, too
+        if self._infos[name] is None:
+            return {}
+        reply = httpx.get(f"{url}/metrics", timeout=METRICS_TIMEOUT_S).raise_for_status()
+        return dict(samples(reply.text))
 
 
-async def measure(load: Load, urls: Mapping[str, str]) -> dict[str, Any]:
-    """Alternate a load between servers and compare each with the first.
+def samples(text: str) -> Iterator[tuple[str, float]]:
+    """Give the values of `COUNTERS` in Prometheus text."""
+    for line in text.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in COUNTERS:
+            yield name, float(line.rsplit(" ", 1)[1])
+
+
+def summarize(measured: Sequence[Round]) -> dict[str, Any]:
+    """Return what the rounds of a workload say.
 
     Returns:
-        Median seconds and tokens a second of each arm, paired differences to ``stock`` with 95%
-        bootstrap intervals of the mean, every round, and what the capture spent on the host.
+        The date, medians and the capture's work on the host by arm, differences to the first arm
+        by arm and metric, and every pass.
     """
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in urls}
-    clients = {
-        name: httpx.AsyncClient(
-            base_url=url, timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None)
-        )
-        for name, url in urls.items()
-    }
-    try:
-        for name in urls:
-            await run_load(clients[name], load, load.rounds)
-        before = await _host_counters(clients.get(MOESCOPE))
-        for number in range(load.rounds):
-            names = list(urls)
-            order.shuffle(names)
-            for name in names:
-                await asyncio.sleep(SETTLE_S)
-                seconds[name].append(await run_load(clients[name], load, number))
-        after = await _host_counters(clients.get(MOESCOPE))
-    finally:
-        for client in clients.values():
-            await client.aclose()
-    return _summary(load, seconds, before, after)
-
-
-def _summary(
-    load: Load,
-    seconds: Mapping[str, Sequence[float]],
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-) -> dict[str, Any]:
-    tokens = load.num_requests * (load.output_len if load.output_len > 1 else load.prompt_len)
-    change = {
-        name: _paired(values, seconds[STOCK]) for name, values in seconds.items() if name != STOCK
-    }
-    steps = after.get("steps", 0) - before.get("steps", 0)
-    host_s = after.get("hook_seconds", 0) - before.get("hook_seconds", 0)
+    names = list(measured[0].passes)
     return {
-        "rounds": load.rounds,
-        "median_s": {name: float(np.median(values)) for name, values in seconds.items()},
-        "tokens_per_s": {
-            name: tokens / float(np.median(values)) for name, values in seconds.items()
+        "date": now(),
+        "rounds": len(measured),
+        "arms": {name: _arm([item.passes[name] for item in measured]) for name in names},
+        "differences": {
+            name: {metric: one.as_json() for metric, one in by_metric.items()}
+            for name, by_metric in comparison.differences(measured, SEED).items()
         },
-        "change_percent": change,
-        "host_us_per_step": 1e6 * host_s / steps if steps else None,
-        "steps": steps,
-        "seconds": seconds,
+        "passes": [
+            {"order": item.order, **{name: _made(item.passes[name]) for name in names}}
+            for item in measured
+        ],
     }
 
 
-def _paired(values: Sequence[float], stock: Sequence[float]) -> dict[str, Any]:
-    percents = [100.0 * (a / b - 1.0) for a, b in zip(values, stock, strict=True)]
-    low, high = bootstrap_interval(percents, 0)
+def _arm(passes: Sequence[Pass]) -> dict[str, Any]:
+    steps, host_s = (sum(made.counted.get(name, 0.0) for made in passes) for name in COUNTERS)
+    every = [
+        {"wall_s": made.wall_s, "prompt_throughput": made.prompt_tokens / made.wall_s}
+        | made.metrics
+        for made in passes
+    ]
     return {
-        "mean": float(np.mean(percents)),
-        "median": float(np.median(percents)),
-        "interval_95": [low, high],
+        "median": {key: float(np.median([one[key] for one in every])) for key in every[0]},
+        "steps": int(steps),
+        "host_us_per_step": 1e6 * host_s / steps if steps else None,
     }
 
 
-async def _host_counters(http: httpx.AsyncClient | None) -> dict[str, float]:
-    if http is None:
-        return {}
-    await asyncio.sleep(0.3)  # the last steps are on their way to the collector
-    text = (await http.get("/metrics")).text
-    return dict(_samples(text))
+def _made(made: Pass) -> dict[str, Any]:
+    return {
+        "wall_s": made.wall_s,
+        "prompt_tokens": made.prompt_tokens,
+        "completion_tokens": made.completion_tokens,
+        "metrics": made.metrics,
+        "counted": made.counted,
+    }
 
 
-def _samples(text: str) -> Iterator[tuple[str, float]]:
-    for name in ("steps", "hook_seconds"):
-        for line in text.splitlines():
-            if line.startswith(f"moescope_{name}_total"):
-                yield name, float(line.rsplit(" ", 1)[1])
+def add(values: dict[str, Any], workload: Workload, sitting: str, measured: Any) -> dict[str, Any]:
+    """Return a result's loads with what a sitting measured of one, in place of what it had.
+
+    Args:
+        values: By name of the workload and sitting; left as it is.
+        workload: The workload.
+        sitting: The sitting's name.
+        measured: What to put there.
+    """
+    return {**values, workload.name: {**values.get(workload.name, {}), sitting: measured}}
+
+
+def statements(workload: Workload, measured: dict[str, Any]) -> Iterator[str]:
+    """Say the differences of every arm in words."""
+    metric = workload.compared
+    for name, by_metric in measured["differences"].items():
+        one = by_metric[metric]
+        low, high = one["interval_95_percent"]
+        difference = comparison.Difference(
+            percent=one["percent"],
+            interval_95_percent=(low, high),
+            noise_percent=one["noise_percent"],
+        )
+        said = comparison.statement(name, metric, difference, measured["rounds"])
+        yield f"{workload.name}: {said}"

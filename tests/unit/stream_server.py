@@ -68,6 +68,7 @@ class StreamServer:
         self.script = script
         self.seen: list[Seen] = []
         self.connections = 0
+        self.pages: dict[str, bytes] = {}  # what GET finds, by path
         self.url = ""
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -83,7 +84,10 @@ class StreamServer:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         if head.startswith(b"GET "):
-            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
+            page = self.pages.get(head.split(b" ")[1].decode())
+            status = b"404 Not Found" if page is None else b"200 OK"
+            page = page or b"{}"
+            writer.write(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(page), page))
             return
         size = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         body = orjson.loads(await reader.readexactly(size))

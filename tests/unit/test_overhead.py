@@ -12,9 +12,11 @@ from client_fakes import INFO, server
 from stream_server import DONE, chunk, delta, serving, usage
 
 from moescope import CommandError
+from moescope.bench.driver import Pace
+from moescope.bench.workload import Ask, Turn
 from moescope.overhead import arms, comparison, hosting, plot, rounds, table, timing
 from moescope.overhead.arms import MOESCOPE, STOCK, STOCK_AGAIN, Arm
-from moescope.overhead.rounds import Pass, Round
+from moescope.overhead.rounds import Load, Pass, Round
 from moescope.replay import Options
 from moescope.run_dir import RunDir
 
@@ -62,14 +64,21 @@ def chunk_of(token_ids):
     return b"data: " + orjson.dumps(values) + b"\n\n"
 
 
-def measure(names, scripts=None, *, count=3, prompts=("x", "y"), **more):
-    scripts = scripts or {}
-    with serving_all(names, scripts) as (servers, urls):
+def measure(names, scripts=None, *, count=3, prompts=("x", "y"), **hooks):
+    servers, done = measure_loads(
+        names, [Load.of_prompts(prompts, OPTIONS)], scripts, count=count, **hooks
+    )
+    return servers, [item for (item,) in done]
+
+
+def measure_loads(names, loads, scripts=None, *, count=1, **hooks):
+    with serving_all(names, scripts or {}) as (servers, urls):
         done = list(
             rounds.measure(
-                prompts, hosting.Running(urls), list(names), OPTIONS, rounds=count, **more
+                loads, hosting.Running(urls), list(names),
+                rounds=count, seed=0, hooks=rounds.Hooks(**hooks),
             )
-        )
+        )  # fmt: skip
     return servers, done
 
 
@@ -127,7 +136,8 @@ def test_token_ids_are_in_the_order_of_the_prompts():
     with serving(script) as one:
         host = hosting.Running({"a": one.url, "b": one.url})
         options = dataclasses.replace(OPTIONS, concurrency=2)
-        (item,) = rounds.measure(["slow", "fast"], host, ["a", "b"], options, rounds=1)
+        load = Load.of_prompts(["slow", "fast"], options)
+        ((item,),) = rounds.measure([load], host, ["a", "b"], rounds=1, seed=0)
     assert item.passes["a"].token_ids == [[7], [8]]
 
 
@@ -141,6 +151,65 @@ def test_an_arm_that_generates_nothing_is_told():
     scripts = {"b": lambda number, body: [(0, chunk(delta={"content": ""}) + usage(1, 0) + DONE)]}
     with pytest.raises(CommandError, match="generated no token"):
         measure(("a", "b"), scripts)
+
+
+def load_of(*conversations, **ask):
+    return Load(
+        conversations=lambda number: conversations if number else conversations[:1],
+        ask=Ask(model="demo", endpoint="completions", ignore_eos=True, **ask),
+        pace=Pace(max_concurrency=2),
+    )
+
+
+def tokens(number):
+    """A script that answers with that many tokens."""
+    return lambda seen, body: [(0, chunk_of([1])), (0, usage(3, number) + DONE)]
+
+
+def test_a_visit_puts_every_load_on_an_arm():
+    one = load_of((Turn([1, 2], 2),), (Turn([3], 2),))
+    other = load_of((Turn([4], 2),))
+    scripts = {"a": tokens(2), "b": tokens(2)}
+    servers, done = measure_loads(("a", "b"), [one, other], scripts, count=2)
+    assert [len(item) for item in done] == [2, 2]
+    assert done[0][0].order == done[0][1].order
+    assert [item[0].passes["b"].completion_tokens for item in done] == [4, 4]
+    assert [item[1].passes["b"].completion_tokens for item in done] == [2, 2]
+    bodies = [seen.body for seen in servers["b"].seen]
+    prompts = [body["prompt"] for body in bodies]
+    warm_up, later = [[1, 2], [4]], [[1, 2], [3], [4]]
+    assert prompts == [*warm_up, *later, *later]
+    # Neither a round nor another load finds in the prefix cache what one put there.
+    assert len({body["cache_salt"] for body in bodies}) == 2 * 3
+
+
+def test_answers_of_another_length_are_not_the_same_work():
+    load = load_of((Turn([1], 3),))
+    with pytest.raises(CommandError, match="with 2 tokens where 3 were asked for"):
+        measure_loads(("a", "b"), [load], {"a": tokens(3), "b": tokens(2)})
+
+
+def test_counters_are_told_by_pass():
+    count = {"a": 100.0, "b": 0.0}
+
+    def counters(name, url):
+        count[name] += 7.0 if name == "a" else 1.0
+        return {"steps": count[name]}
+
+    _, done = measure(("a", "b"), count=2, counters=counters)
+    assert [item.passes["a"].counted for item in done] == [{"steps": 7.0}] * 2
+    assert [item.passes["b"].counted for item in done] == [{"steps": 1.0}] * 2
+
+
+def test_outputs_of_conversations_are_in_the_order_of_their_turns():
+    def script(number, body):
+        if len(body["prompt"]) == 3:  # the first turn of the second conversation is slow
+            return [(0.2, chunk_of([9])), (0, usage(3, 1) + DONE)]
+        return [(0, chunk_of([body["prompt"][0]])), (0, usage(3, 1) + DONE)]
+
+    load = load_of((Turn([5], 1), Turn([6], 1)), (Turn([7, 7, 7], 1), Turn([8], 1)), token_ids=True)
+    _, ((item,),) = measure_loads(("a", "b"), [load], {"a": script, "b": script})
+    assert item.passes["a"].token_ids == [[5], [9], [9], [7]]
 
 
 def test_orders_are_balanced_and_follow_the_seed():
@@ -352,6 +421,8 @@ def test_the_commands_of_the_built_in_arms():
         "stock-again": stock,
         "moescope": capture,
         "counts": [*capture, "--routes-mode", "counts"],
+        "paused": capture,
+        "installed": stock,
         "routed-experts": [*stock, "--enable-return-routed-experts"],
     }
     assert set(expected) == set(arms.BUILT_IN)
@@ -381,7 +452,10 @@ def test_commands_are_told_as_one_types_them(tmp_path):
 def test_a_stock_arms_environment_has_nothing_of_moescope():
     env = {"MOESCOPE_ENABLE": "1", "PATH": "/bin"}
     for name in ("stock", "stock-again", "routed-experts"):
-        assert Arm(name=name).environment(env) == {"PATH": "/bin"}
+        made = Arm(name=name).environment(env)
+        assert "moescope" not in made.pop("VLLM_PLUGINS").split(",")
+        assert made == {"PATH": "/bin"}
+    assert Arm(name="installed").environment(env) == {"PATH": "/bin"}
     assert Arm(name="moescope").environment(env) == env
 
 
@@ -399,6 +473,8 @@ def test_arms_are_what_they_must_be():
     assert check("moescope", captured).model == "demo"
     assert check("anything", paused).capture == "paused"
     assert check("counts", counting).mode == "counts"
+    assert check("paused", paused).capture == "paused"
+    assert check("installed", plain) is None
     for name, transport, why in (
         ("stock", captured, "answers /moescope/info"),
         ("stock-again", paused, "answers /moescope/info"),
@@ -406,11 +482,29 @@ def test_arms_are_what_they_must_be():
         ("moescope", plain, "HTTP 404"),
         ("moescope", paused, "is paused"),
         ("moescope", counting, "--routes-mode is counts, not routes"),
+        ("installed", captured, "answers /moescope/info"),
+        ("paused", captured, "is on, not paused"),
+        ("paused", plain, "HTTP 404"),
         ("counts", captured, "--routes-mode is routes, not counts"),
         ("stock", down, "HTTP 503"),
     ):
         with pytest.raises(CommandError, match=why):
             check(name, transport)
+
+
+def test_the_arm_paused_is_paused_where_moescope_started_it():
+    asked = []
+
+    def pause(request):
+        asked.append(request.url.path)
+        return httpx.Response(200, json={"capture": "paused"})
+
+    transport = server({"POST /routes/pause": pause})
+    for arm in (Arm(name="moescope"), Arm(name="stock"), Arm(name="paused", url="http://moe")):
+        arms.prepare(arm, "http://moe", None, transport)
+    assert asked == []
+    arms.prepare(Arm(name="paused"), "http://moe", None, transport)
+    assert asked == ["/routes/pause"]
 
 
 # Hosting.

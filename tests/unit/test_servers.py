@@ -91,7 +91,27 @@ def test_the_stock_environment_has_nothing_of_moescope():
     }
     # An empty list still switches the plugins off that it does not name.
     assert servers.stock_env({"VLLM_PLUGINS": "moescope"}) == {"VLLM_PLUGINS": ""}
-    assert servers.stock_env({}) == {}
+
+
+def test_vllm_does_not_load_the_plugin_on_a_stock_server(tmp_path):
+    for name, group in (("mine", "general"), ("tpu", "platform"), ("page", "endpoint")):
+        info = tmp_path / f"{name}-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(f"[vllm.{group}_plugins]\n{name} = x:y\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    # Where no list is given vLLM loads all that it finds, other than endpoints.
+    assert {"moescope", "mine", "tpu"} <= set(servers.found_plugins(env))
+    stock = servers.stock_env(env)["VLLM_PLUGINS"].split(",")
+    assert {"mine", "tpu"} <= set(stock)
+    assert {"moescope", "page"}.isdisjoint(stock)
+
+
+def test_the_plugin_is_loaded_where_it_is_installed():
+    env = {"MOESCOPE_ENABLE": "1", "PATH": "/bin"}
+    assert servers.installed_env(env) == {"PATH": "/bin"}  # vLLM loads all that it finds
+    for given, wanted in (("a", "a,moescope"), ("", "moescope"), ("moescope,a", "moescope,a")):
+        assert servers.installed_env({"VLLM_PLUGINS": given}) == {"VLLM_PLUGINS": wanted}
 
 
 def test_the_commands():

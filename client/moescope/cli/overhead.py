@@ -23,9 +23,9 @@ def overhead(
     arm: Annotated[
         list[str] | None,
         typer.Option(
-            help="stock, stock-again, moescope, counts, routed-experts, NAME=COMMAND with {port} "
-            "in it, or NAME=http://…; repeat. By default the first three; the first is what the "
-            "others are compared with.",
+            help="stock, stock-again, moescope, counts, paused, installed, routed-experts, "
+            "NAME=COMMAND with {port} in it, or NAME=http://…; repeat. By default the first three; "
+            "the first is what the others are compared with.",
             show_default=False,
         ),
     ] = None,

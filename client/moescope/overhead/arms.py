@@ -15,17 +15,22 @@ from moescope.errors import CommandError, FormatError, ServerError
 from moescope.records import ServerInfo
 
 STOCK, STOCK_AGAIN, MOESCOPE = "stock", "stock-again", "moescope"
-COUNTS, ROUTED_EXPERTS = "counts", "routed-experts"
+COUNTS, PAUSED, INSTALLED = "counts", "paused", "installed"
+ROUTED_EXPERTS = "routed-experts"
 BUILT_IN = {
     STOCK: "vLLM as it is",
     STOCK_AGAIN: "the same again: what differs between the two is the noise of the run",
     MOESCOPE: "with capture",
     COUNTS: "with capture of counts alone, no routes of tokens",
+    PAUSED: "with a capture that is held by POST /routes/pause",
+    INSTALLED: "vLLM as it is, but it loads moescope's plugin, which is not enabled",
     ROUTED_EXPERTS: "vLLM's own --enable-return-routed-experts; not on the CPU",
 }
 """The arms that moescope can start by itself."""
 DEFAULT = (STOCK, STOCK_AGAIN, MOESCOPE)
 
+_MODES = {MOESCOPE: "routes", PAUSED: "routes", COUNTS: "counts"}
+"""The ``--routes-mode`` of the arms that have one."""
 _MORE_FLAGS: dict[str, tuple[str, ...]] = {
     COUNTS: ("--routes-mode", "counts"),
     ROUTED_EXPERTS: ("--enable-return-routed-experts",),
@@ -77,7 +82,7 @@ class Arm:
     @property
     def is_stock(self) -> bool:
         """Whether it must be vLLM with nothing of moescope enabled."""
-        return self.name in {STOCK, STOCK_AGAIN, ROUTED_EXPERTS}
+        return self.name in {STOCK, STOCK_AGAIN, INSTALLED, ROUTED_EXPERTS}
 
     def command_line(self, model: Model, port: int) -> list[str]:
         """Return the command that starts it."""
@@ -93,6 +98,8 @@ class Arm:
 
     def environment(self, env: Mapping[str, str]) -> Mapping[str, str]:
         """Return the environment to start it in: a stock arm's has nothing of moescope."""
+        if self.name == INSTALLED:
+            return servers.installed_env(env)
         return servers.stock_env(env) if self.is_stock else env
 
 
@@ -109,6 +116,19 @@ def parse_all(texts: Sequence[str]) -> list[Arm]:
     return parsed
 
 
+def prepare(
+    arm: Arm, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None
+) -> None:
+    """Bring a server that moescope started into the state that its arm names.
+
+    Raises:
+        MoescopeError: The capture cannot be paused.
+    """
+    if arm.name == PAUSED and not arm.url:
+        with Client(url, api_key, transport=transport) as client:
+            client.pause()
+
+
 def check(
     arm: Arm, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None
 ) -> ServerInfo | None:
@@ -119,13 +139,13 @@ def check(
 
     Raises:
         CommandError: A stock server answers ``/moescope/info``, since a paused capture makes no
-            stock arm; or the capture of the arm ``moescope`` is not on.
+            stock arm; or the capture of ``moescope`` is not on, that of ``paused`` not held.
     """
     with Client(url, api_key, transport=transport) as client:
         try:
             info = client.info()
         except ServerError as error:
-            if error.status_code == 404 and arm.name not in {MOESCOPE, COUNTS}:
+            if error.status_code == 404 and arm.name not in _MODES:
                 return None
             problem = str(error)
         except FormatError as error:
@@ -140,9 +160,9 @@ def check(
 def _problem(arm: Arm, info: ServerInfo) -> str:
     if arm.is_stock:
         return "it answers /moescope/info, so it is not vLLM without moescope"
-    modes = {MOESCOPE: "routes", COUNTS: "counts"}
-    if info.mode != (wanted := modes.get(arm.name, info.mode)):
+    if info.mode != (wanted := _MODES.get(arm.name, info.mode)):
         return f"its --routes-mode is {info.mode}, not {wanted}"
-    if arm.name in modes and info.capture != "on":
-        return f"its capture is {info.capture}: resume it"
+    wanted = "paused" if arm.name == PAUSED else "on"
+    if arm.name in _MODES and info.capture != wanted:
+        return f"its capture is {info.capture}, not {wanted}"
     return ""

@@ -5,6 +5,7 @@ This module imports matplotlib; import it where pictures are drawn, and nowhere 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,52 @@ def draw(path: Path, values: dict[str, Any]) -> None:
         path: The PNG to write.
         values: What the file holds.
     """
-    arms = list(values["differences"])
-    metrics = [name for name in METRICS if name in values["differences"][arms[0]]]
+    differences = values["differences"]
+    measured = next(iter(differences.values()))
+    hardware = values["hardware"]
+    draw_rows(
+        path,
+        differences,
+        {name: words for name, words in METRICS.items() if name in measured},
+        xlabel=f"difference to {next(iter(values['arms']))} in percent, "
+        f"{len(values['rounds'])} paired rounds",
+        title=f"{values['model']} on {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{values['date'][:10]}",
+    )
+
+
+def draw_rows(
+    path: Path,
+    differences: Mapping[str, Mapping[str, Any]],
+    rows: Mapping[str, str],
+    *,
+    xlabel: str,
+    title: str,
+) -> None:
+    """Draw differences in rows, a color an arm.
+
+    Args:
+        path: The PNG to write.
+        differences: By arm and row, as `comparison.Difference.as_json` has them; an arm may lack
+            rows.
+        rows: What to call each row, from the top.
+        xlabel: What the differences are.
+        title: What they are of; that the intervals are 95% is added.
+    """
+    arms = list(differences)
     colors = dict(zip([a for a in arms if a != STOCK_AGAIN], _COLORS, strict=False))
     colors[STOCK_AGAIN] = SOFT
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 1.7 + 0.42 * len(metrics)), layout="constrained")
+        figure = Figure(figsize=(11, 1.7 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for place, arm in enumerate(arms):
             offset = (place - (len(arms) - 1) / 2) * 0.8 / max(2, len(arms))
-            _draw_arm(axes, values["differences"][arm], metrics, offset, colors[arm])
-        _limit(axes, values["differences"], metrics)
-        first = next(iter(values["arms"]))
+            _draw_arm(axes, differences[arm], list(rows), offset, colors[arm])
+        _limit(axes, differences)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(metrics)), [METRICS[name] for name in metrics])
-        axes.set_ylim(len(metrics) - 0.4, -0.6)
-        axes.set_xlabel(f"difference to {first} in percent, {len(values['rounds'])} paired rounds")
+        axes.set_yticks(range(len(rows)), list(rows.values()))
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlabel(xlabel)
         axes.grid(visible=True, axis="x", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
@@ -51,36 +82,31 @@ def draw(path: Path, values: dict[str, Any]) -> None:
         hollow = Line2D([], [], color=SOFT, marker="o", mfc="white", ls="", label="holds zero")
         axes.legend(handles=[*handles, hollow], frameon=False, loc="upper left",
                     bbox_to_anchor=(1.0, 1.0))  # fmt: skip
-        hardware = values["hardware"]
         floor = ", none narrower than the stock pair's" if STOCK_AGAIN in arms else ""
-        axes.set_title(
-            f"{values['model']} on {hardware['cpu']}, {hardware['cores']} cores, "
-            f"{values['date'][:10]}; 95% intervals{floor}",
-            fontsize=10,
-            color=SOFT,
-            loc="left",
-        )
+        axes.set_title(f"{title}\n95% intervals{floor}", fontsize=10, color=SOFT, loc="left")
         figure.savefig(path, dpi=DPI)
 
 
-def _limit(axes: Axes, differences: dict[str, Any], metrics: list[str]) -> None:
+def _limit(axes: Axes, differences: Mapping[str, Mapping[str, Any]]) -> None:
     """Cut off what would make all else invisible; the figure in the file says it."""
     ends = [
-        max(map(abs, by_metric[name]["claim_percent"]))
-        for by_metric in differences.values()
-        for name in metrics
+        max(map(abs, one["claim_percent"]))
+        for by_row in differences.values()
+        for one in by_row.values()
     ]
     limit = 1.1 * min(max(ends), 3.0 * float(np.median(ends)))
     axes.set_xlim(-limit, limit)
 
 
 def _draw_arm(
-    axes: Axes, by_metric: dict[str, Any], metrics: list[str], offset: float, color: str
+    axes: Axes, by_row: Mapping[str, Any], rows: Sequence[str], offset: float, color: str
 ) -> None:
-    for row, name in enumerate(metrics):
-        one = by_metric[name]
+    for place, row in enumerate(rows):
+        if row not in by_row:
+            continue
+        one = by_row[row]
         low, high = one["claim_percent"]
-        y = row + offset
+        y = place + offset
         axes.plot((low, high), (y, y), color=color, linewidth=2, solid_capstyle="butt")
         face = color if one["distinguishable"] else "white"
         axes.plot(one["percent"], y, "o", color=color, markerfacecolor=face, markersize=5)

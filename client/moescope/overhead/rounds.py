@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 import random
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Self
 
 from moescope.bench import latency, session
 from moescope.bench.connections import Target
 from moescope.bench.driver import Pace, Run
-from moescope.bench.workload import Ask, Turn
+from moescope.bench.workload import Ask, Conversation, Turn
 from moescope.errors import CommandError
 from moescope.overhead.hosting import Host
 from moescope.replay import Options
@@ -19,7 +20,7 @@ from moescope.replay import Options
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One arm's answers to all prompts in one round."""
+    """One arm's answers to all that is asked of it in one round."""
 
     wall_s: float
     """Seconds from the first request to the end of the last answer."""
@@ -29,6 +30,8 @@ class Pass:
     """By the names of `comparison.METRICS`."""
     token_ids: list[list[int] | None]
     """The outputs' token ids, in the order of the prompts; None where a server sends none."""
+    counted: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """By how much each counter of `Hooks.counters` grew."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,74 +60,139 @@ def shuffled_orders(names: Sequence[str], rounds: int, seed: int) -> list[tuple[
     return orders[:rounds]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is put on every arm."""
+
+    conversations: Callable[[int], Sequence[Conversation]]
+    """Makes those of a round by its number, from 1; those of number 0 warm the servers up."""
+    ask: Ask
+    """How to ask: a server's first model where it names none. Each round adds a cache salt."""
+    pace: Pace
+
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[str], options: Options) -> Self:
+        """Make a load of the same user messages in every round."""
+        conversations = [(Turn(prompt, options.max_tokens),) for prompt in prompts]
+        ask = Ask(
+            model=options.model or "",
+            temperature=options.temperature,
+            seed=options.seed,
+            token_ids=True,
+        )
+        pace = Pace(max_concurrency=options.concurrency)
+        return cls(conversations=lambda number: conversations, ask=ask, pace=pace)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What is called meanwhile."""
+
+    on_visit: Callable[[str, str], object] = lambda name, url: None
+    """Called with an arm's name and address before load is put on it."""
+    on_pass: Callable[[], object] = lambda: None
+    """Called after each pass, warm-up included: for each load ``len(names) * (rounds + 1)`` times
+    where the servers stay up, else ``2 * len(names) * rounds`` times."""
+    counters: Callable[[str, str], Mapping[str, float]] = lambda name, url: {}
+    """Called with an arm's name and address after each pass: reads counters of the server."""
+
+
 def measure(
-    prompts: Sequence[str],
+    loads: Sequence[Load],
     host: Host,
     names: Sequence[str],
-    options: Options,
     *,
     rounds: int,
+    seed: int,
     api_key: str | None = None,
-    on_visit: Callable[[str, str], object] = lambda name, url: None,
-    on_pass: Callable[[], object] = lambda: None,
-) -> Iterator[Round]:
-    """Run the warm-up and all rounds; gives each round when it is done.
+    hooks: Hooks = Hooks(),
+) -> Iterator[list[Round]]:
+    """Run the warm-up and all rounds; gives each round of every load when it is done.
 
-    Each round has a cache salt of its own: no prompt is answered from the prefix cache that an
-    earlier round, or an earlier run, filled. So prefill is measured as well.
+    A visit puts all loads on an arm, one after the other: starting a server for each would take
+    longer than measuring. Each round has a cache salt of its own: no prompt is answered from the
+    prefix cache that an earlier round, or an earlier run, filled. So prefill is measured as well.
 
     Args:
-        prompts: The user messages.
+        loads: What to put on the arms.
         host: Where the arms are.
         names: The arms.
-        options: How to ask.
         rounds: Rounds that count.
+        seed: Of the order.
         api_key: The key that all of them want, if any.
-        on_visit: Called with an arm's name and address before load is put on it.
-        on_pass: Called after each pass, warm-up included: ``len(names) * (rounds + 1)`` times
-            where the servers stay up, else ``2 * len(names) * rounds`` times.
+        hooks: What to call meanwhile.
 
     Raises:
-        MoescopeError: A request failed, or an arm generated nothing.
+        MoescopeError: A request failed, an arm generated nothing, or with ``ignore_eos`` another
+            number of tokens than it was asked for.
     """
-    run_id = uuid.uuid4().hex
-    models: dict[str, str] = {}
-
-    def one(name: str, number: int, *, warm_up: bool) -> Pass | None:
-        with host.visit(name) as url:
-            on_visit(name, url)
-            target = Target(base_url=url, api_key=api_key)
-            if name not in models:
-                models[name] = options.model or session.served_model(target)
-            made = None
-            salts = ([f"{run_id}-{number}-warm-up"] if warm_up else []) + (
-                [f"{run_id}-{number}"] if number else []
-            )
-            for salt in salts:
-                made = _pass(prompts, target, models[name], options, salt)
-                on_pass()
-        return made
-
+    visits = _Visits(loads, host, api_key, hooks)
     if host.stays_up:
         for name in names:
-            one(name, 0, warm_up=True)
-    for number, order in enumerate(shuffled_orders(names, rounds, options.seed), start=1):
-        made = {name: one(name, number, warm_up=not host.stays_up) for name in order}
-        yield Round(order=order, passes={name: done for name in names if (done := made[name])})
+            visits.visit(name, 0, warm_up=True)
+    for number, order in enumerate(shuffled_orders(names, rounds, seed), start=1):
+        made = {name: visits.visit(name, number, warm_up=not host.stays_up) for name in order}
+        yield [
+            Round(order=order, passes={name: made[name][place] for name in names})
+            for place in range(len(loads))
+        ]
 
 
-def _pass(prompts: Sequence[str], target: Target, model: str, options: Options, salt: str) -> Pass:
-    ask = Ask(
-        model=model,
-        temperature=options.temperature,
-        seed=options.seed,
-        token_ids=True,
-        extra_body={"cache_salt": salt},  # vLLM's; other servers ignore it
-    )
-    conversations = [(Turn(prompt, options.max_tokens),) for prompt in prompts]
-    run = Run(conversations, ask, target, Pace(max_concurrency=options.concurrency))
-    asyncio.run(run.go())
-    return summarize(run, target.base_url)
+class _Visits:
+    """Puts the loads on one arm after the other."""
+
+    def __init__(
+        self, loads: Sequence[Load], host: Host, api_key: str | None, hooks: Hooks
+    ) -> None:
+        self._loads, self._host, self._api_key, self._hooks = loads, host, api_key, hooks
+        self._run_id = uuid.uuid4().hex
+        self._models: dict[str, str] = {}
+        self._counters: dict[str, Mapping[str, float]] = {}
+
+    def visit(self, name: str, number: int, *, warm_up: bool) -> list[Pass]:
+        """Put the loads of a round on an arm; number 0 is no round."""
+        passes = []
+        with self._host.visit(name) as url:
+            self._hooks.on_visit(name, url)
+            for place, load in enumerate(self._loads):
+                salt = f"{self._run_id}-{place}-{number}"
+                if warm_up:
+                    self._pass(name, url, load, 0, f"{salt}-warm-up")
+                if number:
+                    passes.append(self._pass(name, url, load, number, salt))
+        return passes
+
+    def _pass(self, name: str, url: str, load: Load, number: int, salt: str) -> Pass:
+        target = Target(base_url=url, api_key=self._api_key)
+        if name not in self._models:
+            self._models[name] = load.ask.model or session.served_model(target)
+        ask = dataclasses.replace(
+            load.ask,
+            model=self._models[name],
+            extra_body={**load.ask.extra_body, "cache_salt": salt},  # other servers ignore it
+        )
+        conversations = load.conversations(number)
+        run = Run(conversations, ask, target, load.pace)
+        asyncio.run(run.go())
+        made = summarize(run, url)
+        if ask.ignore_eos:
+            _require_lengths(run, conversations, url)
+        self._hooks.on_pass()
+        before, now = self._counters.get(name, {}), self._hooks.counters(name, url)
+        self._counters[name] = now
+        counted = {key: value - before.get(key, 0.0) for key, value in now.items()}
+        return dataclasses.replace(made, counted=counted)
+
+
+def _require_lengths(run: Run, conversations: Sequence[Conversation], where: str) -> None:
+    """Check that all answers have as many tokens as was asked for: the arms do the same work."""
+    for record in run.records:
+        wanted = conversations[record.conversation][record.turn].max_tokens
+        if record.completion_tokens != wanted:
+            raise CommandError(
+                f"{where} answered with {record.completion_tokens} tokens where {wanted} were "
+                "asked for: arms that do not do the same work cannot be compared"
+            )
 
 
 def summarize(run: Run, where: str) -> Pass:

@@ -47,7 +47,7 @@ def run(
         setting: What to measure.
         hosted: The arms.
         commands: Their command lines or addresses, by arm.
-        on_pass: Called after each pass; see `rounds.measure`.
+        on_pass: Called after each pass; see `rounds.Hooks`.
 
     Returns:
         What was written last.
@@ -59,19 +59,19 @@ def run(
     infos: dict[str, ServerInfo | None] = {}
 
     def on_visit(name: str, url: str) -> None:
+        arms.prepare(by_name[name], url, setting.api_key)
         infos[name] = arms.check(by_name[name], url, setting.api_key)
 
     measured: list[Round] = []
     values: dict[str, Any] = {}
-    for item in rounds.measure(
-        setting.prompts,
+    for (item,) in rounds.measure(
+        [rounds.Load.of_prompts(setting.prompts, setting.options)],
         hosted.host,
         hosted.names,
-        setting.options,
         rounds=setting.rounds,
+        seed=setting.options.seed,
         api_key=setting.api_key,
-        on_visit=on_visit,
-        on_pass=on_pass,
+        hooks=rounds.Hooks(on_visit=on_visit, on_pass=on_pass),
     ):
         measured.append(item)
         values = {
@@ -81,7 +81,7 @@ def run(
             "placement": "together" if hosted.host.stays_up else "in-turn",
             **_circumstances(setting, infos, commands),
         }
-        _replace(path, values)
+        write(path, values)
     return values
 
 
@@ -199,8 +199,9 @@ def _circumstances(
     }
 
 
-def _replace(path: Path, values: dict[str, Any]) -> None:
-    """Write a file so that a reader sees the old one or the new one, whole."""
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, whole."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
     new = path.with_suffix(".new")
-    new.write_bytes(orjson.dumps(values, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    new.write_bytes(orjson.dumps(values, option=options))
     new.replace(path)

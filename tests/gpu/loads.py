@@ -1,0 +1,162 @@
+"""What is asked of servers on the GPU, and what is wanted of the capture under it.
+
+Outputs are sampled at temperature 1. A step's time depends on how many experts its tokens load, and
+greedy outputs of random weights run into loops that differ from server to server by rounding alone:
+the same prompts then cost up to 70% more on one than on the other, with or without capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from moescope.bench import workload
+from moescope.bench.driver import Pace
+from moescope.bench.workload import Ask, Conversation
+from moescope.errors import CommandError
+from moescope.overhead.rounds import Load
+
+Shown = Literal["median_tpot_ms", "output_throughput", "prompt_throughput"]
+"""What tells of a load: milliseconds, or tokens a second."""
+
+WARM_UP_TURNS = 4
+TARGET_PERCENT, BATCH_1_TARGET_PERCENT = 1.0, 2.0
+"""How much slower than stock a server with capture may be. At batch 1 nothing hides the work on the
+host: the 30 us a step that it may take there are 1.2% of a step of 2.6 ms."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is asked of a server in one round."""
+
+    name: str
+    num: int
+    """Conversations."""
+    concurrency: int
+    """Of them, how many go on at a time."""
+    output_len: int
+    """Tokens of each answer."""
+    rounds: int
+    """Rounds that tell enough."""
+    input_len: int = 0
+    """Random tokens that each turn adds; 0 where there are texts."""
+    turns: int = 1
+    texts: Sequence[str] = ()
+    """Prompts to ask in place of random tokens."""
+    shown: Shown = "output_throughput"
+    target_percent: float = TARGET_PERCENT
+    crowded: bool = False
+    """Whether three servers side by side have no room for its keys and values."""
+
+    @property
+    def compared(self) -> str:
+        """The metric in which arms are compared: of `comparison.METRICS`, more is slower."""
+        return self.shown if self.shown == "median_tpot_ms" else "s_per_token"
+
+    def conversations(self, number: int) -> list[Conversation]:
+        """Make a round's conversations; round 0, the warm-up, has the first turns of some."""
+        if self.texts:
+            made = workload.from_texts(
+                self.texts, num_conversations=self.num, turns=1, max_tokens=self.output_len
+            )
+        else:
+            made = workload.random_tokens(
+                num_conversations=self.num,
+                turns=self.turns,
+                input_len=self.input_len,
+                output_len=self.output_len,
+                seed=number,
+            )
+        if number:
+            return made
+        return [one[:WARM_UP_TURNS] for one in made[: self.concurrency]]
+
+    def load(self) -> Load:
+        """Return it as what `rounds.measure` puts on the arms."""
+        return Load(
+            conversations=self.conversations,
+            ask=Ask(model="", endpoint="completions", temperature=1.0, ignore_eos=True),
+            pace=Pace(max_concurrency=self.concurrency),
+        )
+
+
+def workloads(questions: Sequence[str] = (), scale: float = 1.0) -> list[Workload]:
+    """Return all of them.
+
+    Args:
+        questions: GSM8K's.
+        scale: Shortens them: the share of the rounds.
+    """
+    every = [
+        *map(_decode, (1, 64, 256), (20, 12, 8)),
+        _prefill(64, 1024),
+        _prefill(16, 4096),
+        Workload(name="GSM8K, 25 questions, 128 out", num=25, concurrency=25, output_len=128,
+                 rounds=16, texts=questions),
+        Workload(name="GSM8K, 1,319 questions, 128 out, 128 concurrent", num=1319,
+                 concurrency=128, output_len=128, rounds=4, texts=questions),
+        Workload(name="64 conversations of 20 turns, 256 in, 128 out", num=64, concurrency=64,
+                 input_len=256, output_len=128, rounds=4, turns=20, crowded=True),
+    ]  # fmt: skip
+    return [dataclasses.replace(one, rounds=max(3, round(one.rounds * scale))) for one in every]
+
+
+def _decode(num: int, count: int) -> Workload:
+    first = f"{num} concurrent" if num > 1 else "batch 1"
+    return Workload(
+        name=f"{first}, 128 in, 256 out",
+        num=num,
+        concurrency=num,
+        input_len=128,
+        output_len=256,
+        rounds=count,
+        shown="output_throughput" if num > 1 else "median_tpot_ms",
+        target_percent=TARGET_PERCENT if num > 1 else BATCH_1_TARGET_PERCENT,
+        crowded=num > 128,
+    )
+
+
+def _prefill(num: int, input_len: int) -> Workload:
+    return Workload(
+        name=f"prefill {num} x {input_len:,}, 1 out",
+        num=num,
+        concurrency=num,
+        input_len=input_len,
+        output_len=1,
+        rounds=20,
+        shown="prompt_throughput",
+    )
+
+
+def pick(
+    every: Sequence[Workload], starts: Sequence[str], *, rounds: int | None, concurrency: int | None
+) -> list[Workload]:
+    """Choose workloads.
+
+    Args:
+        every: All of them.
+        starts: How their names start; where none is given, all that are not crowded.
+        rounds: Rounds of each, in place of its own.
+        concurrency: Conversations at a time, in place of its own; the name then says so.
+
+    Raises:
+        CommandError: One start is that of no name.
+    """
+    for start in starts:
+        if not any(one.name.startswith(start) for one in every):
+            names = "; ".join(one.name for one in every)
+            raise CommandError(f"no load starts with {start!r}: they are {names}")
+    picked = [
+        one for one in every if (one.name.startswith(tuple(starts)) if starts else not one.crowded)
+    ]
+    if rounds:
+        picked = [dataclasses.replace(one, rounds=rounds) for one in picked]
+    if concurrency:
+        picked = [
+            dataclasses.replace(
+                one, concurrency=concurrency, name=f"{one.name}, {concurrency} at a time"
+            )
+            for one in picked
+        ]
+    return picked

@@ -1,0 +1,218 @@
+"""The loads of the GPU measurement, and what a sitting writes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import orjson
+import pytest
+from client_fakes import INFO
+from stream_server import DONE, answer, chunk, serving, usage
+
+from moescope import CommandError
+from moescope.overhead import comparison
+from moescope.overhead.arms import Arm
+from moescope.overhead.hosting import Hosted, InTurn, Running
+from tests.gpu import loads, throughput
+from tests.gpu.loads import Workload
+from tests.gpu.throughput import COUNTERS, Sitting
+
+SMALL = Workload(
+    name="small", num=2, concurrency=2, input_len=3, output_len=2, rounds=2, target_percent=1.0
+)
+
+# Loads.
+
+
+def by_start(start, **options):
+    (one,) = loads.pick(
+        loads.workloads(["a", "b"], **options), [start], rounds=None, concurrency=None
+    )
+    return one
+
+
+@pytest.mark.parametrize(
+    ("start", "num", "turns", "input_len", "output_len"),
+    [
+        ("batch 1", 1, 1, 128, 256),
+        ("64 concurrent", 64, 1, 128, 256),
+        ("256 concurrent", 256, 1, 128, 256),
+        ("prefill 64", 64, 1, 1024, 1),
+        ("prefill 16", 16, 1, 4096, 1),
+        ("64 conversations", 64, 20, 256, 128),
+    ],
+)
+def test_random_tokens_are_fresh_in_every_round_and_alike_for_all_arms(
+    start, num, turns, input_len, output_len
+):
+    one = by_start(start)
+    first, second = one.conversations(1), one.conversations(2)
+    assert first == one.conversations(1)
+    assert len(first) == num
+    assert {len(conversation) for conversation in first} == {turns}
+    every = [turn for conversation in first for turn in conversation]
+    assert {(len(turn.content), turn.max_tokens) for turn in every} == {(input_len, output_len)}
+    assert {token in range(50, 450) for turn in every for token in turn.content} == {True}
+    starts = [tuple(talk[0].content[:16]) for talk in (*first, *second)]
+    assert len(set(starts)) == 2 * num
+
+
+def test_questions_are_asked_in_their_order():
+    one = by_start("GSM8K, 25")
+    assert [talk[0].content for talk in one.conversations(1)[:3]] == ["a", "b", "a"]
+    many = by_start("GSM8K, 1,319")
+    assert len(many.conversations(1)) == 1319
+    assert len(many.conversations(0)) == many.concurrency == 128
+
+
+def test_the_warm_up_is_short():
+    one = by_start("64 conversations")
+    assert [len(talk) for talk in one.conversations(0)] == [4] * 64
+
+
+def test_every_answer_has_its_length_and_is_sampled():
+    load = by_start("batch 1").load()
+    assert load.ask.ignore_eos
+    assert (load.ask.endpoint, load.ask.temperature, load.ask.seed) == ("completions", 1.0, None)
+
+
+def test_loads_are_picked():
+    every = loads.workloads(scale=0.5)
+    assert [one.rounds for one in every[:3]] == [10, 6, 4]
+    by_default = loads.pick(every, [], rounds=None, concurrency=None)
+    assert [one for one in every if one.crowded] == [one for one in every if one not in by_default]
+    (one,) = loads.pick(every, ["64 conv"], rounds=2, concurrency=8)
+    assert (one.concurrency, one.rounds) == (8, 2)
+    assert one.name.endswith("128 out, 8 at a time")  # another load than that of 64
+    with pytest.raises(CommandError, match="no load starts with 'batch 2'"):
+        loads.pick(every, ["batch 1", "batch 2"], rounds=None, concurrency=None)
+
+
+def test_a_load_is_compared_where_more_is_slower():
+    compared = {one.compared for one in loads.workloads()}
+    assert compared == {"median_tpot_ms", "s_per_token"}
+    assert compared <= set(comparison.METRICS)
+
+
+# Sittings.
+
+
+@contextlib.contextmanager
+def arms(*, steps=10, output=2):
+    """A stock arm, and one that says it captures and has counters."""
+    metrics = (
+        "# TYPE moescope_steps counter\n"
+        'moescope_steps_total{model_name="demo"} %d.0\n'
+        'moescope_steps_created{model_name="demo"} 99.0\n'
+        'moescope_hook_seconds_total{model_name="demo"} %g\n'
+    )
+    passes = []
+
+    def script(number, body):
+        if number % 2 == 0:  # two requests a pass
+            passes.append(number)
+            captured.pages["/metrics"] = (
+                metrics % (steps * len(passes), 1e-3 * len(passes))
+            ).encode()
+        return [(0, chunk()), (0, chunk()), (0, usage(3, output) + DONE)]
+
+    with (
+        serving(lambda number, body: answer(2)) as stock,
+        serving(script) as captured,
+    ):
+        models = orjson.dumps({"data": [{"id": "demo"}]})
+        stock.pages["/v1/models"] = captured.pages["/v1/models"] = models
+        captured.pages["/moescope/info"] = orjson.dumps(INFO)
+        chosen = [Arm(name="stock"), Arm(name="moescope")]
+        urls = {"stock": stock.url, "moescope": captured.url}
+        yield chosen, Hosted(Running(urls), list(urls), {})
+
+
+def measure(workloads, **options):
+    written = []
+    with arms(**options) as (chosen, hosted):
+        Sitting(chosen, hosted, settle_s=0.0).measure(
+            workloads, lambda one, measured: written.append((one.name, measured))
+        )
+    return written
+
+
+def test_what_is_measured_is_told_after_every_round():
+    other = dataclasses.replace(SMALL, name="other", rounds=1)
+    written = measure([SMALL, other])
+    assert [(name, one["rounds"], one["complete"]) for name, one in written] == [
+        ("small", 1, False),
+        ("small", 2, True),
+        ("other", 1, True),
+    ]
+    measured = written[1][1]
+    assert list(measured["arms"]) == ["stock", "moescope"]
+    assert set(measured["differences"]) == {"moescope"}
+    assert {"s_per_token", "median_ttft_ms", "p99_itl_ms"} <= set(
+        measured["differences"]["moescope"]
+    )
+    first, second = measured["passes"]
+    assert sorted(first["order"]) == ["moescope", "stock"]
+    assert second["moescope"]["prompt_tokens"] == 6
+    assert "token_ids" not in second["moescope"]
+    median = measured["arms"]["stock"]["median"]
+    assert median["output_throughput"] == pytest.approx(median["prompt_throughput"] * 4 / 10)
+    orjson.dumps(written)
+
+
+def test_the_work_on_the_host_is_that_of_the_rounds_that_count():
+    measured = measure([SMALL])[-1][1]
+    captured = measured["arms"]["moescope"]
+    assert captured["steps"] == 2 * 10  # without those of the warm-up
+    assert captured["host_us_per_step"] == pytest.approx(100.0)
+    assert measured["arms"]["stock"]["host_us_per_step"] is None
+    assert {tuple(one["moescope"]["counted"]) for one in measured["passes"]} == {COUNTERS}
+
+
+def test_an_answer_of_another_length_ends_it():
+    with pytest.raises(CommandError, match="with 3 tokens where 2 were asked for"):
+        measure([SMALL], output=3)
+
+
+def test_an_arm_that_is_not_what_it_must_be_ends_it():
+    with arms() as (chosen, hosted):
+        urls = dict(hosted.host.urls)
+        urls["stock"], urls["moescope"] = urls["moescope"], urls["stock"]
+        swapped = Hosted(Running(urls), list(urls), {})
+        with pytest.raises(CommandError, match=r"the arm stock at .* answers /moescope/info"):
+            Sitting(chosen, swapped, settle_s=0.0).measure([SMALL], print)
+
+
+def test_a_visit_in_turn_has_as_many_rounds_as_the_shortest_load():
+    other = dataclasses.replace(SMALL, name="other", rounds=1)
+    written = []
+    with arms() as (chosen, hosted):
+        running = {name: Arm(name=name, url=url) for name, url in hosted.host.urls.items()}
+        host = InTurn(None, running)
+        Sitting(chosen, Hosted(host, hosted.names, {}), settle_s=0.0).measure(
+            [SMALL, other], lambda one, measured: written.append((one.name, measured["complete"]))
+        )
+    assert written == [("small", True), ("other", True)]
+
+
+def test_sittings_are_added():
+    other = dataclasses.replace(SMALL, name="other")
+    first = throughput.add({}, SMALL, "2026-01-01", {"rounds": 1})
+    second = throughput.add(first, SMALL, "2026-01-02", {"rounds": 2})
+    third = throughput.add(second, other, "2026-01-02", {"rounds": 3})
+    assert first == {"small": {"2026-01-01": {"rounds": 1}}}
+    assert third == {
+        "small": {"2026-01-01": {"rounds": 1}, "2026-01-02": {"rounds": 2}},
+        "other": {"2026-01-02": {"rounds": 3}},
+    }
+    # A round more of the same sitting takes the place of what it had.
+    assert throughput.add(first, SMALL, "2026-01-01", {"rounds": 2}) == {
+        "small": {"2026-01-01": {"rounds": 2}}
+    }
+
+
+def test_differences_are_told_in_words():
+    (said,) = throughput.statements(SMALL, measure([SMALL])[-1][1])
+    assert said.startswith("small: moescope changes the wall time per token by ")
+    assert "2 paired rounds" in said
