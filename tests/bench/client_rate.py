@@ -6,27 +6,22 @@ during some seconds; the closed loop says where the core is full.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
-import datetime as dt
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-import orjson
-
-from moescope import environment, servers
+from moescope import servers
 from moescope.bench import latency, schedule
 from moescope.bench.connections import Target
 from moescope.bench.driver import Pace, Run
 from moescope.bench.workload import Ask, Turn
 from moescope.cli._options import end_servers_on_signals
+from tests.bench import result
 
 RATES = (250, 500, 750, 1000)
 CONCURRENCY = 32
-OPTIONS = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
 ASK = Ask(model="trivial", endpoint="completions")
 
 
@@ -48,8 +43,7 @@ def measure(url: str, pace: Pace, num: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = result.parser(__doc__)
     parser.add_argument("--seconds", type=float, default=10.0)
     args = parser.parse_args()
     end_servers_on_signals()
@@ -70,17 +64,12 @@ def main() -> None:
             opened[str(rate)] = measure(url, Pace(due_s=due_s), num)
         closed = measure(url, Pace(max_concurrency=CONCURRENCY), int(500 * args.seconds))
     log.unlink()
-    result = {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m tests.bench.client_rate --out {args.out.name} "
-        f"--seconds {args.seconds:g}",
-        "hardware": environment.hardware(),
-        "load_average": os.getloadavg(),
-        "versions": environment.system(),
-        "open_loop_by_requests_per_s": opened,
-        f"closed_loop_of_{CONCURRENCY}": closed,
-    }
-    args.out.write_bytes(orjson.dumps(result, option=OPTIONS))
+    result.write(
+        args.out,
+        "tests.bench.client_rate",
+        open_loop_by_requests_per_s=opened,
+        **{f"closed_loop_of_{CONCURRENCY}": closed},
+    )
     for rate, one in opened.items():
         print(
             f"{rate} requests/s asked: {one['requests_per_s']:.1f} held, core "

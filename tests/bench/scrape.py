@@ -8,33 +8,28 @@ same process, so that its part counts as well; what the socket between them take
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import datetime as dt
 import itertools
 import os
 import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from starlette.concurrency import run_in_threadpool
 from vllm.utils.gc_utils import freeze_gc_heap
 
-from moescope import environment
 from moescope_service import bundled_model
 from moescope_service.api import metrics
 from moescope_service.api.collector_client import Reply
 from moescope_service.collector.core import Collector
 from moescope_service.messages import Hello, pack, pack_dataclass, unpack
 from moescope_service.settings import Settings, variable
-from moescope_service.versions import versions
+from tests.bench import result
 
 LAYERS, EXPERTS = 58, 256
 BEAT_S = 0.002
@@ -154,23 +149,17 @@ def summary(
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="The result file.")
+    parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     register_vllm_metrics()
     freeze_gc_heap()  # as vLLM's API server does when it has started
-    result = {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m tests.bench.scrape --out {args.out.name} --rounds {args.rounds}",
-        "hardware": environment.hardware(),
-        "versions": {**versions(), **environment.system()},
-        "model": {"layers": LAYERS, "experts": EXPERTS, "phases": 2},
+    result.write(
+        args.out,
+        "tests.bench.scrape",
+        model={"layers": LAYERS, "experts": EXPERTS, "phases": 2},
         **{name: measure(args.rounds, media_type) for name, media_type in FORMATS.items()},
-    }
-    options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_bytes(orjson.dumps(result, option=options))
+    )
     print(args.out.read_text())
 
 

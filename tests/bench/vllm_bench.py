@@ -12,25 +12,21 @@ Source: vLLM 0.32.0, ``vllm/benchmarks/serve.py``, ``benchmark``.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import datetime as dt
 import io
 import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from vllm.benchmarks import serve
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.tokenizers import get_tokenizer
 
-from moescope import datasets, environment, servers
+from moescope import datasets, servers
 from moescope._service import DEMO_MODEL
 from moescope.bench import latency, schedule, workload
 from moescope.bench.connections import Target
@@ -42,7 +38,7 @@ from moescope.overhead.comparison import bootstrap_interval
 from moescope.overhead.hosting import Launcher
 from moescope.run_dir import RunDir
 from moescope_service import bundled_model
-from moescope_service.versions import versions
+from tests.bench import result
 
 ARMS = ("vllm", "vllm-again", "moescope")
 METRICS = ("median_ttft_ms", "median_tpot_ms", "output_throughput")
@@ -199,8 +195,7 @@ def verdict(rounds: Sequence[dict[str, dict[str, float]]], metric: str) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--num-prompts", type=int, default=40)
     args = parser.parse_args()
@@ -222,18 +217,8 @@ def main() -> None:
             for name, load in loads(args.num_prompts).items()
         }
     server.log.unlink()
-    result = {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m tests.bench.vllm_bench --out {args.out.name} --rounds "
-        f"{args.rounds} --num-prompts {args.num_prompts}",
-        "hardware": environment.hardware(),
-        "load_average": os.getloadavg(),
-        "versions": {**versions(), **environment.system()},
-        "requests_a_pass": args.num_prompts,
-        "loads": results,
-    }
-    args.out.write_bytes(
-        orjson.dumps(result, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    result.write(
+        args.out, "tests.bench.vllm_bench", requests_a_pass=args.num_prompts, loads=results
     )
     for name, one in results.items():
         print(name)

@@ -71,13 +71,13 @@ def table_of(*paths):
 
 
 def test_a_row_says_what_was_measured(tmp_path):
-    one = measured(stock_again=AGAIN, moescope=difference(-0.5, -0.6, 0.7))
+    one = measured(stock_again=AGAIN, moescope=difference(-0.5, -0.6, 0.4))
     path = result(tmp_path, **{PREFILL: {"2026-01-02": one}, BATCH_1: {"2026-01-02": one}})
     lines = table_of(path).splitlines()
-    again, ours = "+0.3% [−0.4, +0.6]", "−0.5% [−0.6, +0.7]"  # noqa: RUF001
+    again, ours = "+0.3% [−0.4, +0.6]", "−0.5% [−0.6, +0.4]"  # noqa: RUF001
     assert lines[2:4] == [
-        f"| {BATCH_1} | 2.57 ms a token | {again} | {ours} | 2% | within | 42 |",
-        f"| {PREFILL} | 82,857 prompt tokens/s | {again} | {ours} | 1% | within | 42 |",
+        f"| {BATCH_1} | 2.57 ms a token | {again} | {ours} | 0.5% | within | 42 |",
+        f"| {PREFILL} | 82,857 prompt tokens/s | {again} | {ours} | 0.5% | within | 42 |",
     ]
     assert "shape on NVIDIA H200, vLLM 0.32.0, 2026-01-02." in lines
     assert "counts" not in table_of(path)
@@ -117,7 +117,7 @@ def test_the_latest_sitting_of_an_arm_counts(tmp_path):
         "2026-01-05": measured(moescope=difference(6.0, 6.0, 6.0), rounds=2),  # cut off
     }
     text = table_of(result(tmp_path, **{DECODE: sittings}))
-    assert "| 6,253 tokens/s | +2.0% [+2.0, +2.0] | +3.0% [+3.0, +3.0] | 1% | missed |" in text
+    assert "| 6,253 tokens/s | +2.0% [+2.0, +2.0] | +3.0% [+3.0, +3.0] | 0.5% | missed |" in text
     assert f"| load | counts |\n| --- | --- |\n| {DECODE} | +4.0% [+4.0, +4.0] |" in text
 
 
