@@ -10,6 +10,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 DEMO_DIR ?= runs/demo
 
 FIDELITY_DIR ?= runs/fidelity
+BENCH_DIR ?= runs/bench
+OVERHEAD := VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/moescope overhead --prompts $(BENCH_DIR)/prompts.txt
 
 .PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e fidelity bench \
 	dashboards lint format lock image clean
@@ -63,10 +65,19 @@ fidelity: setup ## Compare routes with HF transformers', scheme by scheme, and w
 	$(BIN)/python -m tests.fidelity.table $(FIDELITY_DIR)/cells.jsonl \
 		tests/fidelity/results/gpu.jsonl --out tests/fidelity/TABLE.md
 
-bench: setup ## Measure what needs no GPU: a scrape of a big model, our load test beside vLLM's
-	$(BIN)/python -m tests.bench.scrape --out runs/bench/scrape.json
-	$(BIN)/python -m tests.bench.client_rate --out runs/bench/client_rate.json
-	$(BIN)/python -m tests.bench.vllm_bench --out runs/bench/vllm_bench.json
+bench: setup ## Measure again all that needs no GPU and an idle machine: about an hour
+	mkdir -p $(BENCH_DIR)
+	$(BIN)/python -m tests.bench.collector --out $(BENCH_DIR)/collector.json
+	$(BIN)/python -m tests.bench.fetch --out $(BENCH_DIR)/fetch.json
+	$(BIN)/python -m tests.bench.scrape --out $(BENCH_DIR)/scrape.json
+	$(BIN)/python -m tests.bench.client_rate --out $(BENCH_DIR)/client_rate.json
+	$(BIN)/python -m tests.bench.vllm_bench --out $(BENCH_DIR)/vllm_bench.json
+	$(BIN)/moescope prompts sample --out $(BENCH_DIR)/prompts.txt
+	$(OVERHEAD) --run-dir $(BENCH_DIR)/overhead --rounds 15 --arm stock --arm stock-again \
+		--arm moescope --arm counts -- --dtype bfloat16 --enforce-eager --max-model-len 2048
+	$(BIN)/python -m tests.bench.cpu_model $(BENCH_DIR)/24_layers/model
+	$(OVERHEAD) --run-dir $(BENCH_DIR)/24_layers --model $(BENCH_DIR)/24_layers/model --rounds 30 \
+		--max-tokens 16 -- --load-format dummy --enforce-eager --max-model-len 1024
 
 lint: setup ## Format check, lint, types, container files
 	$(BIN)/ruff format --check .

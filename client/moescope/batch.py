@@ -33,7 +33,7 @@ def dump_json(batch: RoutesBatch) -> bytes:
         {
             "request_id": request_id,
             "status": status,
-            "traces": [formats.to_dict(trace) for trace in batch.traces.get(request_id, ())],
+            "traces": [*map(formats.to_fragments, batch.traces.get(request_id, ()))],
         }
         for request_id, status in batch.status.items()
     ]

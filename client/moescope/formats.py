@@ -22,6 +22,8 @@ import orjson
 from moescope.errors import FormatError
 from moescope.trace import RouteTrace, Source
 
+_Rows = npt.NDArray[Any] | list[npt.NDArray[Any] | None]
+_PIECE_ROWS = 128
 _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 _ARRAY_FIELDS = frozenset({"layers", "topk_ids", "topk_weights", "source", "token_ids"})
 SOURCE_NAMES = tuple(source.name.lower() for source in Source)
@@ -78,37 +80,36 @@ def to_dict(trace: RouteTrace) -> dict[str, Any]:
 
 def dump_json(request_id: str, traces: Sequence[RouteTrace]) -> bytes:
     """Return ``{"request_id": …, "traces": [ … ]}``, the default answer of ``/routes/{id}``."""
-    dicts = [to_dict(trace) for trace in traces]
-    for values in dicts:
-        for name in ("topk_ids", "topk_weights"):
-            if values[name] is not None:
-                values[name] = _in_pieces(values[name])
-    values = {"request_id": request_id, "traces": dicts}
+    values = {"request_id": request_id, "traces": [*map(to_fragments, traces)]}
     return orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-_Rows = npt.NDArray[Any] | list[npt.NDArray[Any] | None]
+def to_fragments(trace: RouteTrace) -> dict[str, Any]:
+    """Return `to_dict` with ids and weights as JSON already, written in pieces.
 
-_PIECE_ROWS = 128
+    orjson holds the interpreter while it writes: a server that wrote megabytes at once, in a thread
+    or not, would stand still for that long.
+    """
+    values = to_dict(trace)
+    for name in ("topk_ids", "topk_weights"):
+        if values[name] is not None:
+            values[name] = _in_pieces(values[name])
+    return values
+
+
+def _in_pieces(rows: _Rows) -> orjson.Fragment:
+    pieces = []
+    for first in range(0, len(rows), _PIECE_ROWS):
+        piece = orjson.dumps(rows[first : first + _PIECE_ROWS], option=orjson.OPT_SERIALIZE_NUMPY)
+        pieces.append(piece[1:-1])
+        time.sleep(0)  # others first, without the 5 ms for which they would have to wait
+    return orjson.Fragment(b"[" + b",".join(pieces) + b"]")
 
 
 def _rows(values: npt.NDArray[Any] | None, present: npt.NDArray[np.bool_]) -> _Rows | None:
     if values is None or present.all():
         return values if values is None else np.ascontiguousarray(values)
     return [row if here else None for row, here in zip(values, present.tolist(), strict=True)]
-
-
-def _in_pieces(rows: _Rows) -> orjson.Fragment:
-    """Return rows as JSON, written in pieces: orjson holds the interpreter while it writes.
-
-    A server that writes megabytes in a thread would stand still for that long.
-    """
-    pieces = []
-    for first in range(0, len(rows), _PIECE_ROWS):
-        piece = orjson.dumps(rows[first : first + _PIECE_ROWS], option=orjson.OPT_SERIALIZE_NUMPY)
-        pieces.append(piece[1:-1])
-        time.sleep(0)  # other threads first, without the 5 ms that they would wait to be let in
-    return orjson.Fragment(b"[" + b",".join(pieces) + b"]")
 
 
 def from_dict(values: dict[str, Any]) -> RouteTrace:
