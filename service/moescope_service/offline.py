@@ -22,7 +22,6 @@ import atexit
 import functools
 import logging
 import os
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +38,6 @@ from moescope_service.settings import Settings
 
 logger = logging.getLogger("moescope")
 
-HELLO_TIMEOUT_S = 30.0
 SETTLE_TIMEOUT_S = 10.0
 """How long to wait for the traces of requests that were answered; they follow in milliseconds."""
 
@@ -134,7 +132,7 @@ class OfflineCapture:
 
     def __init__(self, engine: Any, settings: Settings) -> None:
         self._collector = CollectorClient(runtime.collector_address())
-        hello = _wait_for_hello(self._collector)
+        hello = self._collector.wait_for_hello()
         registration = Registration(
             self._collector, model=hello["model"], kept_share=settings.kept_share
         )
@@ -182,23 +180,6 @@ def _check_tokens(output: Any, traces: Sequence[RouteTrace]) -> None:
                 f"the output {output.request_id!r} has other tokens than the routes that this "
                 "object has under that id: is it another LLM's?"
             )
-
-
-def _wait_for_hello(collector: CollectorClient) -> dict[str, Any]:
-    deadline_s = time.monotonic() + HELLO_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        try:
-            values = collector.ask_and_wait("info").values
-        except CollectorGoneError as error:
-            raise RefusedError(str(error)) from None
-        if values["workers_complete"]:
-            hello: dict[str, Any] = values["hello"]
-            return hello
-        time.sleep(0.02)
-    raise RefusedError(
-        f"no worker reported its routers within {HELLO_TIMEOUT_S:g} s, so nothing would be "
-        "captured; is moescope installed where the workers run, and named in VLLM_PLUGINS?"
-    )
 
 
 def _end(collector: CollectorClient, end_collector: Callable[[], None], owner: int) -> None:

@@ -6,15 +6,18 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from moescope_service.api.journal import Journal
-from moescope_service.errors import CollectorGoneError
+from moescope_service.errors import CollectorGoneError, RefusedError
 from moescope_service.link import Link
 from moescope_service.messages import Frames, pack, unpack
 
 QUERY_TIMEOUT_S = 2.0
+HELLO_TIMEOUT_S = 30.0
+_HELLO_POLL_S = 0.05
 _MAX_BYTES = 256 * 2**20
 _CONSEQUENCE = (
     "serving goes on without routes and counts; where it ended (the server's log says so) it is "
@@ -112,6 +115,27 @@ class CollectorClient:
             raise _gone(timeout_s) from None
         finally:
             del self._open[number]
+
+    def wait_for_hello(self) -> dict[str, Any]:
+        """Wait until every worker has said what it captures; return that, a `Hello`'s values.
+
+        Raises:
+            RefusedError: One did not in time, or the collector does not answer.
+        """
+        deadline_s = time.monotonic() + HELLO_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            try:
+                values = self.ask_and_wait("info").values
+            except CollectorGoneError as error:
+                raise RefusedError(str(error)) from None
+            if values["workers_complete"]:
+                hello: dict[str, Any] = values["hello"]
+                return hello
+            time.sleep(_HELLO_POLL_S)
+        raise RefusedError(
+            f"not every worker reported its routers within {HELLO_TIMEOUT_S:g} s, so routes would "
+            "be missing; is moescope installed where the workers run, and named in VLLM_PLUGINS?"
+        )
 
     def close(self) -> None:
         """Send what waits, for at most a second, and end the link."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from argparse import Namespace
 from typing import Any
 
@@ -14,10 +13,7 @@ from moescope_service.api import batch, experts, metrics, routes
 from moescope_service.api.auth import require_api_key
 from moescope_service.api.collector_client import CollectorClient
 from moescope_service.api.registration import Registration, RequestScopeMiddleware
-from moescope_service.errors import CollectorGoneError, RefusedError
 from moescope_service.settings import Settings, is_enabled
-
-HELLO_TIMEOUT_S = 30.0
 
 
 class MoescopeEndpoints:
@@ -50,26 +46,10 @@ class MoescopeEndpoints:
             return
         settings = Settings.from_env()
         collector = CollectorClient(runtime.collector_address())
-        hello = await self._wait_for_hello(collector)
+        hello = await asyncio.to_thread(collector.wait_for_hello)
         state.moescope_collector = collector
         if settings.mode == "counts":
             return
         registration = Registration(collector, model=hello["model"], kept_share=settings.kept_share)
         registration.watch(engine_client.output_processor)
         state.moescope_registration = registration
-
-    async def _wait_for_hello(self, collector: CollectorClient) -> dict[str, Any]:
-        deadline_s = time.monotonic() + HELLO_TIMEOUT_S
-        while time.monotonic() < deadline_s:
-            try:
-                values = (await collector.ask("info")).values
-            except CollectorGoneError as error:
-                raise RefusedError(str(error)) from None
-            if values["workers_complete"]:
-                hello: dict[str, Any] = values["hello"]
-                return hello
-            await asyncio.sleep(0.05)
-        raise RefusedError(
-            f"not every worker reported its routers within {HELLO_TIMEOUT_S:g} s, so routes would "
-            "be missing; is moescope installed where the workers run, and named in VLLM_PLUGINS?"
-        )
