@@ -22,14 +22,12 @@ from typing import Any, Protocol
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from moescope_service.messages import Frames
+from moescope_service.messages import MESSAGE_BYTES, Frames
 
 logger = logging.getLogger("moescope.link")
 
 SOCKET_QUEUE = 32
 """Messages that ZMQ itself may hold on either side; the rest waits here, counted in bytes."""
-JOIN_BYTES = 2**20
-"""Messages that wait are joined up to this size."""
 _FLUSH_MS = 50
 """How long a message may wait that nobody waits for."""
 _LINGER_MS = 500
@@ -38,14 +36,11 @@ _CONNECTION = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
 class Outgoing(Protocol):
-    """Something that can become a message."""
+    """Something that becomes a message, or several."""
 
     @property
     def size_bytes(self) -> int:
         """What it holds while it waits, in bytes."""
-
-    def encode(self) -> Frames:
-        """Return its frames; called in the link's thread."""
 
 
 class Link:
@@ -57,10 +52,11 @@ class Link:
         max_bytes: What may wait to be sent. Beyond it the collector is taken to hang and messages
             are given up; it notices by the numbers of the steps, should it go on.
         name: Name of the thread.
+        encode: Makes the messages of one thing that was put, in the link's thread.
+        join: Whether ``encode`` takes several of the same type, up to `MESSAGE_BYTES`: much cheaper
+            than one by one where many wait.
         introduce: Makes the messages that begin a connection, in the link's thread.
         on_away: Called in the link's thread when the collector has gone.
-        join: Makes one message of several of the same type, in the link's thread: much cheaper than
-            one by one where many wait. Without it each is sent by itself.
     """
 
     def __init__(
@@ -70,18 +66,19 @@ class Link:
         *,
         max_bytes: int,
         name: str,
+        encode: Callable[[list[Any]], Iterable[Frames]],
+        join: bool = False,
         introduce: Callable[[], Iterable[Frames]] = tuple,
         on_away: Callable[[], None] = lambda: None,
-        join: Callable[[list[Any]], Frames] | None = None,
     ) -> None:
         self._address = address
         self._on_message = on_message
         self._max_bytes = max_bytes
+        self._encode, self._join = encode, join
         self._introduce = introduce
         self._on_away = on_away
-        self._join = join
         self._waiting: collections.deque[Outgoing] = collections.deque()
-        self._introduction: collections.deque[Frames] = collections.deque()
+        self._encoded: collections.deque[Frames] = collections.deque()
         self._added_bytes = self._sent_bytes = 0  # each written by one thread alone
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -160,8 +157,8 @@ class Link:
         poller = zmq.Poller()
         for readable in (self._wake_read, socket, monitor):
             poller.register(readable, zmq.POLLIN)
-        while self._waiting or self._introduction or not self._closing:
-            is_sending = self._is_connected and (self._waiting or self._introduction)
+        while self._waiting or self._encoded or not self._closing:
+            is_sending = self._is_connected and (self._waiting or self._encoded)
             poller.modify(socket, zmq.POLLIN | (zmq.POLLOUT if is_sending else 0))
             events = dict(poller.poll(_FLUSH_MS))
             if self._wake_read in events:
@@ -178,9 +175,9 @@ class Link:
     def _on_connection(self, event: int) -> None:
         self._is_connected = event == zmq.Event.HANDSHAKE_SUCCEEDED
         self.is_away = not self._is_connected
-        self._introduction.clear()
+        self._encoded.clear()
         if self._is_connected:
-            self._introduction.extend(self._introduce())
+            self._encoded.extend(self._introduce())
         else:
             self._on_away()
 
@@ -191,36 +188,35 @@ class Link:
             logger.exception("left out a message that cannot be understood")
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
-        while (self._introduction or self._waiting) and socket.poll(0, zmq.POLLOUT):
-            frames = self._introduction.popleft() if self._introduction else self._encode_next()
-            if frames is not None:
-                # Again: the collector has just gone; that it comes back is told by the monitor.
-                with contextlib.suppress(zmq.Again):
-                    socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        while (self._encoded or self._waiting) and socket.poll(0, zmq.POLLOUT):
+            if not self._encoded:
+                self._encoded.extend(self._encode_next())
+                continue
+            # Again: the collector has just gone; that it comes back is told by the monitor.
+            with contextlib.suppress(zmq.Again):
+                socket.send_multipart(self._encoded.popleft(), zmq.NOBLOCK, copy=False)
 
     def _leave_out(self) -> None:
         while self._waiting:
             self._encode_next()
 
-    def _encode_next(self) -> Frames | None:
+    def _encode_next(self) -> Iterable[Frames]:
         messages = self._next()
         try:
-            if self._join is None or len(messages) == 1:
-                return messages[0].encode()
-            return self._join(messages)
+            return self._encode(messages)
         except Exception:
             # Capture must not end with one message; its missing number is noticed.
             logger.exception("left out %d messages that cannot be encoded", len(messages))
-            return None
+            return ()
 
     def _next(self) -> list[Outgoing]:
         messages = [self._waiting.popleft()]
         size_bytes = messages[0].size_bytes
         while (
-            self._join is not None
+            self._join
             and self._waiting
             and type(self._waiting[0]) is type(messages[0])
-            and size_bytes + self._waiting[0].size_bytes <= JOIN_BYTES
+            and size_bytes + self._waiting[0].size_bytes <= MESSAGE_BYTES
         ):
             messages.append(self._waiting.popleft())
             size_bytes += messages[-1].size_bytes

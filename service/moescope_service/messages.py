@@ -8,7 +8,7 @@ its spans say which rows those are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ import orjson
 
 Frames = Sequence[Any]
 """ZMQ frames: objects with the buffer protocol."""
+
+MESSAGE_BYTES = 2**20
+"""Rows of a message at most, in bytes: ZMQ's queues count messages, and are to be bounded."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,10 @@ class Step:
     """(handle, newly allocated block ids)."""
     block_copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(source block, destination block), copied before the step's rows are written."""
+    part: int = 0
+    """Number of the piece, where the step was too large for one message; see `pieces`."""
+    has_more: bool = False
+    """Whether another piece follows."""
     lost: str | None = None
     """Why the rows are not here, one of `LOST_REASONS`."""
     spans: npt.NDArray[np.int32]
@@ -126,6 +133,30 @@ class Step:
         """Bytes of the rows."""
         arrays = (self.topk_ids, self.topk_weights)
         return sum(array.nbytes for array in arrays if array is not None)
+
+    def pieces(self, max_bytes: int) -> Iterator[Step]:
+        """Cut a step whose rows are larger than that; control goes with the first piece."""
+        if self.topk_ids is None or self.topk_weights is None or self.rows_bytes <= max_bytes:
+            yield self
+            return
+        num_rows = len(self.topk_ids)
+        size = max(1, max_bytes * num_rows // self.rows_bytes)
+        ends = np.cumsum(self.spans[:, 2])
+        starts = ends - self.spans[:, 2]
+        for part, first in enumerate(range(0, num_rows, size)):
+            last = min(first + size, num_rows)
+            here = (starts < last) & (ends > first)
+            spans = self.spans[here]
+            spans[:, 1] += np.maximum(first - starts[here], 0)
+            spans[:, 2] = np.minimum(ends[here], last) - np.maximum(starts[here], first)
+            yield dataclasses.replace(
+                self if part == 0 else Step(seq=self.seq, time_s=self.time_s, spans=spans),
+                part=part,
+                has_more=last < num_rows,
+                spans=spans,
+                topk_ids=self.topk_ids[first:last],
+                topk_weights=self.topk_weights[first:last],
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +240,13 @@ def pack_steps(steps: Sequence[Step]) -> list[Any]:
         for name in ("topk_ids", "topk_weights"):
             frames.append(np.concatenate([getattr(step, name) for step in with_rows]))
     return frames
+
+
+def pack_all(steps: Sequence[Step], max_bytes: int = MESSAGE_BYTES) -> list[Frames]:
+    """Return the messages of consecutive steps: one, but of a single step as many as it takes."""
+    if len(steps) > 1:
+        return [pack_steps(steps)]
+    return [pack_steps([piece]) for piece in steps[0].pieces(max_bytes)]
 
 
 def unpack_steps(values: dict[str, Any], frames: Frames, hello: Hello) -> list[Step]:

@@ -22,7 +22,7 @@ import psutil
 from moescope import RouteTrace, formats
 from moescope_service.api.collector_client import CollectorClient
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Register, Step, pack_dataclass, pack_steps
+from moescope_service.messages import Frames, Register, Step, pack_all, pack_dataclass
 from moescope_service.runtime import Supervisor
 from moescope_service.settings import Settings
 from tests.bench import result
@@ -43,14 +43,10 @@ class Message:
         self.step = step
         self.size_bytes = 1024 + step.rows_bytes
 
-    def encode(self) -> Frames:
-        """Return its frames."""
-        return join([self])
 
-
-def join(messages: list[Message]) -> Frames:
-    """Return the frames of several steps, as the recorder joins them."""
-    return pack_steps([message.step for message in messages])
+def encode(messages: list[Message]) -> list[Frames]:
+    """Make messages of steps, as the recorder does."""
+    return pack_all([message.step for message in messages])
 
 
 class Replay:
@@ -71,8 +67,9 @@ class Replay:
             lambda frames: None,
             max_bytes=2 * QUEUE_BYTES,
             name="replay",
+            encode=encode,
+            join=True,
             introduce=lambda: [pack_dataclass("hello", HELLO)],
-            join=join,
         )
         self.num_steps = self.num_rows = self.dropped_steps = self.most_waiting_bytes = 0
         self.num_answered = 0

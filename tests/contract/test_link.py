@@ -10,7 +10,8 @@ import time
 import pytest
 import zmq
 
-from moescope_service.link import JOIN_BYTES, SOCKET_QUEUE, Link
+from moescope_service.link import SOCKET_QUEUE, Link
+from moescope_service.messages import MESSAGE_BYTES
 
 from .deployment import DEADLINE_S, wait_until
 
@@ -27,6 +28,11 @@ class Message:
     def encode(self):
         self.encoded_in.append(threading.current_thread().name)
         return [self.body]
+
+
+def one_by_one(messages):
+    (message,) = messages
+    return [message.encode()]
 
 
 @pytest.fixture
@@ -49,8 +55,10 @@ def receive(router):
     return router.recv_multipart()
 
 
-def make_link(address, on_message=lambda frames: None, max_bytes=2**20, join=None):
-    return Link(address, on_message, max_bytes=max_bytes, name="a-link", join=join)
+def make_link(
+    address, on_message=lambda frames: None, max_bytes=2**20, encode=one_by_one, join=False
+):
+    return Link(address, on_message, max_bytes=max_bytes, name="a-link", encode=encode, join=join)
 
 
 def test_messages_arrive_in_order_and_answers_come_back(address, router):
@@ -143,9 +151,11 @@ def test_messages_of_one_type_that_wait_are_joined(address):
     class Other(Message):
         pass
 
-    link = make_link(address, join=lambda messages: [b"+".join(one.body for one in messages)])
+    link = make_link(
+        address, encode=lambda messages: [[b"+".join(one.body for one in messages)]], join=True
+    )
     bodies = [*(Message(b"%d" % n) for n in range(3)), Other(b"x"), Message(b"3"), Message(b"4")]
-    bodies += [Message(bytes(JOIN_BYTES)), Message(bytes(20))]
+    bodies += [Message(bytes(MESSAGE_BYTES)), Message(bytes(20))]
     link._waiting.extend(bodies)  # all at once, whenever the thread wakes
     link._added_bytes += sum(one.size_bytes for one in bodies)
     link._wake()
@@ -153,6 +163,20 @@ def test_messages_of_one_type_that_wait_are_joined(address):
         socket.bind(address)
         received = [receive(socket)[1] for _ in range(5)]
     assert received[:3] == [b"0+1+2", b"x", b"3+4"]
-    assert [len(body) for body in received[-2:]] == [JOIN_BYTES, 20]
+    assert [len(body) for body in received[-2:]] == [MESSAGE_BYTES, 20]
     assert link.waiting_bytes == 0
+    link.close()
+
+
+def test_what_becomes_several_messages_arrives_in_order(address, router):
+    def encode(messages):
+        (message,) = messages
+        return [[message.body, b"%d" % number] for number in range(2 * SOCKET_QUEUE)]
+
+    link = make_link(address, encode=encode)
+    link.put(Message(b"a"))
+    link.put(Message(b"b"))
+    received = [receive(router)[1:] for _ in range(4 * SOCKET_QUEUE)]
+    assert received == [[name, b"%d" % number] for name in (b"a", b"b")
+                        for number in range(2 * SOCKET_QUEUE)]  # fmt: skip
     link.close()

@@ -221,7 +221,7 @@ def test_the_simulated_engine_of_the_unit_tests_speaks_as_the_real_encoder():
                               np.array(starts, np.int32))  # fmt: skip
             vllm_output = real_output(output)
             got = real.encode(StepMessage(
-                real, want.seq, 0.0, 0.0, vllm_output.finished_req_ids,
+                want.seq, 0.0, 0.0, vllm_output.finished_req_ids,
                 [NewSequence(new.req_id, new.prompt_len, new.num_computed_tokens, new.block_ids)
                  for new in vllm_output.scheduled_new_reqs],
                 vllm_output.scheduled_cached_reqs, vllm_output.kv_cache_block_copies or (), batch,
@@ -273,7 +273,7 @@ def test_the_batch_of_the_v2_runner():
 def message_of(rows, overshoot=0):
     batch = Batch(["a", "b"], np.array([0, 3, 4], np.int32), np.array([1, 40], np.int32))
     encoder = ControlEncoder(0, HELLO.block_size, overshoot)
-    return encoder.encode(StepMessage(encoder, 0, 0.0, 0.0, batch=batch, rows=rows))
+    return encoder.encode(StepMessage(0, 0.0, 0.0, batch=batch, rows=rows))
 
 
 def test_positions_are_the_devices():
@@ -327,10 +327,10 @@ def test_rows_are_waited_for_once_and_their_room_is_given_back():
     encoder = ControlEncoder(0, HELLO.block_size)
     batch = Batch(["a"], np.array([0, 1], np.int32), np.array([0], np.int32))
     messages = [
-        StepMessage(encoder, number, 0.0, 0.0, batch=batch, rows=rows)
+        StepMessage(number, 0.0, 0.0, batch=batch, rows=rows)
         for number, rows in enumerate([Pending(0), "paused", Pending(1)])
     ]
-    frames = encoder.pack(messages)
+    (frames,) = encoder.pack(messages)
     assert log == ["wait 1", "read 0", "read 1", "release 0", "release 1"]
     steps = unpack_steps(unpack(frames)[1], [bytes(memoryview(f)) for f in frames], HELLO)
     assert [step.lost for step in steps] == [None, "paused", None]

@@ -26,6 +26,7 @@ from moescope_service.messages import (
     Frames,
     Register,
     pack,
+    pack_all,
     pack_dataclass,
     pack_hello,
     unpack,
@@ -68,8 +69,13 @@ class Chances:
 class SimLink:
     """One peer's way to the collector."""
 
-    def __init__(self, name: str, introduce: Callable[[], Iterable[Frames]]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        introduce: Callable[[], Iterable[Frames]],
+        encode: Callable[[Any], Iterable[Frames]],
+    ) -> None:
+        self.name, self._encode = name, encode
         self.waiting: collections.deque[Any] = collections.deque()
         self.pipe: collections.deque[Frames] = collections.deque()
         self.last: Frames | None = None
@@ -83,7 +89,7 @@ class SimLink:
 
     def put(self, message: Any) -> None:
         if self.is_away:
-            message.encode()
+            self._encode(message)
         else:
             self.waiting.append(message)
 
@@ -96,11 +102,11 @@ class SimLink:
         self.is_away, self.last = True, None
         self.pipe.clear()
         while self.waiting:
-            self.waiting.popleft().encode()
+            self._encode(self.waiting.popleft())
 
     def send(self, count: int) -> None:
         for _ in range(min(count, len(self.waiting))):
-            self.pipe.append(_wire(self.waiting.popleft().encode()))
+            self.pipe.extend(map(_wire, self._encode(self.waiting.popleft())))
 
     def deliver(self, collector: Collector, count: int) -> None:
         for _ in range(min(count, len(self.pipe))):
@@ -112,14 +118,9 @@ class SimLink:
 class Told:
     """A message of an API server."""
 
-    journal: Journal
     kind: str
     name: str
     frames: Frames
-
-    def encode(self) -> Frames:
-        self.journal.note(self.kind, [self.name], self.frames)
-        return self.frames
 
 
 class Deployment:
@@ -146,6 +147,7 @@ class Deployment:
         )
         overshoot = MAX_DRAFTS if chances.optimism else 0
         self.encoder = ControlEncoder(0, self.hello.block_size, overshoot)
+        self._message_bytes = rng.choice([40, 2**20])
         self.seqs: dict[str, Seq] = {}
         self.missing: dict[str, set[int]] = {}
         self.ended_in: dict[str, int] = {}
@@ -157,7 +159,7 @@ class Deployment:
         self._num_requests, self._seq, self._is_capturing = num_requests, 0, True
         self._orphans: set[str] = set()
         self.epoch = -1
-        self.worker = SimLink("worker", self._introduce_worker)
+        self.worker = SimLink("worker", self._introduce_worker, self._encode_step)
         self._begin_server()
         self._begin_collector()
         for link in (self.worker, self.server):
@@ -242,13 +244,13 @@ class Deployment:
             prompt_len=len(prompt), created_s=float(name), keep=True,
         )  # fmt: skip
         frames = pack_dataclass("register", register, [np.array(prompt, np.int32)])
-        self.server.put(Told(self.journal, "register", name, frames))
+        self.server.put(Told("register", name, frames))
 
     def _finish(self, seq: Seq, reason: str) -> None:
         if seq.name not in self._orphans:
             output = np.array(seq.tokens[seq.prompt_len :], np.int32)
             frames = pack("finish", [output], internal_id=seq.name, reason=reason)
-            self.server.put(Told(self.journal, "finish", seq.name, frames))
+            self.server.put(Told("finish", seq.name, frames))
 
     def _abort(self) -> None:
         running = [s for s in (*self.engine.running, *self.engine.waiting) if not s.is_over]
@@ -285,7 +287,7 @@ class Deployment:
 
     def _begin_server(self) -> None:
         self.journal = Journal()
-        self.server = SimLink("server", self.journal.introduce)
+        self.server = SimLink("server", self.journal.introduce, self._encode_told)
 
     def _introduce_worker(self) -> list[Frames]:
         snapshot = self.encoder.snapshot(is_capturing=self._is_capturing)
@@ -315,13 +317,20 @@ class Deployment:
         positions = [p for _, start, count in spans for p in range(start, start + count)]
         return StepRows(np.array(positions, np.int32), *truth(hashes, self.hello))
 
+    def _encode_step(self, message: StepMessage) -> list[Frames]:
+        return pack_all([self.encoder.encode(message)], self._message_bytes)
+
+    def _encode_told(self, told: Told) -> list[Frames]:
+        self.journal.note(told.kind, [told.name], told.frames)
+        return [told.frames]
+
     def _message(self, output: Output, rows: Any) -> StepMessage:
         new = [
             NewSequence(n.req_id, n.prompt_len, n.num_computed_tokens, n.block_ids)
             for n in output.scheduled_new_reqs
         ]
         message = StepMessage(
-            self.encoder, self._seq, 0.0, 0.0, output.finished_req_ids, new,
+            self._seq, 0.0, 0.0, output.finished_req_ids, new,
             output.scheduled_cached_reqs, output.kv_cache_block_copies or (),
         )  # fmt: skip
         self._seq += 1

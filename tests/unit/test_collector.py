@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import orjson
 import pytest
-from builders import API, Bench, admit, make_hello, make_rows, make_step, trace_size
+from builders import API, WORKER, Bench, admit, make_hello, make_rows, make_step, trace_size
 
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_dataclass, pack_steps
+from moescope_service.messages import pack, pack_all, pack_dataclass, pack_steps
 
 
 @pytest.fixture
@@ -363,3 +363,14 @@ def test_totals_of_a_worker_that_comes_again_are_counted_once(bench):
     assert bench.collector.counters.rows.tolist() == [1, 2]
     assert bench.collector.stats.steps == 2
     assert bench.collector.stats.rows_lost == {"paused": 1}
+
+
+def test_a_step_in_pieces_is_counted_once(bench):
+    step = make_step(0, [(0, 0, 8)], admitted=[admit(0, "a-i", 8, [1, 2])])
+    messages = pack_all([step], step.rows_bytes // 4)
+    assert len(messages) == 4
+    for frames in messages:
+        bench.collector.handle(WORKER, frames)
+    stats = bench.collector.stats
+    assert (stats.steps, stats.rows_captured) == (1, 8)
+    assert stats.hook_seconds == pytest.approx(0.001)

@@ -46,7 +46,7 @@ class Worker:
         )
         admitted = [NewSequence(*one[:3], (one[3],)) for one in new]
         message = StepMessage(
-            self.encoder, self.seq, 0.0, 0.0, finished, admitted, cached, (),
+            self.seq, 0.0, 0.0, finished, admitted, cached, (),
             batch if spans else None, "paused",
         )  # fmt: skip
         self.seq += 1
@@ -134,7 +134,7 @@ def test_after_a_gap_nothing_of_before_is_told(worker):
 def test_a_step_that_cannot_be_encoded_is_a_gap(worker):
     worker.step(new=[("a", 8, 0, [1, 2])])
     with pytest.raises(TypeError):
-        worker.encoder.pack([StepMessage(worker.encoder, 1, 0.0, 0.0, None)])
+        worker.encoder.pack([StepMessage(1, 0.0, 0.0, None)])
     assert worker.encoder.snapshot(is_capturing=True).ongoing == []
     worker.seq = 2
     worker.step()

@@ -13,6 +13,7 @@ from moescope_service.messages import (
     Hello,
     Register,
     pack,
+    pack_all,
     pack_dataclass,
     pack_steps,
     unpack,
@@ -133,3 +134,33 @@ def test_a_message_of_steps_without_rows_has_no_frames_for_them():
         pack_steps([make_step(0, finished=[1]), make_step(1, [(0, 0, 1)], lost="paused")])
     )
     assert len(frames) == 2
+
+
+def rows_of(spans):
+    return [(handle, start + row) for handle, start, count in spans for row in range(count)]
+
+
+@pytest.mark.parametrize("rows_a_piece", [1, 3, 5, 100])
+def test_a_large_step_is_cut(rows_a_piece):
+    spans = [(0, 7, 4), (2, 0, 1), (1, 30, 6), (3, 2, 0)]
+    step = make_step(9, spans, finished=[5], admitted=[admit(2, "b", 1, [4])])
+    messages = [wire(one) for one in pack_all([step], rows_a_piece * step.rows_bytes // 11)]
+    back = [one for frames in messages
+            for one in unpack_steps(unpack(frames)[1], frames, make_hello())]  # fmt: skip
+    assert [one.part for one in back] == list(range(-(-11 // rows_a_piece)))
+    assert [one.has_more for one in back] == [True] * (len(back) - 1) + [False]
+    assert {one.seq for one in back} == {9}
+    assert (back[0].finished, back[0].admitted) == (step.finished, step.admitted)
+    assert not any(one.finished or one.admitted or one.host_s for one in back[1:])
+    assert all(len(one.topk_ids) == one.spans[:, 2].sum() <= rows_a_piece for one in back)
+    for name in ("topk_ids", "topk_weights"):
+        got = np.concatenate([getattr(one, name) for one in back])
+        np.testing.assert_array_equal(got, getattr(step, name))
+    assert [row for one in back for row in rows_of(one.spans.tolist())] == rows_of(spans)
+
+
+def test_what_fits_and_what_was_joined_is_one_message():
+    steps = [make_step(seq, [(0, seq, 1)]) for seq in range(4)]
+    assert len(pack_all(steps, max_bytes=1)) == 1
+    assert len(pack_all([make_step(0, [(0, 0, 90)], lost="paused")], max_bytes=1)) == 1
+    assert len(pack_all([make_step(0, finished=[1])], max_bytes=1)) == 1

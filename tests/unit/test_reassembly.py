@@ -192,6 +192,36 @@ def test_a_lost_step_gives_up_what_was_known(worker):
     check(worker.end(1), [M] * 4 + [C])
 
 
+def cut(worker):
+    """A step of 8 rows in four pieces, which follows one of 4."""
+    worker.step([(0, 0, 4)], admitted=[admit(0, "a", 8, [1, 2])])
+    step = make_step(1, [(0, 4, 4), (1, 0, 4)], admitted=[admit(1, "b", 4, [3])])
+    return [*step.pieces(step.rows_bytes // 4)]
+
+
+def test_a_step_in_pieces_is_the_same(worker):
+    for piece in cut(worker):
+        _, written = worker.reassembler.apply(piece)
+        assert len(written.topk_ids) == 2
+    worker.seq += 1
+    check(worker.end(0), [C] * 8)
+    check(worker.end(1), [C] * 4)
+    assert worker.reassembler.gaps == 0
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+def test_a_lost_piece_gives_up_what_was_known(worker, lost):
+    """Its rows may have been written before: what stands in their slots is not to be believed."""
+    pieces = cut(worker)
+    del pieces[lost]
+    for piece in pieces:
+        worker.reassembler.apply(piece)
+    worker.seq += 1
+    worker.step(finished=[0, 1])
+    assert worker.ended == []
+    assert worker.reassembler.gaps > 0
+
+
 def test_a_gap_with_more_sequences_than_the_table_holds(worker):
     """The admission of handle 64 was lost: its rows are nobody's, the others' are kept."""
     worker.seq += 1

@@ -32,7 +32,6 @@ class Message:
     """A message whose frames are made already."""
 
     frames: Frames
-    journal: Journal
     kind: str
     internal_ids: Sequence[str]
 
@@ -40,11 +39,6 @@ class Message:
     def size_bytes(self) -> int:
         """What it holds while it waits, in bytes."""
         return sum(memoryview(frame).nbytes for frame in self.frames)
-
-    def encode(self) -> Frames:
-        """Return its frames; called in the link's thread, sent or not."""
-        self.journal.note(self.kind, self.internal_ids, self.frames)
-        return self.frames
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +68,7 @@ class CollectorClient:
             self._on_message,
             max_bytes=_MAX_BYTES,
             name="moescope-collector-client",
+            encode=self._encode,
             introduce=self._journal.introduce,
             on_away=self._on_away,
         )
@@ -81,7 +76,7 @@ class CollectorClient:
     def tell(self, kind: str, arrays: Frames = (), **values: Any) -> None:
         """Send a message that has no answer; never blocks."""
         about = values.get("internal_ids") or [values.get("internal_id", "")]
-        self._link.put(Message(pack(kind, arrays, **values), self._journal, kind, about))
+        self._link.put(Message(pack(kind, arrays, **values), kind, about))
 
     async def ask(self, op: str, *, timeout_s: float = QUERY_TIMEOUT_S, **values: Any) -> Reply:
         """Ask a question.
@@ -151,6 +146,11 @@ class CollectorClient:
         future.set_running_or_notify_cancel()  # from here on only the answer settles it
         self.tell("query", number=number, op=op, **values)
         return number, future
+
+    def _encode(self, messages: list[Message]) -> list[Frames]:
+        for message in messages:  # sent or not: a new collector is told of it
+            self._journal.note(message.kind, message.internal_ids, message.frames)
+        return [message.frames for message in messages]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)

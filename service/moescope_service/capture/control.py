@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moescope_service.capture.rows import Batch, PendingRows, StepRows
-from moescope_service.messages import Admission, Frames, Ongoing, Snapshot, Step, pack_steps
+from moescope_service.messages import Admission, Frames, Ongoing, Snapshot, Step, pack_all
 
 CONTROL_BYTES = 1024
 """What a step's control is taken to hold while it waits."""
@@ -34,7 +34,6 @@ class NewSequence(NamedTuple):
 class StepMessage:
     """A step as the worker's thread leaves it; the link's thread makes a message of it."""
 
-    encoder: ControlEncoder
     seq: int
     time_s: float
     host_s: float
@@ -57,10 +56,6 @@ class StepMessage:
     def pending(self) -> PendingRows | None:
         """The rows, if there are any."""
         return None if isinstance(self.rows, str) else self.rows
-
-    def encode(self) -> Frames:
-        """Return the frames; waits for the rows where they are still on their way."""
-        return self.encoder.pack([self])
 
     def discard(self) -> None:
         """Give up its rows: it was not taken to be sent."""
@@ -112,19 +107,19 @@ class ControlEncoder:
         self._num_rows = np.zeros(64, np.int64)  # by handle
         self._ended: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_ENDS)
 
-    def pack(self, messages: Sequence[StepMessage]) -> Frames:
-        """Return the frames of consecutive steps; waits for rows that are still on their way."""
+    def pack(self, messages: Sequence[StepMessage]) -> list[Frames]:
+        """Return the messages of consecutive steps; waits for rows still on their way."""
         pending = [message.pending for message in messages if message.pending is not None]
         if pending:
             pending[-1].wait()
         try:
-            frames = pack_steps([self.encode(message) for message in messages])
+            packed = pack_all([self.encode(message) for message in messages])
         except Exception:
             self._next_seq = _UNKNOWN
             raise
         for rows in pending:
             rows.release()
-        return frames
+        return packed
 
     def encode(self, message: StepMessage) -> Step:
         """Return the step that a message describes; its rows are those of the message."""

@@ -92,6 +92,7 @@ class CountRecorder:
             self._on_message,
             max_bytes=_MAX_BYTES,
             name="moescope-recorder",
+            encode=_encode,
             introduce=lambda: [pack_dataclass("hello", hello)],
         )
         self._is_closing = threading.Event()
@@ -164,8 +165,9 @@ class _Report(NamedTuple):
     def size_bytes(self) -> int:
         return sum(memoryview(frame).nbytes for frame in self.frames)
 
-    def encode(self) -> Frames:
-        return self.frames
+
+def _encode(reports: list[_Report]) -> list[Frames]:
+    return [report.frames for report in reports]
 
 
 def phase_runs(

@@ -58,8 +58,9 @@ class Recorder:
             self._on_message,
             max_bytes=max_rows_bytes + _MAX_CONTROL_BYTES,
             name="moescope-recorder",
+            encode=encoder.pack,
+            join=True,
             introduce=self._introduce,
-            join=encoder.pack,
         )
 
     def start_step(self, scheduler_output: Any) -> None:
@@ -96,7 +97,7 @@ class Recorder:
         self._link.close()
 
     def _message(self) -> StepMessage:
-        message = StepMessage(self._encoder, self._seq, time.time(), self._host_s)
+        message = StepMessage(self._seq, time.time(), self._host_s)
         self._seq += 1
         self._host_s = 0.0  # a step's own time goes with the next message
         return message

@@ -127,21 +127,21 @@ class Reassembler:
         self._num_rows = np.zeros(64, np.int64)
         self._is_running = np.zeros(64, np.bool_)
         self._running: dict[int, _Running] = {}
-        self._next_seq = 0
+        self._next = (0, 0)  # step and part
         self.gaps = 0
         """Times that steps were lost altogether and everything known had to be given up."""
         if snapshot is not None:
-            self._next_seq = snapshot.next_seq
+            self._next = (snapshot.next_seq, 0)
             for ongoing in snapshot.ongoing:
                 self._restore(ongoing)
 
     def apply(self, step: Step) -> tuple[list[tuple[str, Rows]], Written | None]:
-        """Take one step in.
+        """Take one step in, or further rows of the one before.
 
         Returns:
             (internal id, rows) of each sequence that ended, and what was written.
         """
-        if step.seq != self._next_seq:
+        if (step.seq, step.part) != self._next:
             self._give_up()
         # Ended sequences first: their blocks may be allocated anew in this very step.
         ended = [(self._running[h].request_id, self._end(h)) for h in step.finished
@@ -164,7 +164,8 @@ class Reassembler:
             if destination in fresh:
                 self._arena.copy_block(source, destination)
         written = self._write(step)
-        self._next_seq = step.seq + 1  # a step that failed halfway is a gap
+        # A step that failed halfway is a gap.
+        self._next = (step.seq, step.part + 1) if step.has_more else (step.seq + 1, 0)
         return ended, written
 
     def describe(self, step: Step) -> list[tuple[str, int, int, int]]:

@@ -69,7 +69,7 @@ class Stats:
         """Age of the newest step when it arrived."""
 
     def add_step(self, step: Step, *, is_first: bool = True) -> None:
-        """Count one step.
+        """Count one step, or further rows of one.
 
         Args:
             step: The step.
@@ -77,7 +77,7 @@ class Stats:
                 the same rows, of their own layers; what they lose is counted all the same.
         """
         rows = int(step.spans[:, 2].sum())
-        self.steps += is_first
+        self.steps += is_first and not step.part
         self.hook_seconds += step.host_s
         self.lag_seconds = max(0.0, time.time() - step.time_s)
         if step.lost is None:
