@@ -74,14 +74,6 @@ class Replay:
         self.num_steps = self.num_rows = self.dropped_steps = self.most_waiting_bytes = 0
         self.num_answered = 0
 
-    def wait_for_hello(self) -> None:
-        """Wait until the collector knows the worker."""
-        deadline_s = time.monotonic() + _TIMEOUT_S
-        while self.ask("info")["hello"] is None:
-            if time.monotonic() > deadline_s:
-                raise TimeoutError("the collector does not take the worker's hello")
-            time.sleep(0.01)
-
     def run(self, seconds: float, steps_per_s: float | None) -> float:
         """Replay for so long at a pace, or as fast as half a queue allows; return the seconds."""
         start_s = time.perf_counter()
@@ -209,7 +201,7 @@ def measure(load: Load, seconds: float, *, paced: bool) -> dict[str, Any]:
         with collector(address, {first}) as process:
             os.sched_setaffinity(0, others or {first})
             replay = Replay(load, address)
-            replay.wait_for_hello()
+            replay.api.wait_for_hello()
             before = process.cpu_times()
             with asked_meanwhile(address) as took_s:
                 wall_s = replay.run(seconds, load.steps_per_s if paced else None)

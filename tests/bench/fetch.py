@@ -121,7 +121,7 @@ def main() -> None:
         os.environ |= {ENABLE: "1", RUNTIME_DIR: directory, "VLLM_PLUGINS": "moescope"}
         with collector(collector_address(), os.sched_getaffinity(0)):
             replay = Replay(LOAD, collector_address())
-            replay.wait_for_hello()
+            replay.api.wait_for_hello()
             while replay.num_answered < NUM_TRACES + LOAD.concurrency:
                 replay.send()
             replay.settle()
