@@ -81,14 +81,13 @@ class Load:
         """Rows of a step: prompts in whole where answers have one token."""
         return self.concurrency * (self.prompt_len if self.output_len == 1 else 1)
 
-    @property
-    def bytes_per_s(self) -> float:
-        """Bytes of rows a second."""
-        return self.steps_per_s * self.rows_per_step * ROW_BYTES
-
 
 PREFILL = Load(
-    name="prefill", concurrency=2, prompt_len=4096, output_len=1, steps_per_s=200e6 / 8192 / 288
+    name="prefill",
+    concurrency=2,
+    prompt_len=4096,
+    output_len=1,
+    steps_per_s=200e6 / 8192 / ROW_BYTES,
 )
 """200 MB/s of rows, in steps of 8,192."""
 DECODE = Load(name="decode", concurrency=256, prompt_len=1, output_len=1024, steps_per_s=1000.0)
