@@ -48,6 +48,7 @@ class Client:
                 headers=_http.headers(api_key),
                 timeout=timeout_s,
                 transport=transport,
+                trust_env=_http.uses_environment(base_url),
             )
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ import orjson
 from moescope.errors import (
     AuthenticationError,
     CollectorDownError,
+    CommandError,
     ConnectionFailedError,
     FormatError,
     InvalidQueryError,
@@ -33,8 +34,19 @@ _MAX_BODY_CHARS = 300
 
 
 def headers(api_key: str | None) -> dict[str, str]:
-    """Return the header that carries the API key, if there is one."""
+    """Return the header that carries the API key, if there is one.
+
+    Raises:
+        CommandError: The key has characters that a header cannot carry.
+    """
+    if api_key and not api_key.isascii():
+        raise CommandError("the API key has characters other than ASCII: a header cannot carry it")
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def uses_environment(base_url: str) -> bool:
+    """Return whether httpx is to heed the environment's proxies: not on the way to this machine."""
+    return httpx.URL(base_url).host not in {"localhost", "127.0.0.1", "::1"}
 
 
 def error_message(response: httpx.Response) -> str:

@@ -38,7 +38,7 @@ def read(path: Path) -> list[str]:
         DatasetError: The file cannot be read, or holds no prompt.
     """
     try:
-        lines = path.read_bytes().decode().split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

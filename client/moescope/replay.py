@@ -77,6 +77,7 @@ def connect(
             timeout=timeout_s,
             limits=httpx.Limits(max_connections=None),
             transport=transport,
+            trust_env=_http.uses_environment(base_url),
         )
 
 

@@ -57,8 +57,9 @@ def _replay(responses: Sequence[replay.Response]) -> str:
 
 def _routes(routes: routes_log.LoggedRoutes) -> str:
     meta = routes.meta
+    torn = f", {routes.torn_lines:,} lines of the log cut off" if routes.torn_lines else ""
     return (
-        f"## Routes\n\n{subtitle(routes)}; {routes.missing_rows:,} rows missing.\n\n"
+        f"## Routes\n\n{subtitle(routes)}; {routes.missing_rows:,} rows missing{torn}.\n\n"
         f"vLLM {meta['vllm_version']}, torch {meta['torch_version']}, on {meta['device']}, "
         f"seed {meta['seed']}."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class LoggedRoutes:
     """Routed tokens."""
     missing_rows: int
     """Routed tokens whose ids are null."""
+    torn_lines: int
+    """Lines cut off, where a server was killed while it wrote; what they said is not counted."""
 
     @property
     def num_experts(self) -> int:
@@ -125,29 +128,48 @@ def read(path: Path, num_experts: int | None = None) -> LoggedRoutes:
         path: The log.
         num_experts: Routed experts a layer, for a log whose meta line does not say it.
 
+    A line may be cut off where a server was killed: the last one, or the one before the meta line
+    of the next server.
+
     Raises:
         FormatError: The file is no route log, or does not say the number of experts.
     """
     reader = _Reader()
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = itertools.pairwise(itertools.chain(file, (b"",)))
+            for number, (line, following) in enumerate(lines, start=1):
                 try:
-                    reader.add(orjson.loads(line))
-                except (KeyError, TypeError, ValueError, OverflowError) as error:
+                    reader.add(line, following)
+                except KeyError as error:
+                    raise FormatError(f"{path}, line {number}: it has no {error}") from error
+                except (TypeError, ValueError, OverflowError) as error:
                     raise FormatError(f"{path}, line {number}: not a route: {error}") from error
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
     meta = reader.meta
     if meta is None:
         raise FormatError(f"{path} is empty: no meta line")
-    experts = meta.get("num_experts", num_experts)
+    experts = meta.get("num_experts") or num_experts
     if experts is None:
         raise FormatError(
             f"the meta line of {path} does not say how many experts a layer has: "
             "give it with --num-experts"
         )
     return reader.result(meta, experts, path)
+
+
+_META: dict[str, Any] = {
+    "model_id": str,
+    "vllm_version": str | None,
+    "torch_version": str | None,
+    "device": str,
+    "seed": int | None,
+    "layers_logged": list,
+    "top_k": int,
+}
+"""What a meta line has."""
+_META_START = b'{"type":"meta"'
 
 
 class _Reader:
@@ -158,9 +180,17 @@ class _Reader:
         self._ids: dict[int, array.array[int]] = {}
         self._first_layer = 0
         self._sequences: set[tuple[str, int]] = set()
-        self._rows = self._missing = 0
+        self._rows = self._missing = self._torn = 0
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, line: bytes, following: bytes) -> None:
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            is_last = not (following or line.endswith(b"\n"))
+            if not is_last and not following.startswith(_META_START):
+                raise
+            self._torn += 1
+            return
         if record["type"] == "meta":
             self._add_meta(record)
             return
@@ -177,6 +207,11 @@ class _Reader:
             self._sequences.add((record["req_id"], record.get("index", 0)))
 
     def _add_meta(self, record: dict[str, Any]) -> None:
+        for name, kind in _META.items():
+            if not isinstance(record[name], kind):
+                raise TypeError(f"{name} is {record[name]!r} in the meta line")
+        if not isinstance(record.get("num_experts"), int | None):
+            raise TypeError(f"num_experts is {record['num_experts']!r} in the meta line")
         if self.meta is None:
             self._ids = {layer: array.array("H") for layer in record["layers_logged"]}
             self._first_layer = record["layers_logged"][0] if self._ids else 0
@@ -203,4 +238,5 @@ class _Reader:
             sequences=len(self._sequences),
             rows=self._rows,
             missing_rows=self._missing,
+            torn_lines=self._torn,
         )

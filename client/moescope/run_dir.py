@@ -75,14 +75,11 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, and nothing else."""
-        for file in (
-            self.prompts,
-            self.responses,
-            self.routes,
-            self.histogram,
-            self.layers,
-            self.timing,
-            self.overhead,
-            self.report,
-        ):
+        self.clear_replay()
+        for file in (self.prompts, self.timing, self.overhead, self.report):
+            file.unlink(missing_ok=True)
+
+    def clear_replay(self) -> None:
+        """Remove what an earlier replay left, and what was drawn of it."""
+        for file in (self.responses, self.routes, self.histogram, self.layers):
             file.unlink(missing_ok=True)

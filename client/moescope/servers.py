@@ -79,11 +79,12 @@ class Server:
         if self._process is None:
             return
         self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            self.wait_exit(_STOP_S)
+        finally:  # a second Ctrl-C while it waits leaves nothing behind either
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def is_ready(self) -> bool:
         """Return whether ``/health`` answers.
@@ -97,10 +98,10 @@ class Server:
                 f"the {self.name} server ended with status {status} before it was ready; "
                 f"the end of {self.log}:\n{self._tail()}"
             )
-        try:
-            return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
-        except httpx.TransportError:
-            return False
+        with contextlib.suppress(httpx.TransportError):
+            answer = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False)
+            return answer.status_code == 200
+        return False
 
     def wait_exit(self, timeout_s: float) -> None:
         """Wait until the process ends, but not longer than that."""

@@ -42,17 +42,29 @@ def replay_prompts(
 ) -> list[replay.Response]:
     """Replay prompts and write the responses; failed requests are among them.
 
+    What was answered is written too where the replay is interrupted.
+
     Raises:
         MoescopeError: The server does not answer at all.
     """
+    responses: list[replay.Response] = []
 
-    async def run() -> list[replay.Response]:
+    async def run() -> None:
         with progress.bar(console, "replay", len(prompts)) as advance:
-            async with replay.connect(base_url, api_key) as http:
-                return await replay.replay(prompts, http, options, lambda _: advance())
 
-    responses = asyncio.run(run())
-    replay.write_responses(run_dir.responses, responses)
+            def note(response: replay.Response) -> None:
+                responses.append(response)
+                advance()
+
+            async with replay.connect(base_url, api_key) as http:
+                await replay.replay(prompts, http, options, note)
+
+    try:
+        asyncio.run(run())
+    finally:
+        if responses:
+            responses.sort(key=lambda response: response.index)
+            replay.write_responses(run_dir.responses, responses)
     tokens = sum(response.completion_tokens for response in responses)
     console.print(f"{len(responses)} responses, {tokens:,} completion tokens: {run_dir.responses}")
     return responses

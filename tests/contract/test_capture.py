@@ -42,6 +42,7 @@ class Runner(MoERunner):
     def __init__(self, layer_id, router=None):
         torch.nn.Module.__init__(self)
         self.layer_id, self.router = layer_id, router or Router()
+        self.moe_config = SimpleNamespace(num_logical_experts=8)
         self.routed_experts = torch.nn.Identity()
         self.routed_experts.quant_method = SimpleNamespace(topk_indices_dtype=None)
 
@@ -83,6 +84,12 @@ def test_what_the_kernels_want_ids_to_be():
     runner = Runner(3)
     runner.routed_experts.quant_method.topk_indices_dtype = torch.int64
     assert check_runner(runner).index_dtype is torch.int64
+
+
+def test_experts_are_those_that_ids_name():
+    # With the expert-parallel load balancer's redundant ones the router has more.
+    runner = Runner(3, Router(num_experts=8 + 2))
+    assert check_runner(runner).num_experts == 8
 
 
 def test_layers_that_differ():

@@ -17,7 +17,6 @@ PROMETHEUS = yaml.safe_load((DOCKER / "prometheus.yml").read_text())
 BOARDS = ROOT / "dashboards" / "generated"
 PROVISIONING = DOCKER / "grafana" / "provisioning"
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
-THEIRS = {name: service for name, service in SERVICES.items() if "build" not in service}
 
 
 def dockerfile(service: dict[str, Any]) -> Path:

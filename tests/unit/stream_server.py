@@ -61,7 +61,7 @@ class StreamServer:
     Args:
         script: Takes the request's number and body; returns pairs of seconds to wait and bytes to
             send as one HTTP chunk (or RESET, CLOSE, WAIT, or an event to wait for). A status in
-            front of them other than 200 makes them an error's body.
+            front of them other than 200 makes of what follows an error's body and header lines.
     """
 
     def __init__(self, script: Callable[[int, dict], list]) -> None:
@@ -96,9 +96,9 @@ class StreamServer:
         script = self.script(len(self.seen) - 1, body)
         status = script.pop(0) if isinstance(script[0], int) else 200
         if status != 200:
-            data = script[0]
-            writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(data)))
-            writer.write(data)
+            data, *headers = script
+            writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n" % (status, len(data)))
+            writer.write(b"".join(headers) + b"\r\n" + data)
             return
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         for after_s, data in script:

@@ -128,6 +128,7 @@ MALFORMED = {
     "no token": [(0, usage() + DONE)],
     "no end": [(0, chunk() + usage())],
     "no stream": [(0, b'{"choices": [{"text": "a"}]}')],
+    "not gzip": [500, b"oops", b"Content-Encoding: gzip\r\n"],
 }
 
 

@@ -11,6 +11,7 @@ from client_fakes import INFO, completion, make_trace
 
 import moescope
 from moescope import formats
+from moescope import replay as replaying
 from moescope.cli import main
 
 
@@ -194,6 +195,34 @@ def test_a_failed_request_is_status_1_after_all_the_others_are_done(served, tmp_
     )
     assert len((run_dir / "responses.jsonl").read_bytes().splitlines()) == 2
     assert len((run_dir / "moe_routes.jsonl").read_bytes().splitlines()) == 1 + 12 * 3
+
+
+def test_the_way_to_this_machine_goes_through_no_proxy(served, tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    status, _ = replay(served, tmp_path, ["a"])
+    assert status == 0
+
+
+def test_a_replay_leaves_nothing_of_the_one_before(served, tmp_path):
+    _, run_dir = replay(served, tmp_path, ["a", "b"])
+    run("plot", "--run-dir", run_dir)
+    replay(served, tmp_path, ["c"], "--no-routes")
+    names = sorted(path.name for path in run_dir.iterdir())
+    assert names == ["prompts.txt", "report.md", "responses.jsonl"]
+    assert "## Routes" not in (run_dir / "report.md").read_text()
+
+
+def test_what_was_answered_before_an_interruption_is_kept(served, tmp_path, monkeypatch):
+    def interrupted(prompt, *args, ask=replaying._body):
+        if prompt == "c":
+            raise KeyboardInterrupt
+        return ask(prompt, *args)
+
+    monkeypatch.setattr(replaying, "_body", interrupted)
+    status, run_dir = replay(served, tmp_path, ["a", "b", "c", "d"], "--concurrency", "1")
+    assert status == 130
+    responses = replaying.read_responses(run_dir / "responses.jsonl")
+    assert [one.prompt for one in responses] == ["a", "b"]
 
 
 def test_overhead_does_not_take_a_captured_server_for_a_stock_one(served, tmp_path, capsys):

@@ -292,3 +292,8 @@ def test_delete_pause_resume_and_reset():
 def test_an_answer_without_its_field_is_a_format_error():
     with pytest.raises(moescope.FormatError, match="since_s"):
         client({"POST /routes/reset": {"since_s": None}}).reset()
+
+
+def test_a_key_that_no_header_can_carry_is_told():
+    with pytest.raises(moescope.CommandError, match="API key"):
+        moescope.Client("http://moe", "clé")

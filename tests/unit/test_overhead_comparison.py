@@ -65,8 +65,8 @@ def test_nothing_narrower_than_the_stock_pair_is_claimed():
     noisy = paired(again=[3.0, 3.1, 2.9, 3.0], moescope=[2.0, 2.1, 1.9, 2.0])
     one = difference(noisy)
     assert one.interval_95_percent[0] > 1.8
-    assert one.noise_percent == pytest.approx(3.05, abs=0.06)
-    assert one.claim_percent == pytest.approx((1.02 / 1.0305 * 100 - 100, 5.1), abs=0.15)
+    assert one.noise_percent == pytest.approx(3.1, abs=0.06)
+    assert one.claim_percent == pytest.approx((1.02 / 1.031 * 100 - 100, 5.2), abs=0.15)
     assert not one.distinguishable
     assert "noise of the run ±3.0" in comparison.statement("capture", "s_per_token", one, 4)
     assert difference(noisy, STOCK_AGAIN).noise_percent is None
@@ -88,20 +88,21 @@ def test_a_metric_that_is_not_there_is_left_out():
     assert set(by_metric) == set(comparison.METRICS) - {"mean_tpot_ms"}
 
 
-def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
+@pytest.mark.parametrize("num", [3, 4, 10, 30])
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says(num):
     random = np.random.default_rng(7)
     covered = 0
-    for _ in range(100):
-        low, high = comparison.bootstrap_interval(list(random.normal(3.0, 1.0, 20)), 0)
+    for _ in range(400):
+        low, high = comparison.bootstrap_interval(list(random.normal(3.0, 1.0, num)), 0)
         covered += low <= 3.0 <= high
-    assert 85 <= covered <= 99
+    assert 0.92 * 400 <= covered <= 0.98 * 400
 
 
 def test_the_interval_follows_the_seed():
     values = [1.0, 2.0, 4.0, 8.0]
     low, high = comparison.bootstrap_interval(values, 1)
     assert (low, high) == comparison.bootstrap_interval(values, 1)
-    assert 1.0 <= low < np.mean(values) < high <= 8.0
+    assert low < np.mean(values) < high
 
 
 def test_outputs_are_compared_between_arms_and_within_an_arm():

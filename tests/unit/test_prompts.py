@@ -19,6 +19,8 @@ def test_a_file_written_by_hand(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"What is 1+1?\r\n\n  \nfirst\\nsecond\nC:\\dir \\\\n")
     assert prompts.read(path) == ["What is 1+1?", "first\nsecond", "C:\\dir \\n"]
+    path.write_bytes(b"\xef\xbb\xbfWhat is 1+1?\r\n")  # as some editors mark UTF-8
+    assert prompts.read(path) == ["What is 1+1?"]
 
 
 @pytest.mark.parametrize("data", [b"", b"\n \n", b"\xff\xfe"])

@@ -1,5 +1,6 @@
 import httpx
 import numpy as np
+import orjson
 import pytest
 from client_fakes import INFO, lines, make_trace, server
 
@@ -116,7 +117,7 @@ def test_a_server_that_started_again_writes_the_meta_line_again(tmp_path):
         (formats.meta_line(**META) + ROUTE % (7, 1), "line 2.*layer 7"),
         (formats.meta_line(**META) + ROUTE % (0, 4), "names expert 4 in layer 0"),
         (formats.meta_line(**META) + ROUTE % (0, 70000), "line 2"),
-        (formats.meta_line(**META) + ROUTE[:30], "line 2"),
+        (formats.meta_line(**META) + ROUTE[:30] + b"\n", "line 2"),
         (b"[]\n", "line 1"),
     ],
 )
@@ -130,3 +131,31 @@ def test_a_malformed_log_is_refused_with_the_place(tmp_path, data, message):
 def test_a_missing_log_is_named(tmp_path):
     with pytest.raises(FormatError, match="nowhere"):
         routes_log.read(tmp_path / "nowhere")
+
+
+def test_lines_that_a_killed_server_cut_off_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "log"
+    part = formats.meta_line(**META) + ROUTE % (0, 3)
+    cut = ROUTE[:30]
+    path.write_bytes(part + cut + b"\n" + part + cut)
+    routes = routes_log.read(path, 4)
+    assert (routes.counts.sum(), routes.torn_lines) == (4, 2)
+    path.write_bytes(part + cut + b"\n" + ROUTE % (5, 2))
+    with pytest.raises(FormatError, match="line 3"):
+        routes_log.read(path, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": "4"}, "num_experts is '4'"),
+        ({"layers_logged": None}, "layers_logged is None"),
+        ({"model_id": ...}, "line 1: it has no 'model_id'"),
+    ],
+)
+def test_a_malformed_meta_line_is_told(tmp_path, change, message):
+    meta = {**orjson.loads(formats.meta_line(**META)), **change}
+    path = tmp_path / "log"
+    path.write_bytes(orjson.dumps({k: v for k, v in meta.items() if v is not ...}))
+    with pytest.raises(FormatError, match=message):
+        routes_log.read(path)

@@ -33,7 +33,8 @@ def test_a_server_that_is_not_ready_in_time_is_told(tmp_path):
         servers.wait_ready([server], timeout_s=0.0)
 
 
-def test_a_server_is_ready_when_health_answers(tmp_path):
+def test_a_server_is_ready_when_health_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for this machine
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -119,3 +120,16 @@ def test_the_commands():
     assert servers.stock_command(["--x"])[1:] == [
         "-m", "vllm.entrypoints.launchers.api_server.entry", "--x",
     ]  # fmt: skip
+
+
+def test_a_second_interruption_while_a_server_ends_leaves_nothing_behind(tmp_path, monkeypatch):
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
+
+    def interrupted(self, timeout_s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(servers.Server, "wait_exit", interrupted)
+    with pytest.raises(KeyboardInterrupt), start(tmp_path, code) as server:
+        pass
+    with pytest.raises(ProcessLookupError):
+        os.kill(server.pid, 0)

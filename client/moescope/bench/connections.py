@@ -38,13 +38,14 @@ FAILURES = (
     MalformedStreamError,
     ServerStreamError,
     TimeoutError,
-    httpx.TransportError,
+    httpx.RequestError,
 )
 """What can become of a request that is not answered as it should be."""
 
 _KINDS = (
     (MalformedStreamError, "malformed"),
     (ServerStreamError, "server_error"),
+    (httpx.DecodingError, "malformed"),
     (TimeoutError, "timeout"),
     (httpx.TimeoutException, "timeout"),
     (httpx.ConnectError, "connect"),

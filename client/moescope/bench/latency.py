@@ -91,7 +91,7 @@ class Summary:
     request_goodput: float | None
     """Completed requests within all limits a second; None without limits."""
     max_concurrent_requests: int
-    """Peak of requests in flight, failed ones among them."""
+    """Peak of requests in flight, failed ones among them, interrupted ones not."""
     max_output_tokens_per_s: float
     """Output tokens of the best whole second, those of a chunk being the answer's mean."""
     latencies: dict[str, Distribution]
@@ -207,7 +207,7 @@ def _value_ms(record: Record, name: str) -> float:
 
 
 def peak_concurrency(records: Sequence[Record]) -> int:
-    """Return how many requests were in flight at once, at most."""
+    """Return how many requests were in flight at once, at most, of those that ended."""
     if not records:
         return 0
     starts = np.array([record.sent_s for record in records])

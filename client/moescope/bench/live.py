@@ -26,16 +26,19 @@ async def shown(console: Console, run: Run) -> AsyncIterator[None]:
     Twice a second in place; where the output is no terminal, a line every ten seconds.
     """
 
+    def elapsed_s() -> float:
+        return time.perf_counter() - run.start_s if run.start_s else 0.0  # it warms up before
+
     async def in_place() -> None:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while True:
-                live.update(Text(status(run, time.perf_counter() - run.start_s)), refresh=True)
+                live.update(Text(status(run, elapsed_s())), refresh=True)
                 await asyncio.sleep(_PERIOD_S)
 
     async def in_lines() -> None:
         while True:
             await asyncio.sleep(_QUIET_PERIOD_S)
-            console.print(status(run, time.perf_counter() - run.start_s))
+            console.print(status(run, elapsed_s()))
 
     task = asyncio.create_task(in_place() if console.is_terminal else in_lines())
     try:

@@ -18,8 +18,6 @@ from moescope.bench.schedule import RampUp, due_times
 from moescope.bench.workload import Ask, Conversation, Endpoint
 from moescope.errors import CommandError
 
-DATASETS = ("sample", "gsm8k", "random")
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

@@ -41,6 +41,7 @@ def replay(
     run = RunDir(run_dir)
     texts = prompts_file.read(prompts or run.prompts)
     run.create()
+    run.clear_replay()
     prompts_file.write(run.prompts, texts)
     options = replaying.Options(
         model=model,

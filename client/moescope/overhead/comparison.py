@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ METRICS = {
 """What is compared: the names in the file, those of ``vllm bench serve``, and in words."""
 
 _BOOTSTRAP_SAMPLES = 10_000
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +65,13 @@ class Difference:
 
 
 def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
-    """Return the 95% interval of the mean, by the percentile bootstrap.
+    """Return the 95% interval of the mean, by the percentile bootstrap, widened for few values.
 
-    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    Of ten values the percentiles alone cover the mean in 90% of cases, of four in 80%. Their
+    distances from the mean are therefore multiplied by what a t interval has on top.
+
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; Hesterberg
+    2015, "What Teachers Should Know About the Bootstrap", on the narrowness of percentiles.
 
     Args:
         values: One value a round.
@@ -74,7 +80,26 @@ def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float
     generator = np.random.default_rng(seed)
     picks = generator.integers(0, len(values), size=(_BOOTSTRAP_SAMPLES, len(values)))
     low, high = np.percentile(np.asarray(values)[picks].mean(axis=1), (2.5, 97.5))
-    return float(low), float(high)
+    mean, factor = float(np.mean(values)), _small_sample_factor(len(values))
+    return mean + factor * (float(low) - mean), mean + factor * (float(high) - mean)
+
+
+def _small_sample_factor(num: int) -> float:
+    """Return a t interval's width over that of the normal with the biased deviation.
+
+    Source: Abramowitz and Stegun 1964, 26.7.5, for Student's t; 3% too small for three values, 1%
+    for four.
+    """
+    if num < 2:
+        return 1.0
+    z, df = _Z, num - 1
+    t = (
+        z
+        + (z**3 + z) / (4 * df)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    )
+    return t / z * math.sqrt(num / df)
 
 
 def _paired(

@@ -5,6 +5,7 @@ This module imports matplotlib; import it where pictures are drawn, and nowhere 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def draw_rows(
         title: What they are of; that the intervals are 95% is added.
     """
     arms = list(differences)
-    colors = dict(zip([a for a in arms if a != STOCK_AGAIN], _COLORS, strict=False))
+    colors = dict(
+        zip([a for a in arms if a != STOCK_AGAIN], itertools.cycle(_COLORS), strict=False)
+    )
     colors[STOCK_AGAIN] = SOFT
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 1.7 + 0.42 * len(rows)), layout="constrained")

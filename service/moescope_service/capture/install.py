@@ -125,7 +125,7 @@ class WorkerCapture:
             "id_dtype": self._id_dtype,
             "weights_dtype": self._settings.weights_dtype,
         }
-        num_experts = first.router.global_num_experts
+        num_experts = first.num_experts
         if self._worker.device.type == "cpu":
             from moescope_service.capture.counts_cpu import CpuCounts
             from moescope_service.capture.sink_cpu import CpuSink
@@ -148,7 +148,7 @@ class WorkerCapture:
     @property
     def _num_experts(self) -> int:
         if self._layers:
-            return self._layers[0].router.global_num_experts
+            return self._layers[0].num_experts
         return self._worker.vllm_config.model_config.get_num_experts()
 
     @property

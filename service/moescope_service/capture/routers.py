@@ -1,10 +1,10 @@
 """Finds the model's routers.
 
 Relies on vLLM 0.32.0: ``model_executor/layers/fused_moe/runner/moe_runner.py`` (``MoERunner``:
-``layer_id``, ``router``, ``is_monolithic``, ``enable_dbo``, ``_quant_method``) and
+``layer_id``, ``router``, ``is_monolithic``, ``enable_dbo``, ``_quant_method``, ``moe_config``) and
 ``…/router/base_router.py`` (``BaseRouter._compute_routing`` returns
 ``(topk_weights, topk_ids)``, ids logical, before the expert-parallel load balancer's map;
-``top_k``, ``global_num_experts``).
+``top_k``). A router's own ``global_num_experts`` counts the balancer's redundant experts too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class RoutedLayer:
     layer: int
     """The model's own layer number."""
     router: Any
+    num_experts: int
+    """Logical experts, those that ids name."""
     index_dtype: Any
     """``torch.dtype`` that the layer's MoE kernel wants ids to be; None where it does not care."""
 
@@ -59,7 +61,7 @@ def find_routed_layers(model: Any, *, may_lack: bool = False) -> list[RoutedLaye
             f"{type(model).__name__} has no mixture-of-experts layer that vLLM routes; a model "
             "that calls its experts' kernels itself cannot be captured: serve it with vLLM itself"
         )
-    shapes = {(found.router.top_k, found.router.global_num_experts) for found in layers}
+    shapes = {(found.router.top_k, found.num_experts) for found in layers}
     if len(shapes) > 1:
         raise RefusedError(
             "the model's layers differ in (top-k, experts): "
@@ -89,4 +91,9 @@ def check_runner(runner: Any) -> RoutedLayer:
             f"layer {layer} has the router {type(router).__name__}, whose _compute_routing"
             f"({', '.join(_PARAMETERS)}) moescope does not find"
         )
-    return RoutedLayer(layer, router, runner._quant_method.topk_indices_dtype)
+    return RoutedLayer(
+        layer,
+        router,
+        num_experts=runner.moe_config.num_logical_experts,
+        index_dtype=runner._quant_method.topk_indices_dtype,
+    )
