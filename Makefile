@@ -13,8 +13,8 @@ FIDELITY_DIR ?= runs/fidelity
 BENCH_DIR ?= runs/bench
 OVERHEAD := VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/moescope overhead --prompts $(BENCH_DIR)/prompts.txt
 
-.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e fidelity bench \
-	dashboards lint format lock image clean
+.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e \
+	test-fidelity fidelity bench dashboards lint format lock image clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16

@@ -12,8 +12,8 @@ DEMO_MODEL = "moescope-demo"
 """The name under which the bundled model is served."""
 
 _INSTALL = (
-    "pip install 'moescope[cuda]' on a machine with an NVIDIA GPU; for a CPU machine see "
-    "the section on CPU machines in the README"
+    "in a clone of moescope, pip install '.[cuda]' on a machine with an NVIDIA GPU, make setup on "
+    "one without"
 )
 
 

@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     args = parser.parse_args()
     end_servers_on_signals()
-    first, *others = sorted(os.sched_getaffinity(0))
+    cores = os.sched_getaffinity(0)
+    first, *others = sorted(cores)
     os.sched_setaffinity(0, others or {first})  # the server inherits it
     (port,) = servers.free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -64,6 +65,7 @@ def main() -> None:
             opened[str(rate)] = measure(url, Pace(due_s=due_s), num)
         closed = measure(url, Pace(max_concurrency=CONCURRENCY), int(500 * args.seconds))
     log.unlink()
+    os.sched_setaffinity(0, cores)  # the result names the machine's
     result.write(
         args.out,
         "tests.bench.client_rate",

@@ -26,9 +26,8 @@ CHANGES = {
 }
 
 
-def main() -> None:
-    """Write the files."""
-    directory = Path(sys.argv[1])
+def write(directory: Path) -> None:
+    """Write the model's files."""
     directory.mkdir(parents=True, exist_ok=True)
     source = bundled_model.path()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -38,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(Path(sys.argv[1]))
