@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import orjson
 import pytest
 from builders import Bench
 
-from moescope_service.collector.routes_log import RoutesLog
+from moescope_service.collector.routes_log import _MAX_WAITING, RoutesLog
+
+FULL = Path("/dev/full")
 
 
 def lines(path):
@@ -77,21 +81,23 @@ def test_a_log_that_cannot_be_opened(tmp_path):
         RoutesLog(tmp_path / "missing" / "routes.jsonl", None)
 
 
-def test_a_full_disk_ends_the_log_and_nothing_else(tmp_path, capfd):
-    bench = Bench(log=tmp_path / "routes.jsonl")
-    log = bench.collector._log
-    log._file.close()
-
-    class Full:
-        def writelines(self, lines):
-            raise OSError(28, "No space left on device")
-
-        def close(self):
-            pass
-
-    log._file = Full()
-    for name in "abc":
-        bench.run(name)
-        assert bench.status(name) == "finished"
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+def test_a_full_disk_ends_the_log_and_nothing_else(capfd):
+    """The meta line is the first that finds no room; more traces follow than the queue holds."""
+    bench = Bench(log=FULL)
+    for number in range(_MAX_WAITING + 10):
+        bench.run(f"{number}")
+    assert bench.status("0") == bench.status(f"{number}") == "finished"
     bench.collector.close()
     assert capfd.readouterr().err.count("the route log ends here") == 1
+
+
+def test_half_a_line_of_a_killed_collector_does_not_spoil_the_next_one(tmp_path):
+    path = tmp_path / "routes.jsonl"
+    path.write_bytes(b'{"type":"meta"}\n{"type":"rou')
+    bench = Bench(log=path)
+    bench.run("a")
+    bench.collector.close()
+    whole, torn, *rest = path.read_bytes().splitlines()
+    assert (whole, torn) == (b'{"type":"meta"}', b'{"type":"rou')
+    assert [orjson.loads(line)["type"] for line in rest] == ["meta"] + ["route"] * 5
