@@ -191,15 +191,19 @@ class Collector:
 
     def _on_counts(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
         worker = self.workers.get(peer)
-        if worker is None or self.counters is None:
+        if worker is None:
             return
-        hello, is_first = worker.hello, self.workers.is_first(worker)
+        hello = worker.hello
         shape = (len(PHASES), len(hello.layers), hello.num_experts)
         totals = np.frombuffer(frames[1], np.int64).reshape(shape)
         report = Report(selections=totals, rows=totals[:, 0].sum(-1) // hello.top_k, **values)
         place = hello.engine, hello.stage  # it may come again, on another connection
-        new = report.since(self._reports.get(place))
+        # Its first report says where it stood: that was before this collector.
+        before = self._reports.setdefault(place, report)
+        if self.counters is None or report.steps == before.steps:
+            return
         self._reports[place] = report
+        new, is_first = report.since(before), self.workers.is_first(worker)
         self.stats.add_report(new, is_first=is_first)
         self.counters.add_counted(new.selections, new.rows * is_first, hello.layers)
 
