@@ -104,13 +104,15 @@ def test_what_a_worker_counts_is_what_the_server_shows() -> None:
 
 
 def test_a_collector_that_comes_again_counts_what_came_since(fresh: Deployment) -> None:
-    """Of an idle engine too: where it stood is told at once, not with its next step."""
+    """Of an idle engine too: where it stood is told at once, and that it was paused."""
     counting = Counting(dataclasses.replace(HELLO, engine=1))
     link = counting.recorder._link
     try:
         with moescope.Client(fresh.url) as client:
             counting.step({"a": (0, 5)}, new={"a": 5})
             wait_until(lambda: client.experts().num_rows == 5, "the report")
+            client.pause()
+            wait_until(lambda: not counting.recorder._is_capturing, "the pause")
             fresh.kill_collector()
             wait_until(lambda: link.is_away, "the worker notices")
             counting.step({"a": (5, 1)})
@@ -121,6 +123,9 @@ def test_a_collector_that_comes_again_counts_what_came_since(fresh: Deployment) 
             wait_until(lambda: not link.is_away, "they have met")
             wait_until(lambda: fresh.http.get("/experts").status_code == 200, "so have the others")
             assert client.experts().num_rows == 0
+            assert client.info().capture == "paused"
+            client.resume()
+            wait_until(lambda: counting.recorder._is_capturing, "the end of the pause")
             counting.step({"a": (6, 1)})
             wait_until(lambda: client.experts().num_rows, "the report")
             assert client.experts().num_rows == client.experts(window_s=60).num_rows == 1

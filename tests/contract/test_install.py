@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from moescope_service.capture.install import WorkerCapture
 from moescope_service.capture.ranks import Place
-from moescope_service.messages import Hello, unpack, unpack_steps
+from moescope_service.messages import unpack, unpack_hello, unpack_steps
 from moescope_service.settings import RUNTIME_DIR, Settings
 
 from .deployment import DEADLINE_S
@@ -99,7 +99,8 @@ def start(worker):
 def test_a_worker_says_what_it_captures_and_ships_its_steps(worker):
     start(worker)
     kind, values, _ = receive(worker)
-    hello = Hello(**values)
+    hello, is_capturing, snapshot = unpack_hello(values)
+    assert (is_capturing, snapshot) == (True, None)
     assert (kind, hello.layers, hello.num_blocks, hello.block_size) == ("hello", [1, 3], 99, 16)
     assert (hello.num_experts, hello.top_k, hello.num_hidden_layers) == (8, 2, 4)
     worker.execute_model(step("a"))
@@ -118,7 +119,7 @@ def test_steps_of_the_warm_up_and_dummy_runs_are_nobodys(worker):
     assert worker.execute_model(step("a")) is False
     worker.shutdown()
     _, values, _ = receive(worker)
-    hello = Hello(**values)
+    hello, _, _ = unpack_hello(values)
     _, values, frames = receive(worker)
     steps = unpack_steps(values, frames, hello)
     assert [[one.request_id for one in got.admitted] for got in steps] == [["a"]]

@@ -290,10 +290,8 @@ class Deployment:
         self.server = SimLink("server", self.journal.introduce, self._encode_told)
 
     def _introduce_worker(self) -> list[Frames]:
-        snapshot = self.encoder.snapshot(is_capturing=self._is_capturing)
-        if snapshot is None:
-            return [pack_dataclass("hello", self.hello)]
-        return [pack_hello(self.hello, snapshot)]
+        is_capturing, snapshot = self._is_capturing, self.encoder.snapshot()
+        return [pack_hello(self.hello, is_capturing=is_capturing, snapshot=snapshot)]
 
     # --- a step
 

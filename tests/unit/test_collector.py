@@ -12,7 +12,7 @@ from builders import API, WORKER, Bench, admit, make_hello, make_rows, make_step
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_all, pack_dataclass, pack_steps
+from moescope_service.messages import pack, pack_all, pack_hello, pack_steps
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_a_step_of_nobody_is_left_out(bench):
 def test_a_worker_with_another_model_is_left_out(bench):
     other = dataclasses.replace(bench.collector.hello, num_experts=3)
     bench.collector.outbox.clear()
-    bench.collector.handle(b"stranger", pack_dataclass("hello", other))
+    bench.collector.handle(b"stranger", pack_hello(other))
     assert bench.collector.outbox == []
     assert bench.collector.hello.num_experts == 8
 

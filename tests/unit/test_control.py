@@ -54,7 +54,7 @@ class Worker:
 
     @property
     def ongoing(self) -> dict[str, Ongoing]:
-        snapshot = self.encoder.snapshot(is_capturing=True)
+        snapshot = self.encoder.snapshot()
         assert snapshot is not None
         assert snapshot.next_seq == self.seq
         return {one.admission.request_id: one for one in snapshot.ongoing}
@@ -66,7 +66,7 @@ def worker():
 
 
 def test_nothing_is_told_before_the_first_step(worker):
-    assert worker.encoder.snapshot(is_capturing=True) is None
+    assert worker.encoder.snapshot() is None
 
 
 def test_tables_and_rows_of_running_sequences(worker):
@@ -78,15 +78,15 @@ def test_tables_and_rows_of_running_sequences(worker):
     }
     worker.step(finished=["a"])
     assert worker.ongoing.keys() == {"b"}
-    assert worker.encoder.snapshot(is_capturing=True).ended == ["a"]
+    assert worker.encoder.snapshot().ended == ["a"]
 
 
 def test_it_survives_the_wire(worker):
     worker.step(new=[("a", 6, 4, [1, 2])], spans=[("a", 4, 2)])
     worker.step(finished=["gone"])
-    snapshot = worker.encoder.snapshot(is_capturing=False)
-    _, values = unpack(pack_hello(make_hello(), snapshot))
-    assert unpack_hello(values) == (make_hello(), snapshot)
+    snapshot = worker.encoder.snapshot()
+    _, values = unpack(pack_hello(make_hello(), is_capturing=False, snapshot=snapshot))
+    assert unpack_hello(values) == (make_hello(), False, snapshot)
 
 
 @pytest.mark.parametrize("taker", ["new", "grown", "resumed", "unknown"])
@@ -135,7 +135,7 @@ def test_a_step_that_cannot_be_encoded_is_a_gap(worker):
     worker.step(new=[("a", 8, 0, [1, 2])])
     with pytest.raises(TypeError):
         worker.encoder.pack([StepMessage(1, 0.0, 0.0, None)])
-    assert worker.encoder.snapshot(is_capturing=True).ongoing == []
+    assert worker.encoder.snapshot().ongoing == []
     worker.seq = 2
     worker.step()
     assert worker.ongoing == {}

@@ -135,18 +135,13 @@ class ControlEncoder:
         self._next_seq = message.seq + 1
         return step
 
-    def snapshot(self, *, is_capturing: bool) -> Snapshot | None:
-        """Return where the worker stands; None where its first step is yet to come.
-
-        Args:
-            is_capturing: Whether rows are shipped.
-        """
+    def snapshot(self) -> Snapshot | None:
+        """Return where the worker stands; None where its first step is yet to come."""
         if self._next_seq == 0:
             return None
         known = {} if self._next_seq == _UNKNOWN else self._followed
         return Snapshot(
             next_seq=self._next_seq,
-            is_capturing=is_capturing,
             ongoing=[self._ongoing(request_id, one) for request_id, one in known.items()],
             ended=list(self._ended),
         )

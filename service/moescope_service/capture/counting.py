@@ -20,7 +20,7 @@ import numpy.typing as npt
 from moescope_service.capture.rows import Batch
 from moescope_service.histogram import PHASES
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Hello, pack, pack_dataclass, unpack
+from moescope_service.messages import Frames, Hello, pack, pack_hello, unpack
 
 REPORT_S = 1.0
 """How often totals are sent, in seconds, where there was a step."""
@@ -80,6 +80,7 @@ class CountRecorder:
         read_batch: Callable[[], Batch | None],
         report_s: float = REPORT_S,
     ) -> None:
+        self._hello = hello
         self._sink = sink
         self._read_batch = read_batch
         self._report_s = report_s
@@ -97,7 +98,7 @@ class CountRecorder:
             max_bytes=_MAX_BYTES,
             name="moescope-recorder",
             encode=self._encode,
-            introduce=lambda: [pack_dataclass("hello", hello), self._newest],
+            introduce=self._introduce,
         )
         self._is_closing = threading.Event()
         self._reporter = threading.Thread(
@@ -160,6 +161,9 @@ class CountRecorder:
     def _encode(self, reports: list[_Report]) -> list[Frames]:
         self._newest = reports[-1].frames  # sent or not: a new collector is told of it
         return [report.frames for report in reports]
+
+    def _introduce(self) -> list[Frames]:
+        return [pack_hello(self._hello, is_capturing=self._is_capturing), self._newest]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)

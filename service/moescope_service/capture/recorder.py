@@ -14,7 +14,7 @@ from typing import Any
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, PendingRows, StepSink
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Hello, pack_dataclass, pack_hello, unpack
+from moescope_service.messages import Frames, Hello, pack_hello, unpack
 
 _MAX_CONTROL_BYTES = 64 * 2**20
 
@@ -110,10 +110,8 @@ class Recorder:
         return self._sink.take(num_rows)
 
     def _introduce(self) -> list[Frames]:
-        snapshot = self._encoder.snapshot(is_capturing=self._is_capturing)
-        if snapshot is None:
-            return [pack_dataclass("hello", self._hello)]
-        return [pack_hello(self._hello, snapshot)]
+        is_capturing, snapshot = self._is_capturing, self._encoder.snapshot()
+        return [pack_hello(self._hello, is_capturing=is_capturing, snapshot=snapshot)]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)

@@ -66,7 +66,7 @@ class Collector:
         self.stats = Stats()
         self.outbox: list[tuple[Peer, Frames]] = []
         """(peer, frames) to be sent."""
-        self.is_capturing = True
+        self._order: bool | None = None if epoch else True  # None: a worker will know
         self.workers = Workers(clock)
         self._reports: dict[tuple[int, int], Report] = {}  # by engine and stage
         self.servers: set[Peer] = set()
@@ -120,9 +120,14 @@ class Collector:
         if self.windows is not None:
             self.windows.tick()
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether workers are to ship rows; True where only the collector before would know."""
+        return self._order is not False
+
     def set_capturing(self, on: bool) -> None:
         """Tell every worker to ship rows, or to hold them back."""
-        self.is_capturing = on
+        self._order = on
         self.outbox += [(peer, pack("capture", on=on)) for peer in self.workers]
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
@@ -139,15 +144,18 @@ class Collector:
         if self._log is not None:
             self._log.close()
 
-    def _on_hello(self, peer: Peer, hello: Hello, snapshot: Snapshot | None) -> None:
+    def _on_hello(
+        self, peer: Peer, hello: Hello, is_capturing: bool, snapshot: Snapshot | None
+    ) -> None:
         if not self.workers.fits(hello):
             logger.error("a worker with another model said hello; its routes are left out")
             return
         worker = self.workers.add(peer, hello, snapshot)
         if self.hello is None and (model := self.workers.model) is not None:
             self._begin(model)
+        if self._order is None:  # what the collector before had ordered holds
+            self._order = is_capturing
         if snapshot is not None:
-            self.is_capturing &= snapshot.is_capturing
             for internal_id in snapshot.ended:
                 nothing = self.workers.end(
                     worker, internal_id, Rows.nothing(hello, CAUSES["restart"])
