@@ -296,6 +296,15 @@ class TestCauses:
         bench.end()
         assert self.missing(bench) == {"not_captured": 4}
 
+    @pytest.mark.parametrize("reason", ["stop", "abort"])
+    def test_steps_that_were_lost_altogether(self, bench, reason):
+        bench.start("a")
+        bench.lose_step()
+        bench.finish("a-i", reason=reason)
+        bench.end()
+        assert bench.traces("a")[0].coverage == 0
+        assert self.missing(bench) == {"not_captured": 5}
+
     def test_a_block_that_went_to_another_sequence(self, bench):
         bench.start("a")
         bench.step([(1, 0, 4)], admitted=[admit(1, "b-i", 4, [0])])
