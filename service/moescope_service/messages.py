@@ -1,8 +1,10 @@
 """Messages between workers, API servers and the collector.
 
-A message is a list of ZMQ frames: a JSON control frame, then the arrays as raw bytes. Control
-frames are never dropped; a step whose rows could not be shipped names the reason in ``lost``, and
-its spans say which rows those are.
+A message is a list of ZMQ frames: a JSON control frame, then the arrays as raw bytes. Where too
+much waits, rows are dropped and control is not: a step whose rows could not be shipped names the
+reason in ``lost``, and its spans say which rows those are. Only for a collector that hangs for long
+are whole steps given up (`moescope_service.link`): by the gap in their numbers both sides know that
+nothing of before holds, and sequences that ended in it are named in the next message that is sent.
 """
 
 from __future__ import annotations

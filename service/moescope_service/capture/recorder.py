@@ -6,6 +6,7 @@ waiting for the rows, handles, control, encoding, sending.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from moescope_service.link import Link
 from moescope_service.messages import Frames, Hello, pack_hello, unpack
 
 _MAX_CONTROL_BYTES = 64 * 2**20
+_MAX_UNTOLD = 65536
+"""Ends that nobody took and that are told later: the collector waits 300 s for any others."""
 
 
 def _copied(block_ids: tuple[list[int], ...]) -> tuple[list[int], ...]:
@@ -53,6 +56,7 @@ class Recorder:
         self._is_capturing = True
         self._seq = 0
         self._host_s = 0.0
+        self._untold: collections.deque[str] = collections.deque(maxlen=_MAX_UNTOLD)
         self._link = Link(
             address,
             self._on_message,
@@ -71,10 +75,12 @@ class Recorder:
         """
         started_s = time.perf_counter()
         self._sink.start_step()
-        if scheduler_output.finished_req_ids:
+        if scheduler_output.finished_req_ids or self._untold:
             message = self._message()
-            message.finished = scheduler_output.finished_req_ids
-            self._link.put(message)
+            message.finished = [*self._untold, *scheduler_output.finished_req_ids]
+            self._untold.clear()
+            if not self._link.put(message):
+                self._untold.extend(message.finished)
         self._host_s += time.perf_counter() - started_s
 
     def record_step(self, scheduler_output: Any) -> None:
