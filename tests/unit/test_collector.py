@@ -7,12 +7,22 @@ import dataclasses
 import numpy as np
 import orjson
 import pytest
-from builders import API, WORKER, Bench, admit, make_hello, make_rows, make_step, trace_size
+from builders import (
+    API,
+    WORKER,
+    Bench,
+    admit,
+    make_hello,
+    make_register,
+    make_rows,
+    make_step,
+    trace_size,
+)
 
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_all, pack_hello, pack_steps
+from moescope_service.messages import pack, pack_all, pack_dataclass, pack_hello, pack_steps
 
 
 @pytest.fixture
@@ -226,6 +236,37 @@ class TestTimeouts:
         number = bench.ask("routes", request_id="a", wait_s=60.0)
         bench.pass_s(WORKER_TIMEOUT_S)
         assert bench.answer(number).values["status"] == "finished"
+
+
+class TestBrokenTraces:
+    """A sequence whose trace cannot be made: its API server named more tokens than it sent."""
+
+    @pytest.fixture
+    def bench(self):
+        bench = Bench()
+        prompt = np.array([1, 2, 3, 4], np.int32)
+        register = make_register("a", prompt_len=9)
+        bench.collector.handle(API, pack_dataclass("register", register, [prompt]))
+        bench.step([(0, 0, 5)], admitted=[admit(0, "a-i", 4, [0, 1])])
+        bench.finish("a-i")
+        return bench
+
+    def test_whoever_waits_for_it_is_answered(self, bench):
+        number = bench.ask("routes", request_id="a", wait_s=60.0)
+        bench.end()
+        assert bench.answer(number).values["status"] == "unknown"
+
+    @pytest.mark.parametrize("when", ["in one step", "too late"])
+    def test_others_are_made_all_the_same(self, bench, when, caplog):
+        bench.start("b", handle=1, blocks=[2, 3])
+        bench.finish("b-i")
+        if when == "in one step":
+            bench.step(finished=[0, 1])
+        else:
+            bench.pass_s(WORKER_TIMEOUT_S)
+        assert [bench.status(name) for name in "ab"] == ["unknown", "finished"]
+        assert caplog.text.count("left out a trace that cannot be made") == 1
+        assert caplog.text.count("token_ids must be") == 1
 
 
 def test_token_ids_are_kept_out():

@@ -228,12 +228,15 @@ class Collector:
             return
         ids, keep = tuple(sequence.ids), sequence.keep
         self.sequences.close(sequence)
-        if keep and self.hello is not None:
-            trace, cause = sequence.trace(
-                self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
-            )
-            self.stats.add_trace(trace, cause)
-            if self._log is not None:
-                self._log.write(trace)
-            self.store.add(Kept(sequence.uid, trace, ids))
+        try:
+            if keep and self.hello is not None:
+                trace, cause = sequence.trace(
+                    self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
+                )
+                self.stats.add_trace(trace, cause)
+                if self._log is not None:
+                    self._log.write(trace)
+                self.store.add(Kept(sequence.uid, trace, ids))
+        except Exception:  # the others of this step, or of this tick, are not to suffer
+            logger.exception("left out a trace that cannot be made, of %s", ids)
         self._queries.retry(ids)
