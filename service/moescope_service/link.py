@@ -14,8 +14,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -32,6 +34,8 @@ _FLUSH_MS = 50
 """How long a message may wait that nobody waits for."""
 _LINGER_MS = 500
 """A worker may be killed soon after it was told to stop."""
+_END_S = 0.6
+"""What a link's end may take: one wait of its thread, and ZMQ's lingering."""
 _CONNECTION = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -88,7 +92,8 @@ class Link:
         self._is_connected = False
         self.is_away = False
         """Whether the collector was there and is not any more."""
-        self._closing = self._is_ended = False
+        self._deadline_s = math.inf  # set by `close`
+        self._is_ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -120,10 +125,10 @@ class Link:
         return True
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Send what waits, for at most so long, and end the thread."""
-        self._closing = True
+        """Send what waits, for at most so long, then end the thread, in 0.6 s at most."""
+        self._deadline_s = time.monotonic() + timeout_s
         self._wake()
-        self._thread.join(timeout_s)
+        self._thread.join(timeout_s + _END_S)
         if not self._thread.is_alive():
             os.close(self._wake_read)
             os.close(self._wake_write)
@@ -157,7 +162,7 @@ class Link:
         poller = zmq.Poller()
         for readable in (self._wake_read, socket, monitor):
             poller.register(readable, zmq.POLLIN)
-        while self._waiting or self._encoded or not self._closing:
+        while not self._is_over:
             is_sending = self._is_connected and (self._waiting or self._encoded)
             poller.modify(socket, zmq.POLLIN | (zmq.POLLOUT if is_sending else 0))
             events = dict(poller.poll(_FLUSH_MS))
@@ -171,6 +176,12 @@ class Link:
                 self._send(socket)
             elif self.is_away:
                 self._leave_out()
+
+    @property
+    def _is_over(self) -> bool:
+        if self._waiting or self._encoded:
+            return time.monotonic() > self._deadline_s
+        return self._deadline_s < math.inf
 
     def _on_connection(self, event: int) -> None:
         self._is_connected = event == zmq.Event.HANDSHAKE_SUCCEEDED

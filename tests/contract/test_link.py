@@ -128,6 +128,19 @@ def test_close_without_a_listener_takes_no_longer_than_told(address):
     started_s = time.perf_counter()
     link.close(timeout_s=0.1)
     assert time.perf_counter() - started_s < 1.0
+    assert not link._thread.is_alive()
+    assert not link.put(Message(b"x"))
+
+
+def test_close_waits_no_longer_for_one_that_hangs(address, router):
+    """It is connected and reads nothing: its queue and the socket's are full."""
+    link = make_link(address, max_bytes=2**30)
+    link.put(Message(b"x"))
+    receive(router)
+    for _ in range(200):
+        link.put(Message(bytes(2**20)))
+    link.close(timeout_s=0.1)
+    assert not link._thread.is_alive()
 
 
 def test_an_error_in_one_message_does_not_end_the_link(address, router, caplog):
