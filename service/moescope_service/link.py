@@ -15,10 +15,11 @@ import collections
 import contextlib
 import logging
 import math
+import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import zmq
@@ -37,6 +38,17 @@ _LINGER_MS = 500
 _END_S = 0.6
 """What a link's end may take: one wait of its thread, and ZMQ's lingering."""
 _CONNECTION = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+
+
+def cores_of_parent() -> set[int] | None:
+    """Return where the process may run that started this one by ``multiprocessing``; None: none.
+
+    Never those of a shell: whoever starts the first process by ``taskset`` means all of it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid is None:
+        return None
+    return os.sched_getaffinity(parent.pid)
 
 
 class Outgoing(Protocol):
@@ -61,6 +73,7 @@ class Link:
             than one by one where many wait.
         introduce: Makes the messages that begin a connection, in the link's thread.
         on_away: Called in the link's thread when the collector has gone.
+        cores: Where its thread may run; None: where the thread may that makes the link.
     """
 
     def __init__(
@@ -74,6 +87,7 @@ class Link:
         join: bool = False,
         introduce: Callable[[], Iterable[Frames]] = tuple,
         on_away: Callable[[], None] = lambda: None,
+        cores: Collection[int] | None = None,
     ) -> None:
         self._address = address
         self._on_message = on_message
@@ -81,6 +95,7 @@ class Link:
         self._encode, self._join = encode, join
         self._introduce = introduce
         self._on_away = on_away
+        self._cores = cores
         self._waiting: collections.deque[Outgoing] = collections.deque()
         self._encoded: collections.deque[Frames] = collections.deque()
         self._added_bytes = self._sent_bytes = 0  # each written by one thread alone
@@ -145,9 +160,9 @@ class Link:
             self._waiting.clear()
 
     def _serve(self) -> None:
-        # vLLM's CPU worker binds the thread that made this one to a core, which the model needs.
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        if self._cores is not None:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, self._cores)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.SNDHWM, SOCKET_QUEUE)
             socket.setsockopt(zmq.RCVHWM, 0)

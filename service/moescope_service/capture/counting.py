@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -69,6 +69,7 @@ class CountRecorder:
         sink: Counts.
         read_batch: Says which rows are whose, right after a step; None where no model ran.
         report_s: How often to report, in seconds.
+        cores: Where the link's thread may run; see `Link`.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class CountRecorder:
         sink: CountSink,
         read_batch: Callable[[], Batch | None],
         report_s: float = REPORT_S,
+        cores: Collection[int] | None = None,
     ) -> None:
         self._hello = hello
         self._sink = sink
@@ -99,6 +101,7 @@ class CountRecorder:
             name="moescope-recorder",
             encode=self._encode,
             introduce=self._introduce,
+            cores=cores,
         )
         self._is_closing = threading.Event()
         self._reporter = threading.Thread(

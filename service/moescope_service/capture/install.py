@@ -4,7 +4,7 @@
 multiprocess, Ray); from there on only *instances* are wrapped. Relies on vLLM 0.32.0,
 ``v1/worker/worker_base.py`` and ``gpu_worker.py``: ``load_model`` comes before the warm-up,
 ``initialize_from_config`` knows the KV cache, ``compile_or_warm_up_model`` ends the start;
-``execute_model`` is called once a step.
+``execute_model`` is called once a step. ``utils/ompmultiprocessing.py`` binds CPU workers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.routers import RoutedLayer, find_routed_layers
 from moescope_service.capture.rows import StepSink
 from moescope_service.errors import RefusedError
+from moescope_service.link import cores_of_parent
 from moescope_service.messages import Hello
 from moescope_service.settings import Settings, flag
 from moescope_service.versions import versions
@@ -172,11 +173,13 @@ class WorkerCapture:
 
     def _start(self, kv_cache_config: Any) -> None:
         read_batch = functools.partial(self._read_batch, self._runner)
+        # vLLM binds its CPU workers, and so this thread, to cores that the model needs.
+        cores = cores_of_parent() if self._worker.device.type == "cpu" else None
         if self._counts_only:
             # No row is kept by its KV block: any model that routes can be counted.
             self._recorder = CountRecorder(
                 runtime.collector_address(), self._hello(1, 1), sink=self._sink,
-                read_batch=read_batch,
+                read_batch=read_batch, cores=cores,
             )  # fmt: skip
             return
         with runtime.reported_refusal():
@@ -190,6 +193,7 @@ class WorkerCapture:
             read_batch=read_batch,
             encoder=ControlEncoder(group, block_size, overshoot),
             max_rows_bytes=self._settings.queue,
+            cores=cores,
         )
 
     def _record(self) -> None:

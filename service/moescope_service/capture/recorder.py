@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
@@ -36,6 +36,7 @@ class Recorder:
         read_batch: Says which rows are whose, right after a step; None where no model ran.
         encoder: Makes messages of steps.
         max_rows_bytes: Rows that may wait to be sent; beyond it rows are dropped and counted.
+        cores: Where the link's thread may run; see `Link`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Recorder:
         read_batch: Callable[[], Batch | None],
         encoder: ControlEncoder,
         max_rows_bytes: int,
+        cores: Collection[int] | None = None,
     ) -> None:
         self._hello = hello
         self._sink = sink
@@ -65,6 +67,7 @@ class Recorder:
             encode=encoder.pack,
             join=True,
             introduce=self._introduce,
+            cores=cores,
         )
 
     def start_step(self, scheduler_output: Any) -> None:
