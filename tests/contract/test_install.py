@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from moescope_service.capture.install import WorkerCapture
 from moescope_service.capture.ranks import Place
+from moescope_service.errors import RefusedError
 from moescope_service.messages import unpack, unpack_hello, unpack_steps
 from moescope_service.settings import RUNTIME_DIR, Settings
 
@@ -111,6 +113,18 @@ def test_a_worker_says_what_it_captures_and_ships_its_steps(worker):
     assert [one.request_id for one in got.admitted] == ["a"]
     assert got.spans.tolist() == [[0, 10, 3]]
     assert got.topk_ids.shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_a_layer_to_log_that_routes_nothing_is_refused_where_one_worker_has_all(num_stages):
+    worker = Worker(Model(Runner(1), Runner(3)))
+    place = dataclasses.replace(PLACE, num_stages=num_stages)
+    WorkerCapture(worker, Settings(log_layers=(2,)), place)
+    if num_stages > 1:
+        worker.load_model()
+        return
+    with pytest.raises(RefusedError, match="names layer 2, which routes nothing"):
+        worker.load_model()
 
 
 def test_steps_of_the_warm_up_and_dummy_runs_are_nobodys(worker):

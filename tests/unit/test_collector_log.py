@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from builders import Bench
+from builders import Bench, make_hello
 
 from moescope_service.collector.routes_log import _MAX_WAITING, RoutesLog
 
@@ -49,6 +49,31 @@ def test_chosen_layers_and_an_existing_file(tmp_path):
     _, meta, *routes = lines(path)
     assert meta["layers_logged"] == [3, 1]
     assert [r["layer"] for r in routes] == [3, 1] * 5
+
+
+@pytest.mark.parametrize(("layer", "is_there"), [(3, True), (2, False)])
+def test_a_layer_of_any_stage_is_logged_and_another_is_refused(tmp_path, layer, is_there):
+    path = tmp_path / "routes.jsonl"
+    bench = Bench(make_hello(num_stages=2, layers=[1]), log=path, log_layers=(1, layer))
+    assert bench.answered("info").values["refusal"] is None  # who knows what the other one has
+    bench.hello = make_hello(num_stages=2, stage=1, layers=[3])
+    bench.say_hello(b"second")
+    refusal = bench.answered("info").values["refusal"]
+    if is_there:
+        assert refusal is None
+    else:
+        assert refusal.startswith("--routes-log-layers (VLLM_LOG_MOE_LAYER) names layer 2, which")
+        assert refusal.endswith("layers with experts: 1, 3")
+    bench.collector.close()
+    assert len(lines(path)) == is_there
+
+
+def test_a_refused_log_holds_up_nobody(tmp_path):
+    bench = Bench(log=tmp_path / "routes.jsonl", log_layers=(2,))
+    for number in range(_MAX_WAITING + 10):
+        bench.run(f"{number}")
+    assert bench.status(f"{number}") == "finished"
+    bench.collector.close()
 
 
 def test_an_opted_out_request_is_not_logged(tmp_path):

@@ -26,7 +26,7 @@ from moescope_service.capture.rows import StepSink
 from moescope_service.errors import RefusedError
 from moescope_service.link import cores_of_parent
 from moescope_service.messages import Hello
-from moescope_service.settings import Settings, flag
+from moescope_service.settings import Settings
 from moescope_service.versions import versions
 
 _MARK = "_moescope_wrapped"
@@ -106,8 +106,10 @@ class WorkerCapture:
         is_only_stage = self._place.num_stages == 1
         with runtime.reported_refusal():
             self._layers = find_routed_layers(self._runner.get_model(), may_lack=not is_only_stage)
-            if is_only_stage:
-                self._check_log_layers()
+            captured = [found.layer for found in self._layers]
+            # Of several stages none has all layers: the collector looks at them together.
+            if is_only_stage and (reason := self._settings.log_refusal(captured)):
+                raise RefusedError(reason)
         if not self._layers:
             return
         self._sink = self._make_sink()
@@ -161,15 +163,6 @@ class WorkerCapture:
     @property
     def _id_dtype(self) -> str:
         return np.dtype(formats.id_dtype(self._num_experts)).name
-
-    def _check_log_layers(self) -> None:
-        captured = [found.layer for found in self._layers]
-        unknown = [n for n in self._settings.log_layers or () if n not in captured]
-        if unknown:
-            raise RefusedError(
-                f"{flag('log_layers')} (VLLM_LOG_MOE_LAYER) names layer {unknown[0]}, which routes "
-                f"nothing; layers with experts: {', '.join(map(str, captured))}"
-            )
 
     def _start(self, kv_cache_config: Any) -> None:
         read_batch = functools.partial(self._read_batch, self._runner)

@@ -59,6 +59,8 @@ class Collector:
         self.epoch = epoch
         self.hello: Hello | None = None
         """What the workers capture; None before all of an engine have said hello."""
+        self.refusal: str | None = None
+        """Why the deployment is not to serve, which only its workers together can tell."""
         self.counters: ExpertCounters | None = None
         self.windows: CountWindows | None = None
         self.sequences = Sequences(clock)
@@ -175,7 +177,8 @@ class Collector:
                 self.windows.kept_s, self.settings.metrics_window,
                 len(model.layers), model.num_experts,
             )  # fmt: skip
-        if self._log is not None:
+        self.refusal = self.settings.log_refusal(model.layers)
+        if self._log is not None and self.refusal is None:
             self._log.begin(model)
 
     def _on_steps(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
@@ -234,7 +237,7 @@ class Collector:
                     self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
                 )
                 self.stats.add_trace(trace, cause)
-                if self._log is not None:
+                if self._log is not None and self.refusal is None:
                     self._log.write(trace)
                 self.store.add(Kept(sequence.uid, trace, ids))
         except Exception:  # the others of this step, or of this tick, are not to suffer
