@@ -14,9 +14,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
+import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import zmq
@@ -32,7 +35,20 @@ _FLUSH_MS = 50
 """How long a message may wait that nobody waits for."""
 _LINGER_MS = 500
 """A worker may be killed soon after it was told to stop."""
+_END_S = 0.6
+"""What a link's end may take: one wait of its thread, and ZMQ's lingering."""
 _CONNECTION = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+
+
+def cores_of_parent() -> set[int] | None:
+    """Return where the process may run that started this one by ``multiprocessing``; None: none.
+
+    Never those of a shell: whoever starts the first process by ``taskset`` means all of it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid is None:
+        return None
+    return os.sched_getaffinity(parent.pid)
 
 
 class Outgoing(Protocol):
@@ -57,6 +73,7 @@ class Link:
             than one by one where many wait.
         introduce: Makes the messages that begin a connection, in the link's thread.
         on_away: Called in the link's thread when the collector has gone.
+        cores: Where its thread may run; None: where the thread may that makes the link.
     """
 
     def __init__(
@@ -70,6 +87,7 @@ class Link:
         join: bool = False,
         introduce: Callable[[], Iterable[Frames]] = tuple,
         on_away: Callable[[], None] = lambda: None,
+        cores: Collection[int] | None = None,
     ) -> None:
         self._address = address
         self._on_message = on_message
@@ -77,6 +95,7 @@ class Link:
         self._encode, self._join = encode, join
         self._introduce = introduce
         self._on_away = on_away
+        self._cores = cores
         self._waiting: collections.deque[Outgoing] = collections.deque()
         self._encoded: collections.deque[Frames] = collections.deque()
         self._added_bytes = self._sent_bytes = 0  # each written by one thread alone
@@ -88,7 +107,8 @@ class Link:
         self._is_connected = False
         self.is_away = False
         """Whether the collector was there and is not any more."""
-        self._closing = self._is_ended = False
+        self._deadline_s = math.inf  # set by `close`
+        self._is_ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -120,10 +140,10 @@ class Link:
         return True
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Send what waits, for at most so long, and end the thread."""
-        self._closing = True
+        """Send what waits, for at most so long, then end the thread, in 0.6 s at most."""
+        self._deadline_s = time.monotonic() + timeout_s
         self._wake()
-        self._thread.join(timeout_s)
+        self._thread.join(timeout_s + _END_S)
         if not self._thread.is_alive():
             os.close(self._wake_read)
             os.close(self._wake_write)
@@ -140,9 +160,9 @@ class Link:
             self._waiting.clear()
 
     def _serve(self) -> None:
-        # vLLM's CPU worker binds the thread that made this one to a core, which the model needs.
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        if self._cores is not None:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, self._cores)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.SNDHWM, SOCKET_QUEUE)
             socket.setsockopt(zmq.RCVHWM, 0)
@@ -157,7 +177,7 @@ class Link:
         poller = zmq.Poller()
         for readable in (self._wake_read, socket, monitor):
             poller.register(readable, zmq.POLLIN)
-        while self._waiting or self._encoded or not self._closing:
+        while not self._is_over:
             is_sending = self._is_connected and (self._waiting or self._encoded)
             poller.modify(socket, zmq.POLLIN | (zmq.POLLOUT if is_sending else 0))
             events = dict(poller.poll(_FLUSH_MS))
@@ -171,6 +191,12 @@ class Link:
                 self._send(socket)
             elif self.is_away:
                 self._leave_out()
+
+    @property
+    def _is_over(self) -> bool:
+        if self._waiting or self._encoded:
+            return time.monotonic() > self._deadline_s
+        return self._deadline_s < math.inf
 
     def _on_connection(self, event: int) -> None:
         self._is_connected = event == zmq.Event.HANDSHAKE_SUCCEEDED

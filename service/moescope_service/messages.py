@@ -1,8 +1,10 @@
 """Messages between workers, API servers and the collector.
 
-A message is a list of ZMQ frames: a JSON control frame, then the arrays as raw bytes. Control
-frames are never dropped; a step whose rows could not be shipped names the reason in ``lost``, and
-its spans say which rows those are.
+A message is a list of ZMQ frames: a JSON control frame, then the arrays as raw bytes. Where too
+much waits, rows are dropped and control is not: a step whose rows could not be shipped names the
+reason in ``lost``, and its spans say which rows those are. Only for a collector that hangs for long
+are whole steps given up (`moescope_service.link`): by the gap in their numbers both sides know that
+nothing of before holds, and sequences that ended in it are named in the next message that is sent.
 """
 
 from __future__ import annotations
@@ -84,8 +86,6 @@ class Snapshot:
 
     next_seq: int
     """Number of the step that follows."""
-    is_capturing: bool
-    """Whether rows are shipped, as the collector before had ordered."""
     ongoing: list[Ongoing]
     ended: list[str]
     """Internal ids of sequences that ended lately: the end may have been told to nobody."""
@@ -193,20 +193,29 @@ def pack_dataclass(kind: str, message: Hello | Register, arrays: Frames = ()) ->
     return pack(kind, arrays, **dataclasses.asdict(message))
 
 
-def pack_hello(hello: Hello, snapshot: Snapshot) -> list[Any]:
-    """Return the frames with which a worker introduces itself amid its steps."""
-    return pack("hello", **dataclasses.asdict(hello), snapshot=dataclasses.asdict(snapshot))
+def pack_hello(
+    hello: Hello, *, is_capturing: bool = True, snapshot: Snapshot | None = None
+) -> list[Any]:
+    """Return the frames with which a worker introduces itself.
+
+    Args:
+        hello: What it captures.
+        is_capturing: Whether it does, as a collector has ordered.
+        snapshot: Where it stands, unless its first step is yet to come.
+    """
+    stands = None if snapshot is None else dataclasses.asdict(snapshot)
+    return pack("hello", **dataclasses.asdict(hello), is_capturing=is_capturing, snapshot=stands)
 
 
-def unpack_hello(values: dict[str, Any]) -> tuple[Hello, Snapshot | None]:
-    """Return what a worker captures and, unless its first step is yet to come, where it stands."""
-    snapshot = values.pop("snapshot", None)
+def unpack_hello(values: dict[str, Any]) -> tuple[Hello, bool, Snapshot | None]:
+    """Return what a worker captures, whether it does, and where it stands; see `pack_hello`."""
+    is_capturing, snapshot = values.pop("is_capturing"), values.pop("snapshot")
     if snapshot is not None:
         ongoing = [
             Ongoing(Admission(**one["admission"]), one["num_rows"]) for one in snapshot["ongoing"]
         ]
         snapshot = Snapshot(**{**snapshot, "ongoing": ongoing})
-    return Hello(**values), snapshot
+    return Hello(**values), is_capturing, snapshot
 
 
 def unpack(frames: Frames) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,20 @@ class Settings:
     def kept_share(self) -> float:
         """Share of the requests that say nothing whose routes are kept, 0 to 1."""
         return self.sample if self.default == "on" else 0.0
+
+    def log_refusal(self, captured: Sequence[int]) -> str | None:
+        """Return why the log cannot hold the layers that it shall; None where it can.
+
+        Args:
+            captured: The layers with experts.
+        """
+        for layer in self.log_layers or ():
+            if layer not in captured:
+                return (
+                    f"{flag('log_layers')} (VLLM_LOG_MOE_LAYER) names layer {layer}, which routes "
+                    f"nothing; layers with experts: {', '.join(map(str, captured))}"
+                )
+        return None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:

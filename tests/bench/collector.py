@@ -22,7 +22,7 @@ import psutil
 from moescope import RouteTrace, formats
 from moescope_service.api.collector_client import CollectorClient
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Register, Step, pack_all, pack_dataclass
+from moescope_service.messages import Frames, Register, Step, pack_all, pack_hello
 from moescope_service.runtime import Supervisor
 from moescope_service.settings import Settings
 from tests.bench import result
@@ -69,7 +69,7 @@ class Replay:
             name="replay",
             encode=encode,
             join=True,
-            introduce=lambda: [pack_dataclass("hello", HELLO)],
+            introduce=lambda: [pack_hello(HELLO)],
         )
         self.num_steps = self.num_rows = self.dropped_steps = self.most_waiting_bytes = 0
         self.num_answered = 0

@@ -27,7 +27,7 @@ from moescope_service import bundled_model
 from moescope_service.api import metrics
 from moescope_service.api.collector_client import Reply
 from moescope_service.collector.core import Collector
-from moescope_service.messages import Hello, pack, pack_dataclass, unpack
+from moescope_service.messages import Hello, pack, pack_hello, unpack
 from moescope_service.settings import Settings, variable
 from tests.bench import result
 
@@ -66,7 +66,7 @@ def busy_collector() -> Collector:
         model="big", device="cpu", seed=0, versions={},
     )  # fmt: skip
     collector = Collector(Settings())
-    collector.handle(b"worker", pack_dataclass("hello", hello))
+    collector.handle(b"worker", pack_hello(hello))
     counters = collector.counters
     assert counters is not None
     counters.totals += np.random.default_rng(0).integers(0, 10**9, counters.totals.shape)

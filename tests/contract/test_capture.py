@@ -139,7 +139,8 @@ def make_config(**changes):
         ["data_parallel_size", "data_parallel_size_local", "nnodes",
          "prefill_context_parallel_size", "decode_context_parallel_size"], 1,
     ) | dict.fromkeys(
-        ["use_ubatching", "data_parallel_external_lb", "data_parallel_hybrid_lb"], False
+        ["use_ubatching", "enable_elastic_ep", "data_parallel_external_lb",
+         "data_parallel_hybrid_lb"], False,
     )  # fmt: skip
     top = {"use_v2_model_runner": False}
     groups = {
@@ -168,6 +169,7 @@ def test_a_configuration_that_can_be_captured():
         ("nnodes", 2, "workers of other machines"),
         ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size is 2"),
         ("decode_context_parallel_size", 2, "--decode-context-parallel-size is 2"),
+        ("enable_elastic_ep", True, "--enable-elastic-ep"),
         ("use_ubatching", True, "--enable-dbo"),
         ("device_type", "xpu", "'xpu'"),
         ("policy", "priority", "--scheduling-policy is 'priority'"),

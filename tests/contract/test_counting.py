@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,10 @@ from moescope_service.capture.counts_cpu import CpuCounts
 from moescope_service.capture.rows import Batch
 from moescope_service.capture.sink_cpu import CpuSink
 from moescope_service.histogram import count_selections
+from moescope_service.messages import Hello
 from moescope_service.runtime import collector_address
 
-from .deployment import Deployment, wait_until
+from .deployment import Deployment, start_collector, wait_until
 from .fake_engine import HELLO
 
 
@@ -33,13 +35,13 @@ def step(new: dict[str, int], finished: tuple[str, ...] = ()) -> Any:
 class Counting:
     """A worker that counts, whose routing the test makes up."""
 
-    def __init__(self) -> None:
+    def __init__(self, hello: Hello = HELLO) -> None:
         shape = {"num_layers": 2, "top_k": 2, "id_dtype": "uint8", "weights_dtype": "float16"}
         self.sink = CpuSink(positions=torch.arange(64), **shape)
         self.batch: Batch | None = None
         self.recorder = CountRecorder(
             collector_address(),
-            HELLO,
+            hello,
             sink=CpuCounts(self.sink, 2, 8),
             read_batch=lambda: self.batch,
             report_s=0.02,
@@ -99,6 +101,37 @@ def test_what_a_worker_counts_is_what_the_server_shows() -> None:
             assert 'moescope_steps_total{model_name="tiny"} 6.0' in text
         finally:
             counting.recorder.close()
+
+
+def test_a_collector_that_comes_again_counts_what_came_since(fresh: Deployment) -> None:
+    """Of an idle engine too: where it stood is told at once, and that it was paused."""
+    counting = Counting(dataclasses.replace(HELLO, engine=1))
+    link = counting.recorder._link
+    try:
+        with moescope.Client(fresh.url) as client:
+            counting.step({"a": (0, 5)}, new={"a": 5})
+            wait_until(lambda: client.experts().num_rows == 5, "the report")
+            client.pause()
+            wait_until(lambda: not counting.recorder._is_capturing, "the pause")
+            fresh.kill_collector()
+            wait_until(lambda: link.is_away, "the worker notices")
+            counting.step({"a": (5, 1)})
+            newest = counting.recorder._newest
+            wait_until(lambda: counting.recorder._newest is not newest, "a report goes nowhere")
+            fresh.collector.stdout.close()
+            fresh.collector = start_collector(collector_address(), epoch=1)
+            wait_until(lambda: not link.is_away, "they have met")
+            wait_until(lambda: fresh.http.get("/experts").status_code == 200, "so have the others")
+            assert client.experts().num_rows == 0
+            assert client.info().capture == "paused"
+            client.resume()
+            wait_until(lambda: counting.recorder._is_capturing, "the end of the pause")
+            counting.step({"a": (6, 1)})
+            wait_until(lambda: client.experts().num_rows, "the report")
+            assert client.experts().num_rows == client.experts(window_s=60).num_rows == 1
+            assert client.experts("decode").counts.sum() == 4
+    finally:
+        counting.recorder.close()
 
 
 @pytest.mark.parametrize(

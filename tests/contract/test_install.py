@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from moescope_service.capture.install import WorkerCapture
 from moescope_service.capture.ranks import Place
-from moescope_service.messages import Hello, unpack, unpack_steps
+from moescope_service.errors import RefusedError
+from moescope_service.messages import unpack, unpack_hello, unpack_steps
 from moescope_service.settings import RUNTIME_DIR, Settings
 
 from .deployment import DEADLINE_S
@@ -99,7 +101,8 @@ def start(worker):
 def test_a_worker_says_what_it_captures_and_ships_its_steps(worker):
     start(worker)
     kind, values, _ = receive(worker)
-    hello = Hello(**values)
+    hello, is_capturing, snapshot = unpack_hello(values)
+    assert (is_capturing, snapshot) == (True, None)
     assert (kind, hello.layers, hello.num_blocks, hello.block_size) == ("hello", [1, 3], 99, 16)
     assert (hello.num_experts, hello.top_k, hello.num_hidden_layers) == (8, 2, 4)
     worker.execute_model(step("a"))
@@ -112,13 +115,25 @@ def test_a_worker_says_what_it_captures_and_ships_its_steps(worker):
     assert got.topk_ids.shape == (3, 2, 2)
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_a_layer_to_log_that_routes_nothing_is_refused_where_one_worker_has_all(num_stages):
+    worker = Worker(Model(Runner(1), Runner(3)))
+    place = dataclasses.replace(PLACE, num_stages=num_stages)
+    WorkerCapture(worker, Settings(log_layers=(2,)), place)
+    if num_stages > 1:
+        worker.load_model()
+        return
+    with pytest.raises(RefusedError, match="names layer 2, which routes nothing"):
+        worker.load_model()
+
+
 def test_steps_of_the_warm_up_and_dummy_runs_are_nobodys(worker):
     start(worker)
     assert worker.execute_model(step("dummy"), dummy_run=True) is True
     assert worker.execute_model(step("a")) is False
     worker.shutdown()
     _, values, _ = receive(worker)
-    hello = Hello(**values)
+    hello, _, _ = unpack_hello(values)
     _, values, frames = receive(worker)
     steps = unpack_steps(values, frames, hello)
     assert [[one.request_id for one in got.admitted] for got in steps] == [["a"]]

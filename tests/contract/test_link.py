@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
+import os
 import threading
 import time
 
 import pytest
 import zmq
 
-from moescope_service.link import SOCKET_QUEUE, Link
+from moescope_service.link import SOCKET_QUEUE, Link, cores_of_parent
 from moescope_service.messages import MESSAGE_BYTES
 
 from .deployment import DEADLINE_S, wait_until
@@ -56,9 +58,9 @@ def receive(router):
 
 
 def make_link(
-    address, on_message=lambda frames: None, max_bytes=2**20, encode=one_by_one, join=False
+    address, on_message=lambda frames: None, max_bytes=2**20, encode=one_by_one, **options
 ):
-    return Link(address, on_message, max_bytes=max_bytes, name="a-link", encode=encode, join=join)
+    return Link(address, on_message, max_bytes=max_bytes, name="a-link", encode=encode, **options)
 
 
 def test_messages_arrive_in_order_and_answers_come_back(address, router):
@@ -128,6 +130,49 @@ def test_close_without_a_listener_takes_no_longer_than_told(address):
     started_s = time.perf_counter()
     link.close(timeout_s=0.1)
     assert time.perf_counter() - started_s < 1.0
+    assert not link._thread.is_alive()
+    assert not link.put(Message(b"x"))
+
+
+def test_close_waits_no_longer_for_one_that_hangs(address, router):
+    """It is connected and reads nothing: its queue and the socket's are full."""
+    link = make_link(address, max_bytes=2**30)
+    link.put(Message(b"x"))
+    receive(router)
+    for _ in range(200):
+        link.put(Message(bytes(2**20)))
+    link.close(timeout_s=0.1)
+    assert not link._thread.is_alive()
+
+
+@pytest.fixture
+def cores():
+    """Those of this process, at least two; the test's thread is bound to the first of them."""
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("this process may run on one core alone")
+    os.sched_setaffinity(0, {min(cores)})
+    yield cores
+    os.sched_setaffinity(0, cores)
+
+
+def test_its_thread_runs_where_it_was_made_unless_told_otherwise(address, router, cores):
+    for given, want in ((None, {min(cores)}), (cores, cores)):
+        link = make_link(address, cores=given)
+        link.put(Message(b"x"))
+        receive(router)
+        assert os.sched_getaffinity(link._thread.native_id) == want
+        link.close()
+
+
+def test_the_cores_of_the_process_that_started_this_one(cores):
+    """A worker is bound by vLLM, its parent is not; nobody escapes the first process' `taskset`."""
+    assert cores_of_parent() is None
+    os.sched_setaffinity(0, cores)
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, os.sched_setaffinity, (0, {min(cores)})) as worker:
+        assert worker.apply(os.sched_getaffinity, (0,)) == {min(cores)}
+        assert worker.apply(cores_of_parent) == cores
 
 
 def test_an_error_in_one_message_does_not_end_the_link(address, router, caplog):

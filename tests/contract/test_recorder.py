@@ -178,6 +178,23 @@ def test_the_recorder_outlives_what_its_link_gave_up(address):
     assert seqs[-1] == last
 
 
+def test_ends_that_nobody_took_are_told_later(engine, collector):
+    link = engine.recorder._link
+    a, b = engine.start("a"), engine.start("b")
+    collector.receive()
+    collector.steps(2)
+    max_bytes, link._max_bytes = link._max_bytes, -1  # as if it had waited for minutes
+    engine.step([(b, 1)], finished=[a])
+    engine.step([(b, 1)], finished=[b])
+    assert link.num_given_up == 4
+    link._max_bytes = max_bytes
+    engine.step()
+    engine.start("c")
+    ends, begins = collector.steps(2)
+    assert (ends.seq, ends.finished, ends.finished_unseen) == (6, [], ["a", "b"])
+    assert [(one.handle, one.request_id) for one in begins.admitted] == [(0, "c")]
+
+
 def real_output(output):
     """The simulated engine's step in vLLM's own dataclasses."""
     real = SchedulerOutput.make_empty()

@@ -181,6 +181,14 @@ def test_a_pause_outlives_it_and_so_does_an_alias(fresh):
     wait_until(lambda: recorder._is_capturing, "the worker is told")
 
 
+def test_a_pause_outlives_it_before_the_first_step(fresh):
+    assert fresh.http.post("/routes/pause").status_code == 200
+    wait_until(lambda: not fresh.engine.recorder._is_capturing, "the worker is told")
+    restart(fresh)
+    assert info(fresh)["capture"] == "paused"
+    assert not fresh.engine.recorder._is_capturing
+
+
 def test_a_deleted_request_does_not_come_back(fresh):
     request = Request(fresh, "secret")
     wait_until(lambda: fresh.http.get("/routes/secret").status_code == 202, "it is known")

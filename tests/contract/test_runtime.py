@@ -14,10 +14,11 @@ import zmq
 from moescope_service import runtime
 from moescope_service.api.collector_client import CollectorClient
 from moescope_service.errors import RefusedError
-from moescope_service.messages import pack, unpack
+from moescope_service.messages import Register, pack, pack_dataclass, pack_hello, unpack
 from moescope_service.settings import RUNTIME_DIR
 
 from .deployment import DEADLINE_S, start_collector, stop_collector, wait_until
+from .fake_engine import HELLO
 
 PARENT = """
 import os, signal, subprocess, sys
@@ -111,6 +112,35 @@ def test_a_message_that_nobody_understands_is_left_out(address, socket, frames):
         assert ask(socket, op="info")["capture"] == "on"
         assert process.poll() is None
     finally:
+        stop_collector(process)
+
+
+def test_an_answer_that_cannot_be_given_when_it_is_due_is_left_out(address, socket):
+    process = start_collector(address)
+    try:
+        socket.send_multipart(pack("server"))
+        register = Register(
+            internal_id="a-i", request_id="a", ids=["a"], index=0, model="tiny", lora=None,
+            prompt_len=1, created_s=0.0, keep=True,
+        )  # fmt: skip
+        socket.send_multipart(pack_dataclass("register", register))
+        socket.send_multipart(pack("query", op="routes", request_id="a", wait_s=0.01))  # no number
+        assert ask(socket, op="routes", request_id="a", wait_s=0.5)["status"] == "running"
+        assert process.poll() is None
+    finally:
+        stop_collector(process)
+
+
+def test_layers_that_cannot_be_logged_are_a_refusal(address, socket, tmp_path):
+    env = {"MOESCOPE_ROUTES_LOG": str(tmp_path / "log"), "MOESCOPE_ROUTES_LOG_LAYERS": "1-2"}
+    process = start_collector(address, **env)
+    client = CollectorClient(address)
+    try:
+        socket.send_multipart(pack_hello(HELLO))
+        with pytest.raises(RefusedError, match=r"names layer 2, .* layers with experts: 1, 3"):
+            client.wait_for_hello()
+    finally:
+        client.close()
         stop_collector(process)
 
 

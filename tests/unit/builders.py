@@ -18,6 +18,7 @@ from moescope_service.messages import (
     Step,
     pack,
     pack_dataclass,
+    pack_hello,
     pack_steps,
 )
 from moescope_service.settings import Settings
@@ -120,9 +121,11 @@ class Reply:
 class Bench:
     """A collector with one worker and one API server, message by message."""
 
-    def __init__(self, hello: Hello | bool | None = None, **settings: Any) -> None:
+    def __init__(
+        self, hello: Hello | bool | None = None, *, epoch: int = 0, **settings: Any
+    ) -> None:
         self.clock = Clock()
-        self.collector = Collector(Settings(**settings), self.clock)
+        self.collector = Collector(Settings(**settings), self.clock, epoch=epoch)
         self.hello = hello if isinstance(hello, Hello) else make_hello()
         self._number = 0
         self._seq = 0
@@ -131,7 +134,7 @@ class Bench:
             self.say_hello()
 
     def say_hello(self, peer: bytes = WORKER) -> None:
-        self.collector.handle(peer, _wire(pack_dataclass("hello", self.hello)))
+        self.collector.handle(peer, _wire(pack_hello(self.hello)))
 
     def step(self, spans: Any = (), **changes: Any) -> None:
         self.send(make_step(self._seq, spans, **changes))
@@ -139,6 +142,21 @@ class Bench:
     def send(self, step: Step, peer: bytes = WORKER) -> None:
         self._seq = step.seq + 1
         self.collector.handle(peer, _wire(pack_steps([step])))
+
+    def count(self, peer: bytes, steps: int, rows: Any, lost: Any = None) -> None:
+        """Report what a worker that counts has counted in all, all of it of expert 3.
+
+        Args:
+            peer: The worker.
+            steps: How many steps that took.
+            rows: By phase.
+            lost: Rows that are in no count, by reason.
+        """
+        totals = np.zeros((2, len(self.hello.layers), self.hello.num_experts), np.int64)
+        totals[:, :, 3] = np.array(rows)[:, None] * self.hello.top_k
+        lost = {"hook_missed": 0, "paused": 0} | (lost or {})
+        values = {"time_s": 0.0, "steps": steps, "host_s": 0.5, "lost": lost}
+        self.collector.handle(peer, _wire(pack("counts", [totals], **values)))
 
     def lose_step(self) -> None:
         self._seq += 1

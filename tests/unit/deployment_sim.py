@@ -158,6 +158,7 @@ class Deployment:
         """Traces that a collector had made before it was killed."""
         self._num_requests, self._seq, self._is_capturing = num_requests, 0, True
         self._orphans: set[str] = set()
+        self._untold: list[str] = []
         self.epoch = -1
         self.worker = SimLink("worker", self._introduce_worker, self._encode_step)
         self._begin_server()
@@ -290,10 +291,8 @@ class Deployment:
         self.server = SimLink("server", self.journal.introduce, self._encode_told)
 
     def _introduce_worker(self) -> list[Frames]:
-        snapshot = self.encoder.snapshot(is_capturing=self._is_capturing)
-        if snapshot is None:
-            return [pack_dataclass("hello", self.hello)]
-        return [pack_hello(self.hello, snapshot)]
+        is_capturing, snapshot = self._is_capturing, self.encoder.snapshot()
+        return [pack_hello(self.hello, is_capturing=is_capturing, snapshot=snapshot)]
 
     # --- a step
 
@@ -306,6 +305,7 @@ class Deployment:
             rows = self.rng.choice(["queue_full", "hook_missed"])
         message = self._message(output, rows)
         is_shipped = not isinstance(rows, str) and not self.worker.is_away and fault != "given_up"
+        self._untold = [*message.finished] if fault == "given_up" else []
         if fault != "given_up":
             self.worker.put(message)
         for seq in self.engine.execute(output, shipped=is_shipped):
@@ -330,7 +330,7 @@ class Deployment:
             for n in output.scheduled_new_reqs
         ]
         message = StepMessage(
-            self._seq, 0.0, 0.0, output.finished_req_ids, new,
+            self._seq, 0.0, 0.0, [*self._untold, *output.finished_req_ids], new,
             output.scheduled_cached_reqs, output.kv_cache_block_copies or (),
         )  # fmt: skip
         self._seq += 1

@@ -7,12 +7,22 @@ import dataclasses
 import numpy as np
 import orjson
 import pytest
-from builders import API, WORKER, Bench, admit, make_hello, make_rows, make_step, trace_size
+from builders import (
+    API,
+    WORKER,
+    Bench,
+    admit,
+    make_hello,
+    make_register,
+    make_rows,
+    make_step,
+    trace_size,
+)
 
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_all, pack_dataclass, pack_steps
+from moescope_service.messages import pack, pack_all, pack_dataclass, pack_hello, pack_steps
 
 
 @pytest.fixture
@@ -228,6 +238,37 @@ class TestTimeouts:
         assert bench.answer(number).values["status"] == "finished"
 
 
+class TestBrokenTraces:
+    """A sequence whose trace cannot be made: its API server named more tokens than it sent."""
+
+    @pytest.fixture
+    def bench(self):
+        bench = Bench()
+        prompt = np.array([1, 2, 3, 4], np.int32)
+        register = make_register("a", prompt_len=9)
+        bench.collector.handle(API, pack_dataclass("register", register, [prompt]))
+        bench.step([(0, 0, 5)], admitted=[admit(0, "a-i", 4, [0, 1])])
+        bench.finish("a-i")
+        return bench
+
+    def test_whoever_waits_for_it_is_answered(self, bench):
+        number = bench.ask("routes", request_id="a", wait_s=60.0)
+        bench.end()
+        assert bench.answer(number).values["status"] == "unknown"
+
+    @pytest.mark.parametrize("when", ["in one step", "too late"])
+    def test_others_are_made_all_the_same(self, bench, when, caplog):
+        bench.start("b", handle=1, blocks=[2, 3])
+        bench.finish("b-i")
+        if when == "in one step":
+            bench.step(finished=[0, 1])
+        else:
+            bench.pass_s(WORKER_TIMEOUT_S)
+        assert [bench.status(name) for name in "ab"] == ["unknown", "finished"]
+        assert caplog.text.count("left out a trace that cannot be made") == 1
+        assert caplog.text.count("token_ids must be") == 1
+
+
 def test_token_ids_are_kept_out():
     bench = Bench(token_ids="off")
     bench.run("a")
@@ -243,7 +284,7 @@ def test_a_step_of_nobody_is_left_out(bench):
 def test_a_worker_with_another_model_is_left_out(bench):
     other = dataclasses.replace(bench.collector.hello, num_experts=3)
     bench.collector.outbox.clear()
-    bench.collector.handle(b"stranger", pack_dataclass("hello", other))
+    bench.collector.handle(b"stranger", pack_hello(other))
     assert bench.collector.outbox == []
     assert bench.collector.hello.num_experts == 8
 
@@ -295,6 +336,15 @@ class TestCauses:
         bench.finish("a-i", output=[9])
         bench.end()
         assert self.missing(bench) == {"not_captured": 4}
+
+    @pytest.mark.parametrize("reason", ["stop", "abort"])
+    def test_steps_that_were_lost_altogether(self, bench, reason):
+        bench.start("a")
+        bench.lose_step()
+        bench.finish("a-i", reason=reason)
+        bench.end()
+        assert bench.traces("a")[0].coverage == 0
+        assert self.missing(bench) == {"not_captured": 5}
 
     def test_a_block_that_went_to_another_sequence(self, bench):
         bench.start("a")
@@ -352,17 +402,38 @@ class TestCauses:
 
 
 def test_totals_of_a_worker_that_comes_again_are_counted_once(bench):
-    totals = np.zeros((2, 2, 8), np.int64)
-    totals[1, :, 3] = 4  # of two rows, whose top-k is 2
-    values = {"time_s": 0.0, "steps": 2, "host_s": 0.5, "lost": {"paused": 1}}
-    for peer, more in ((b"one", 0), (b"another connection", 2)):
-        bench.collector.handle(peer, pack_dataclass("hello", bench.hello))
-        totals[0, :, 1] += more
-        bench.collector.handle(peer, pack("counts", [totals.tobytes()], **values))
-    np.testing.assert_array_equal(bench.collector.counters.totals, totals)
+    bench.count(WORKER, 0, [0, 0])
+    bench.count(WORKER, 2, [0, 2], lost={"paused": 1})
+    bench.say_hello(b"another connection")
+    bench.count(b"another connection", 2, [0, 2], lost={"paused": 1})
+    bench.count(b"another connection", 3, [1, 2], lost={"paused": 1})
+    assert bench.collector.counters.totals.sum(-1).tolist() == [[2, 2], [4, 4]]
     assert bench.collector.counters.rows.tolist() == [1, 2]
-    assert bench.collector.stats.steps == 2
-    assert bench.collector.stats.rows_lost == {"paused": 1}
+    assert bench.collector.stats.steps == 3
+    assert bench.collector.stats.rows_lost == {"paused": 1, "hook_missed": 0}
+
+
+def test_what_a_worker_counted_before_this_collector_came_is_in_no_count(bench):
+    bench.count(WORKER, 1_000_000, [1_000_000, 0])
+    bench.count(WORKER, 1_000_001, [1_000_000, 1])
+    for window in ({}, {"window_s": 60.0}):
+        assert bench.answered("experts", **window).values["rows"] == [0, 1]
+    values = bench.answered("metrics").values
+    assert (values["rows"], values["steps"], values["rows_captured"]) == ([0, 1], 1, 1)
+
+
+def test_where_a_stage_stood_is_heard_before_the_others_are_there():
+    bench = Bench(make_hello(num_stages=2, layers=[1]))
+    bench.count(WORKER, 5, [5, 0])
+    bench.count(WORKER, 6, [6, 0])
+    bench.hello = make_hello(num_stages=2, stage=1, layers=[3])
+    bench.say_hello(b"second")
+    bench.count(b"second", 7, [7, 0])
+    for peer in (WORKER, b"second"):
+        bench.hello = bench.collector.workers.get(peer).hello
+        bench.count(peer, 8, [8, 0])
+    assert bench.collector.counters.totals.sum(-1).tolist() == [[6, 2], [0, 0]]
+    assert bench.collector.counters.rows.tolist() == [3, 0]
 
 
 def test_a_step_in_pieces_is_counted_once(bench):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import orjson
 import pytest
-from builders import Bench
+from builders import Bench, make_hello
 
-from moescope_service.collector.routes_log import RoutesLog
+from moescope_service.collector.routes_log import _MAX_WAITING, RoutesLog
+
+FULL = Path("/dev/full")
 
 
 def lines(path):
@@ -47,6 +51,31 @@ def test_chosen_layers_and_an_existing_file(tmp_path):
     assert [r["layer"] for r in routes] == [3, 1] * 5
 
 
+@pytest.mark.parametrize(("layer", "is_there"), [(3, True), (2, False)])
+def test_a_layer_of_any_stage_is_logged_and_another_is_refused(tmp_path, layer, is_there):
+    path = tmp_path / "routes.jsonl"
+    bench = Bench(make_hello(num_stages=2, layers=[1]), log=path, log_layers=(1, layer))
+    assert bench.answered("info").values["refusal"] is None  # who knows what the other one has
+    bench.hello = make_hello(num_stages=2, stage=1, layers=[3])
+    bench.say_hello(b"second")
+    refusal = bench.answered("info").values["refusal"]
+    if is_there:
+        assert refusal is None
+    else:
+        assert refusal.startswith("--routes-log-layers (VLLM_LOG_MOE_LAYER) names layer 2, which")
+        assert refusal.endswith("layers with experts: 1, 3")
+    bench.collector.close()
+    assert len(lines(path)) == is_there
+
+
+def test_a_refused_log_holds_up_nobody(tmp_path):
+    bench = Bench(log=tmp_path / "routes.jsonl", log_layers=(2,))
+    for number in range(_MAX_WAITING + 10):
+        bench.run(f"{number}")
+    assert bench.status(f"{number}") == "finished"
+    bench.collector.close()
+
+
 def test_an_opted_out_request_is_not_logged(tmp_path):
     path = tmp_path / "routes.jsonl"
     bench = Bench(log=path)
@@ -77,21 +106,23 @@ def test_a_log_that_cannot_be_opened(tmp_path):
         RoutesLog(tmp_path / "missing" / "routes.jsonl", None)
 
 
-def test_a_full_disk_ends_the_log_and_nothing_else(tmp_path, capfd):
-    bench = Bench(log=tmp_path / "routes.jsonl")
-    log = bench.collector._log
-    log._file.close()
-
-    class Full:
-        def writelines(self, lines):
-            raise OSError(28, "No space left on device")
-
-        def close(self):
-            pass
-
-    log._file = Full()
-    for name in "abc":
-        bench.run(name)
-        assert bench.status(name) == "finished"
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+def test_a_full_disk_ends_the_log_and_nothing_else(capfd):
+    """The meta line is the first that finds no room; more traces follow than the queue holds."""
+    bench = Bench(log=FULL)
+    for number in range(_MAX_WAITING + 10):
+        bench.run(f"{number}")
+    assert bench.status("0") == bench.status(f"{number}") == "finished"
     bench.collector.close()
     assert capfd.readouterr().err.count("the route log ends here") == 1
+
+
+def test_half_a_line_of_a_killed_collector_does_not_spoil_the_next_one(tmp_path):
+    path = tmp_path / "routes.jsonl"
+    path.write_bytes(b'{"type":"meta"}\n{"type":"rou')
+    bench = Bench(log=path)
+    bench.run("a")
+    bench.collector.close()
+    whole, torn, *rest = path.read_bytes().splitlines()
+    assert (whole, torn) == (b'{"type":"meta"}', b'{"type":"rou')
+    assert [orjson.loads(line)["type"] for line in rest] == ["meta"] + ["route"] * 5

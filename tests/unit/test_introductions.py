@@ -14,18 +14,18 @@ from moescope_service.settings import Settings
 
 
 def make_snapshot(**changes):
-    values = {"next_seq": 7, "is_capturing": True, "ongoing": [], "ended": []}
+    values = {"next_seq": 7, "ongoing": [], "ended": []}
     return Snapshot(**(values | changes))
 
 
 def introduce(bench, peer=WORKER, **changes):
-    bench.collector.handle(peer, pack_hello(bench.hello, make_snapshot(**changes)))
+    bench.collector.handle(peer, pack_hello(bench.hello, snapshot=make_snapshot(**changes)))
     bench._seq = changes.get("next_seq", 7)
 
 
 @pytest.fixture
 def bench():
-    return Bench(hello=False)
+    return Bench(hello=False, epoch=1)
 
 
 def cause_counts(bench):
@@ -92,10 +92,50 @@ def test_an_end_that_was_told_counts_though_it_is_told_again(bench):
     assert bench.traces("a")[0].complete
 
 
-def test_a_pause_is_kept(bench):
-    introduce(bench, is_capturing=False)
-    assert bench.answered("info").values["capture"] == "paused"
-    assert [unpack(f)[1]["on"] for p, f in bench.collector.outbox if p == WORKER] == [False]
+class TestPause:
+    """The order of the collector before is kept until there is a newer one."""
+
+    def hello(self, bench, engine, **values):
+        """An engine says hello that was told to ship rows or to hold them back."""
+        hello = make_hello(engine=engine, num_engines=2)
+        bench.collector.handle(b"%d" % engine, pack_hello(hello, **values))
+
+    def told(self, bench):
+        """By engine: what it was told last."""
+        told = {}
+        for peer, frames in bench.collector.outbox:
+            kind, values = unpack(frames)
+            if kind == "capture":
+                told[int(peer)] = values["on"]
+        return told
+
+    @pytest.mark.parametrize("snapshot", [None, make_snapshot()])
+    def test_it_is_kept_by_whoever_says_so_first(self, bench, snapshot):
+        """An engine that was idle so far has no steps to tell of, one that counts never has."""
+        self.hello(bench, 0, is_capturing=False, snapshot=snapshot)
+        assert bench.answered("info").values["capture"] == "paused"
+        self.hello(bench, 1, is_capturing=False)
+        assert self.told(bench) == {0: False, 1: False}
+
+    def test_all_do_as_the_first(self, bench):
+        """An order that reached one of them alone, because the collector ended."""
+        self.hello(bench, 0, is_capturing=False)
+        self.hello(bench, 1, is_capturing=True)
+        assert self.told(bench) == {0: False, 1: False}
+        assert bench.answered("info").values["capture"] == "paused"
+
+    def test_a_worker_that_missed_an_order_pauses_nobody(self, bench):
+        for engine in range(2):
+            self.hello(bench, engine, is_capturing=False)
+        bench.ask("capture", on=True)
+        self.hello(bench, 1, is_capturing=False, snapshot=make_snapshot())
+        assert self.told(bench) == {0: True, 1: True}
+        assert bench.answered("info").values["capture"] == "on"
+
+    def test_an_order_before_any_hello_is_the_newest(self, bench):
+        bench.ask("capture", on=True)
+        self.hello(bench, 0, is_capturing=False)
+        assert self.told(bench) == {0: True}
 
 
 def test_steps_of_a_worker_that_was_replaced_are_left_out(bench):
@@ -141,5 +181,7 @@ def test_a_deleted_request_is_forgotten_by_every_server(bench):
 
 def test_another_shape_is_refused_with_its_snapshot(bench):
     bench.say_hello()
-    bench.collector.handle(b"x", pack_hello(make_hello(top_k=3, engine=1), make_snapshot()))
+    bench.collector.handle(
+        b"x", pack_hello(make_hello(top_k=3, engine=1), snapshot=make_snapshot())
+    )
     assert bench.collector.hello == make_hello()

@@ -11,7 +11,7 @@ from builders import WORKER, Bench, make_hello, trace_size
 
 from moescope.trace import Source
 from moescope_service.collector.sequences import WORKER_TIMEOUT_S
-from moescope_service.messages import pack_dataclass
+from moescope_service.messages import pack_hello
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ class TestRecent:
 
 class TestCapture:
     def test_pause_and_resume_reach_every_worker(self, bench):
-        bench.collector.handle(b"second", pack_dataclass("hello", make_hello(engine=1)))
+        bench.collector.handle(b"second", pack_hello(make_hello(engine=1)))
         assert bench.answered("capture", on=False).values["capture"] == "paused"
         assert bench.answered("info").values["capture"] == "paused"
         assert bench.answered("capture", on=True).values["capture"] == "on"

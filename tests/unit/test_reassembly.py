@@ -8,7 +8,7 @@ from builders import admit, make_hello, make_rows, make_step
 
 from moescope.trace import Source
 from moescope_service.collector.arena import FILLED
-from moescope_service.collector.reassembly import Reassembler, Rows
+from moescope_service.collector.reassembly import CAUSES, Reassembler, Rows
 
 C, H, M = Source.COMPUTED, Source.CACHED, Source.MISSING
 
@@ -187,9 +187,33 @@ def test_a_lost_step_gives_up_what_was_known(worker):
     worker.seq += 1
     assert worker.step([(0, 5, 1)]).topk_ids.shape[0] == 0
     assert worker.reassembler.gaps == 1
-    worker.step([(1, 4, 1)], finished=[0], admitted=[admit(1, "b", 5, [1, 3], cached=4)])
-    assert worker.ended == []
+    worker.step([(1, 4, 1)], admitted=[admit(1, "b", 5, [1, 3], cached=4)])
     check(worker.end(1), [M] * 4 + [C])
+
+
+def test_what_was_given_up_ends_with_nothing(worker):
+    """Its worker may know of no gap: nobody else would say that it has ended."""
+    worker.step([(0, 0, 4), (1, 0, 4)], admitted=[admit(0, "a", 4, [1]), admit(1, "b", 4, [2])])
+    worker.seq += 1
+    worker.step([(2, 0, 4)], admitted=[admit(2, "c", 4, [3])])
+    worker.seq += 1
+    check(worker.end(0), [])
+    assert worker.ended[0][0] == "a"
+    assert worker.ended[0][1].lacking == CAUSES["not_captured"]
+    worker.step(finished=[1, 2])
+    assert [name for name, _ in worker.ended] == ["b", "c"]
+    worker.step(finished=[0, 1, 2])
+    assert worker.ended == []
+
+
+def test_a_handle_of_a_sequence_that_was_given_up_belongs_to_its_next_one(worker):
+    worker.step([(0, 0, 4)], admitted=[admit(0, "a", 4, [1])])
+    worker.seq += 1  # its end was in there
+    worker.step([(0, 0, 4)], admitted=[admit(0, "b", 4, [1])])
+    check(worker.end(0), [C] * 4)
+    assert worker.ended[0][0] == "b"
+    worker.step(finished=[0])
+    assert worker.ended == []
 
 
 def cut(worker):
@@ -218,7 +242,7 @@ def test_a_lost_piece_gives_up_what_was_known(worker, lost):
         worker.reassembler.apply(piece)
     worker.seq += 1
     worker.step(finished=[0, 1])
-    assert worker.ended == []
+    assert all(not len(rows.source) for _, rows in worker.ended)
     assert worker.reassembler.gaps > 0
 
 

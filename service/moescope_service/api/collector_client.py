@@ -115,7 +115,8 @@ class CollectorClient:
         """Wait until every worker has said what it captures; return that, a `Hello`'s values.
 
         Raises:
-            RefusedError: One did not in time, or the collector does not answer.
+            RefusedError: One did not in time, what they capture together is not what was asked for,
+                or the collector does not answer.
         """
         deadline_s = time.monotonic() + HELLO_TIMEOUT_S
         while time.monotonic() < deadline_s:
@@ -123,6 +124,8 @@ class CollectorClient:
                 values = self.ask_and_wait("info").values
             except CollectorGoneError as error:
                 raise RefusedError(str(error)) from None
+            if values["refusal"] is not None:
+                raise RefusedError(values["refusal"])
             if values["workers_complete"]:
                 hello: dict[str, Any] = values["hello"]
                 return hello

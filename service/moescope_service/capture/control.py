@@ -124,7 +124,7 @@ class ControlEncoder:
     def encode(self, message: StepMessage) -> Step:
         """Return the step that a message describes; its rows are those of the message."""
         if message.seq != self._next_seq:  # steps were given up, with admissions and blocks
-            self._followed.clear()
+            self._forget()
         spans = np.empty((0, 3), np.int32)
         step = Step(seq=message.seq, time_s=message.time_s, host_s=message.host_s, spans=spans)
         self._fill_finished(step, message.finished)
@@ -135,21 +135,23 @@ class ControlEncoder:
         self._next_seq = message.seq + 1
         return step
 
-    def snapshot(self, *, is_capturing: bool) -> Snapshot | None:
-        """Return where the worker stands; None where its first step is yet to come.
-
-        Args:
-            is_capturing: Whether rows are shipped.
-        """
+    def snapshot(self) -> Snapshot | None:
+        """Return where the worker stands; None where its first step is yet to come."""
         if self._next_seq == 0:
             return None
         known = {} if self._next_seq == _UNKNOWN else self._followed
         return Snapshot(
             next_seq=self._next_seq,
-            is_capturing=is_capturing,
             ongoing=[self._ongoing(request_id, one) for request_id, one in known.items()],
             ended=list(self._ended),
         )
+
+    def _forget(self) -> None:
+        """Begin anew, as the collector does: running sequences have no handle that it knows."""
+        self._followed.clear()
+        self._handles.clear()
+        self._free.clear()
+        self._last_ids = []
 
     def _ongoing(self, request_id: str, one: _Followed) -> Ongoing:
         own = itertools.takewhile(lambda b: self._generation[b[0]] == b[1], one.blocks)

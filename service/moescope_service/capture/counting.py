@@ -2,7 +2,8 @@
 
 Each step is added to a histogram where its routing is: in host memory on the CPU, in the GPU's
 memory by one kernel. Once a second a thread sends all that was counted so far. Totals, not
-differences: a message that is lost, or a collector that was started again, costs nothing.
+differences: a message that is lost costs nothing. Every connection begins with the newest totals:
+a collector that was started again counts what is added to them, and not the whole past.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moescope_service.capture.rows import Batch
+from moescope_service.histogram import PHASES
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Hello, pack, pack_dataclass, unpack
+from moescope_service.messages import Frames, Hello, pack, pack_hello, unpack
 
 REPORT_S = 1.0
 """How often totals are sent, in seconds, where there was a step."""
@@ -67,6 +69,7 @@ class CountRecorder:
         sink: Counts.
         read_batch: Says which rows are whose, right after a step; None where no model ran.
         report_s: How often to report, in seconds.
+        cores: Where the link's thread may run; see `Link`.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class CountRecorder:
         sink: CountSink,
         read_batch: Callable[[], Batch | None],
         report_s: float = REPORT_S,
+        cores: Collection[int] | None = None,
     ) -> None:
+        self._hello = hello
         self._sink = sink
         self._read_batch = read_batch
         self._report_s = report_s
@@ -87,13 +92,16 @@ class CountRecorder:
         self._last_prompt_len = np.empty(0, np.int32)
         self._steps = self._reported_steps = self._rows_paused = 0
         self._host_s = 0.0
+        shape = (len(PHASES), len(hello.layers), hello.num_experts)
+        self._newest = self._made_report(Totals(np.zeros(shape, np.int64), 0)).frames
         self._link = Link(
             address,
             self._on_message,
             max_bytes=_MAX_BYTES,
             name="moescope-recorder",
-            encode=_encode,
-            introduce=lambda: [pack_dataclass("hello", hello)],
+            encode=self._encode,
+            introduce=self._introduce,
+            cores=cores,
         )
         self._is_closing = threading.Event()
         self._reporter = threading.Thread(
@@ -144,13 +152,21 @@ class CountRecorder:
         self._report()
 
     def _report(self) -> None:
-        steps = self._steps
-        if steps != self._reported_steps:
-            self._reported_steps = steps
-            totals = self._sink.totals()
-            lost = {"hook_missed": totals.rows_missed, "paused": self._rows_paused}
-            values = {"time_s": time.time(), "steps": steps, "host_s": self._host_s, "lost": lost}
-            self._link.put(_Report(pack("counts", [totals.selections], **values)))
+        if self._steps != self._reported_steps:
+            self._reported_steps = self._steps
+            self._link.put(self._made_report(self._sink.totals()))
+
+    def _made_report(self, totals: Totals) -> _Report:
+        lost = {"hook_missed": totals.rows_missed, "paused": self._rows_paused}
+        values = {"steps": self._reported_steps, "host_s": self._host_s, "lost": lost}
+        return _Report(pack("counts", [totals.selections], time_s=time.time(), **values))
+
+    def _encode(self, reports: list[_Report]) -> list[Frames]:
+        self._newest = reports[-1].frames  # sent or not: a new collector is told of it
+        return [report.frames for report in reports]
+
+    def _introduce(self) -> list[Frames]:
+        return [pack_hello(self._hello, is_capturing=self._is_capturing), self._newest]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)
@@ -164,10 +180,6 @@ class _Report(NamedTuple):
     @property
     def size_bytes(self) -> int:
         return sum(memoryview(frame).nbytes for frame in self.frames)
-
-
-def _encode(reports: list[_Report]) -> list[Frames]:
-    return [report.frames for report in reports]
 
 
 def phase_runs(

@@ -4,7 +4,7 @@
 multiprocess, Ray); from there on only *instances* are wrapped. Relies on vLLM 0.32.0,
 ``v1/worker/worker_base.py`` and ``gpu_worker.py``: ``load_model`` comes before the warm-up,
 ``initialize_from_config`` knows the KV cache, ``compile_or_warm_up_model`` ends the start;
-``execute_model`` is called once a step.
+``execute_model`` is called once a step. ``utils/ompmultiprocessing.py`` binds CPU workers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.routers import RoutedLayer, find_routed_layers
 from moescope_service.capture.rows import StepSink
 from moescope_service.errors import RefusedError
+from moescope_service.link import cores_of_parent
 from moescope_service.messages import Hello
-from moescope_service.settings import Settings, flag
+from moescope_service.settings import Settings
 from moescope_service.versions import versions
 
 _MARK = "_moescope_wrapped"
@@ -105,8 +106,10 @@ class WorkerCapture:
         is_only_stage = self._place.num_stages == 1
         with runtime.reported_refusal():
             self._layers = find_routed_layers(self._runner.get_model(), may_lack=not is_only_stage)
-            if is_only_stage:
-                self._check_log_layers()
+            captured = [found.layer for found in self._layers]
+            # Of several stages none has all layers: the collector looks at them together.
+            if is_only_stage and (reason := self._settings.log_refusal(captured)):
+                raise RefusedError(reason)
         if not self._layers:
             return
         self._sink = self._make_sink()
@@ -161,22 +164,15 @@ class WorkerCapture:
     def _id_dtype(self) -> str:
         return np.dtype(formats.id_dtype(self._num_experts)).name
 
-    def _check_log_layers(self) -> None:
-        captured = [found.layer for found in self._layers]
-        unknown = [n for n in self._settings.log_layers or () if n not in captured]
-        if unknown:
-            raise RefusedError(
-                f"{flag('log_layers')} (VLLM_LOG_MOE_LAYER) names layer {unknown[0]}, which routes "
-                f"nothing; layers with experts: {', '.join(map(str, captured))}"
-            )
-
     def _start(self, kv_cache_config: Any) -> None:
         read_batch = functools.partial(self._read_batch, self._runner)
+        # vLLM binds its CPU workers, and so this thread, to cores that the model needs.
+        cores = cores_of_parent() if self._worker.device.type == "cpu" else None
         if self._counts_only:
             # No row is kept by its KV block: any model that routes can be counted.
             self._recorder = CountRecorder(
                 runtime.collector_address(), self._hello(1, 1), sink=self._sink,
-                read_batch=read_batch,
+                read_batch=read_batch, cores=cores,
             )  # fmt: skip
             return
         with runtime.reported_refusal():
@@ -190,6 +186,7 @@ class WorkerCapture:
             read_batch=read_batch,
             encoder=ControlEncoder(group, block_size, overshoot),
             max_rows_bytes=self._settings.queue,
+            cores=cores,
         )
 
     def _record(self) -> None:

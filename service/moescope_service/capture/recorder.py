@@ -6,17 +6,20 @@ waiting for the rows, handles, control, encoding, sending.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, PendingRows, StepSink
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Hello, pack_dataclass, pack_hello, unpack
+from moescope_service.messages import Frames, Hello, pack_hello, unpack
 
 _MAX_CONTROL_BYTES = 64 * 2**20
+_MAX_UNTOLD = 65536
+"""Ends that nobody took and that are told later: the collector waits 300 s for any others."""
 
 
 def _copied(block_ids: tuple[list[int], ...]) -> tuple[list[int], ...]:
@@ -33,6 +36,7 @@ class Recorder:
         read_batch: Says which rows are whose, right after a step; None where no model ran.
         encoder: Makes messages of steps.
         max_rows_bytes: Rows that may wait to be sent; beyond it rows are dropped and counted.
+        cores: Where the link's thread may run; see `Link`.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Recorder:
         read_batch: Callable[[], Batch | None],
         encoder: ControlEncoder,
         max_rows_bytes: int,
+        cores: Collection[int] | None = None,
     ) -> None:
         self._hello = hello
         self._sink = sink
@@ -53,6 +58,7 @@ class Recorder:
         self._is_capturing = True
         self._seq = 0
         self._host_s = 0.0
+        self._untold: collections.deque[str] = collections.deque(maxlen=_MAX_UNTOLD)
         self._link = Link(
             address,
             self._on_message,
@@ -61,6 +67,7 @@ class Recorder:
             encode=encoder.pack,
             join=True,
             introduce=self._introduce,
+            cores=cores,
         )
 
     def start_step(self, scheduler_output: Any) -> None:
@@ -71,10 +78,12 @@ class Recorder:
         """
         started_s = time.perf_counter()
         self._sink.start_step()
-        if scheduler_output.finished_req_ids:
+        if scheduler_output.finished_req_ids or self._untold:
             message = self._message()
-            message.finished = scheduler_output.finished_req_ids
-            self._link.put(message)
+            message.finished = [*self._untold, *scheduler_output.finished_req_ids]
+            self._untold.clear()
+            if not self._link.put(message):
+                self._untold.extend(message.finished)
         self._host_s += time.perf_counter() - started_s
 
     def record_step(self, scheduler_output: Any) -> None:
@@ -110,10 +119,8 @@ class Recorder:
         return self._sink.take(num_rows)
 
     def _introduce(self) -> list[Frames]:
-        snapshot = self._encoder.snapshot(is_capturing=self._is_capturing)
-        if snapshot is None:
-            return [pack_dataclass("hello", self._hello)]
-        return [pack_hello(self._hello, snapshot)]
+        is_capturing, snapshot = self._is_capturing, self._encoder.snapshot()
+        return [pack_hello(self._hello, is_capturing=is_capturing, snapshot=snapshot)]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)

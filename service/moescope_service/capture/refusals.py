@@ -56,6 +56,11 @@ def _parallel(config: Any) -> str | None:
             "workers of other machines cannot reach the collector of this one; this version of "
             "moescope records the engines of one machine"
         )
+    if parallel.enable_elastic_ep:
+        return (
+            "--enable-elastic-ep lets engines come and go, whose numbers tell their routes apart; "
+            "start without it"
+        )
     if config.scheduler_config.policy != "fcfs":
         return (
             f"--scheduling-policy is {config.scheduler_config.policy!r}, under which vLLM hands on "

@@ -59,6 +59,8 @@ class Collector:
         self.epoch = epoch
         self.hello: Hello | None = None
         """What the workers capture; None before all of an engine have said hello."""
+        self.refusal: str | None = None
+        """Why the deployment is not to serve, which only its workers together can tell."""
         self.counters: ExpertCounters | None = None
         self.windows: CountWindows | None = None
         self.sequences = Sequences(clock)
@@ -66,7 +68,7 @@ class Collector:
         self.stats = Stats()
         self.outbox: list[tuple[Peer, Frames]] = []
         """(peer, frames) to be sent."""
-        self.is_capturing = True
+        self._order: bool | None = None if epoch else True  # None: a worker will know
         self.workers = Workers(clock)
         self._reports: dict[tuple[int, int], Report] = {}  # by engine and stage
         self.servers: set[Peer] = set()
@@ -120,9 +122,14 @@ class Collector:
         if self.windows is not None:
             self.windows.tick()
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether workers are to ship rows; True where only the collector before would know."""
+        return self._order is not False
+
     def set_capturing(self, on: bool) -> None:
         """Tell every worker to ship rows, or to hold them back."""
-        self.is_capturing = on
+        self._order = on
         self.outbox += [(peer, pack("capture", on=on)) for peer in self.workers]
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
@@ -139,15 +146,18 @@ class Collector:
         if self._log is not None:
             self._log.close()
 
-    def _on_hello(self, peer: Peer, hello: Hello, snapshot: Snapshot | None) -> None:
+    def _on_hello(
+        self, peer: Peer, hello: Hello, is_capturing: bool, snapshot: Snapshot | None
+    ) -> None:
         if not self.workers.fits(hello):
             logger.error("a worker with another model said hello; its routes are left out")
             return
         worker = self.workers.add(peer, hello, snapshot)
         if self.hello is None and (model := self.workers.model) is not None:
             self._begin(model)
+        if self._order is None:  # what the collector before had ordered holds
+            self._order = is_capturing
         if snapshot is not None:
-            self.is_capturing &= snapshot.is_capturing
             for internal_id in snapshot.ended:
                 nothing = self.workers.end(
                     worker, internal_id, Rows.nothing(hello, CAUSES["restart"])
@@ -167,7 +177,8 @@ class Collector:
                 self.windows.kept_s, self.settings.metrics_window,
                 len(model.layers), model.num_experts,
             )  # fmt: skip
-        if self._log is not None:
+        self.refusal = self.settings.log_refusal(model.layers)
+        if self._log is not None and self.refusal is None:
             self._log.begin(model)
 
     def _on_steps(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
@@ -191,15 +202,19 @@ class Collector:
 
     def _on_counts(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
         worker = self.workers.get(peer)
-        if worker is None or self.counters is None:
+        if worker is None:
             return
-        hello, is_first = worker.hello, self.workers.is_first(worker)
+        hello = worker.hello
         shape = (len(PHASES), len(hello.layers), hello.num_experts)
         totals = np.frombuffer(frames[1], np.int64).reshape(shape)
         report = Report(selections=totals, rows=totals[:, 0].sum(-1) // hello.top_k, **values)
         place = hello.engine, hello.stage  # it may come again, on another connection
-        new = report.since(self._reports.get(place))
+        # Its first report says where it stood: that was before this collector.
+        before = self._reports.setdefault(place, report)
+        if self.counters is None or report.steps == before.steps:
+            return
         self._reports[place] = report
+        new, is_first = report.since(before), self.workers.is_first(worker)
         self.stats.add_report(new, is_first=is_first)
         self.counters.add_counted(new.selections, new.rows * is_first, hello.layers)
 
@@ -216,12 +231,15 @@ class Collector:
             return
         ids, keep = tuple(sequence.ids), sequence.keep
         self.sequences.close(sequence)
-        if keep and self.hello is not None:
-            trace, cause = sequence.trace(
-                self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
-            )
-            self.stats.add_trace(trace, cause)
-            if self._log is not None:
-                self._log.write(trace)
-            self.store.add(Kept(sequence.uid, trace, ids))
+        try:
+            if keep and self.hello is not None:
+                trace, cause = sequence.trace(
+                    self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
+                )
+                self.stats.add_trace(trace, cause)
+                if self._log is not None and self.refusal is None:
+                    self._log.write(trace)
+                self.store.add(Kept(sequence.uid, trace, ids))
+        except Exception:  # the others of this step, or of this tick, are not to suffer
+            logger.exception("left out a trace that cannot be made, of %s", ids)
         self._queries.retry(ids)

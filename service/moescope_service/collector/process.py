@@ -28,7 +28,7 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
     In the second case it removes the deployment's directory, which nobody else is left to do.
 
     Prints ``ready`` to standard output once the socket is bound. A message that cannot be
-    understood is logged and left out: serving goes on.
+    understood, or what cannot be done when it is due, is logged and left out: serving goes on.
 
     Args:
         address: Where to bind, such as ``ipc:///run/…/collector.sock``.
@@ -56,7 +56,7 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
             if socket.poll(_TICK_MS):
                 _receive(socket, collector)
             if time.monotonic() >= next_tick_s:
-                collector.tick()
+                _tick(collector)
                 next_tick_s = time.monotonic() + _TICK_MS / 1000
             _send(socket, collector)
         while socket.poll(0):
@@ -79,6 +79,13 @@ def _receive(socket: zmq.Socket[bytes], collector: Collector) -> None:
         collector.handle(peer.bytes, [frame.buffer for frame in frames])
     except Exception:
         logger.exception("left out a message of %s that cannot be understood", peer.bytes)
+
+
+def _tick(collector: Collector) -> None:
+    try:
+        collector.tick()
+    except Exception:  # what failed is not due any more; the next tick does the rest
+        logger.exception("left out an answer that cannot be given")
 
 
 def _send(socket: zmq.Socket[bytes], collector: Collector) -> None:

@@ -183,6 +183,7 @@ class Queries:
         return {
             "hello": None if hello is None else dataclasses.asdict(hello),
             "workers_complete": self._collector.workers.are_complete,
+            "refusal": self._collector.refusal,
             "capture": "on" if self._collector.is_capturing else "paused",
             "started_s": self._collector.stats.started_s,
             "epoch": self._collector.epoch,

@@ -127,6 +127,7 @@ class Reassembler:
         self._num_rows = np.zeros(64, np.int64)
         self._is_running = np.zeros(64, np.bool_)
         self._running: dict[int, _Running] = {}
+        self._given_up: dict[int, str] = {}  # request ids by handle, which is reused after the end
         self._next = (0, 0)  # step and part
         self.gaps = 0
         """Times that steps were lost altogether and everything known had to be given up."""
@@ -144,8 +145,7 @@ class Reassembler:
         if (step.seq, step.part) != self._next:
             self._give_up()
         # Ended sequences first: their blocks may be allocated anew in this very step.
-        ended = [(self._running[h].request_id, self._end(h)) for h in step.finished
-                 if h in self._running]  # fmt: skip
+        ended = [self._end(handle) for handle in step.finished if self._is_known(handle)]
         ended += [(request_id, Rows.nothing(self.hello)) for request_id in step.finished_unseen]
         # All allocations before any table: a sequence may share a block that another one of this
         # very step fills.
@@ -180,6 +180,7 @@ class Reassembler:
         # Blocks may have changed hands unseen: no row and no table from before can be trusted.
         self.gaps += 1
         self._arena.void_all()
+        self._given_up |= {handle: one.request_id for handle, one in self._running.items()}
         self._running.clear()
         self._is_running[:] = False
 
@@ -187,6 +188,7 @@ class Reassembler:
         handle, cached = admission.handle, admission.num_computed
         while handle >= len(self._blocks):
             self._double_handles()
+        self._given_up.pop(handle, None)
         self._running[handle] = _Running(
             admission.request_id, cached, [(0, cached)] if cached else []
         )
@@ -285,8 +287,16 @@ class Reassembler:
         size = self.hello.block_size
         return self._blocks[handle, position // size] * size + position % size
 
-    def _end(self, handle: int) -> Rows:
+    def _is_known(self, handle: int) -> bool:
+        return handle in self._running or handle in self._given_up
+
+    def _end(self, handle: int) -> tuple[str, Rows]:
+        if handle in self._given_up:
+            return self._given_up.pop(handle), Rows.nothing(self.hello, CAUSES["not_captured"])
         running = self._running.pop(handle)
+        return running.request_id, self._rows(handle, running)
+
+    def _rows(self, handle: int, running: _Running) -> Rows:
         self._is_running[handle] = False
         position = np.arange(int(self._num_rows[handle]))
         block = position // self.hello.block_size

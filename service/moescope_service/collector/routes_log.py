@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moescope import formats
@@ -19,7 +21,8 @@ class RoutesLog:
     """Writes finished traces from a thread of its own; appends to an existing file.
 
     A full queue makes the collector wait, and in the end the workers drop rows and count them:
-    no trace is left out of the log silently.
+    no trace is left out of the log silently. Where the file takes no more, the log ends with a
+    word to standard error, and the collector goes on.
 
     Args:
         path: The file.
@@ -31,13 +34,16 @@ class RoutesLog:
 
     def __init__(self, path: Path, layers: Sequence[int] | None) -> None:
         self._layers = layers
+        # A collector that was killed may have left half a line: the next one begins a line anew.
+        self._before = b"\n" if _is_torn(path) else b""
         self._file = path.open("ab")
-        self._waiting: queue.Queue[RouteTrace | None] = queue.Queue(_MAX_WAITING)
+        self._waiting: queue.Queue[bytes | RouteTrace | None] = queue.Queue(_MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="moescope-routes-log", daemon=True)
 
     def begin(self, hello: Hello) -> None:
         """Write the meta line; called once, before any trace."""
         self._layers = self._layers or hello.layers[:1]
+        self._thread.start()
         meta = formats.meta_line(
             model=hello.model,
             versions=hello.versions,
@@ -47,9 +53,7 @@ class RoutesLog:
             top_k=hello.top_k,
             num_experts=hello.num_experts,
         )
-        self._file.write(meta)
-        self._file.flush()
-        self._thread.start()
+        self._waiting.put(self._before + meta)
 
     def write(self, trace: RouteTrace) -> None:
         """Log a finished trace."""
@@ -60,16 +64,31 @@ class RoutesLog:
         if self._thread.is_alive():
             self._waiting.put(None)
             self._thread.join()
-        self._file.close()
+        with contextlib.suppress(OSError):  # what the disk had no room for was told already
+            self._file.close()
 
     def _run(self) -> None:
         failed = False
-        while (trace := self._waiting.get()) is not None:
+        while (item := self._waiting.get()) is not None:
             if failed:
                 continue
             try:
-                self._file.writelines(formats.route_lines(trace.select(layers=self._layers)))
+                self._file.writelines(self._lines(item))
                 self._file.flush()
             except Exception as error:  # noqa: BLE001 - a dead thread would stop the collector
                 failed = True
                 print(f"moescope: the route log ends here: {error}", file=sys.stderr, flush=True)
+
+    def _lines(self, item: bytes | RouteTrace) -> Iterable[bytes]:
+        if isinstance(item, bytes):
+            return [item]
+        return formats.route_lines(item.select(layers=self._layers))
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file is there whose last line has no end."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"

@@ -30,10 +30,8 @@ class Report:
     time_s: float
     """Unix time, in seconds."""
 
-    def since(self, before: Report | None) -> Report:
+    def since(self, before: Report) -> Report:
         """Return what came since an earlier report."""
-        if before is None:
-            return self
         return Report(
             selections=self.selections - before.selections,
             rows=self.rows - before.rows,
