@@ -160,6 +160,8 @@ class TestFormats:
             ({"layers": "x"}, ["layers", "'x'", "0,5-7"]),
             ({"layers": "3,9"}, ["layers", "9", "1, 3"]),
             ({"layers": ""}, ["layers", "''"]),
+            ({"layers": ",".join(["0-9999"] * 9)}, ["layers", "more than 10,000"]),
+            ({"layers": "1," * 600}, ["layers", "at most 1000", "1200"]),
             ({"format": "xml"}, ["format", "'xml'", "'json'", "'jsonl'", "'npz'"]),
             ({"index": "2"}, ["index", "[0, 1]", "2"]),
             ({"index": "-1"}, ["index", "-1", "greater"]),
