@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import io
@@ -248,10 +249,27 @@ def test_recent_pages(deployment, client):
         names += [one.request_id for one in page.sequences]
         before = page.next_before
     assert names[:5] == [f"cmpl-page-{number}" for number in (4, 3, 2, 1, 0)]
-    for limit in ("0", "1001", "x"):
-        answer = deployment.http.get("/routes", params={"limit": limit})
-        assert answer.status_code == 422
-        assert f"'{limit}'" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("limit", "0"), ("limit", "1001"), ("limit", "x"), ("before", "-1"), ("before", str(2**63)),
+     ("before", "9" * 25)],
+)  # fmt: skip
+def test_pages_that_there_are_not(deployment, name, value):
+    answer = deployment.http.get("/routes", params={name: value})
+    assert answer.status_code == 422
+    message = answer.json()["error"]["message"]
+    assert message.startswith(f"{name}: ")
+    assert f"'{value}'" in message
+    assert deployment.http.get("/routes", params={"before": 2**63 - 1}).status_code == 200
+
+
+def test_a_question_that_cannot_be_asked_leaves_nothing_behind(deployment):
+    collector = deployment.app.state.moescope_collector
+    with pytest.raises(TypeError):
+        asyncio.run(collector.ask("recent", limit=1, before=2**64))
+    assert collector._open == {}
 
 
 @pytest.mark.parametrize(

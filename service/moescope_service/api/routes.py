@@ -57,7 +57,9 @@ Keeper = Annotated[CollectorClient, Depends(keeper_of)]
 async def recent(
     collector: Keeper,
     limit: Annotated[int, Query(ge=1, le=1000, description="Sequences a page.")] = 50,
-    before: Annotated[int | None, Query(description="``next_before`` of the last page.")] = None,
+    before: Annotated[
+        int | None, Query(ge=0, lt=2**63, description="``next_before`` of the last page.")
+    ] = None,
 ) -> dict[str, Any]:
     """List sequences with their ids, tokens, finish reason, completeness and coverage."""
     return (await collector.ask("recent", limit=limit, before=before)).values
