@@ -132,7 +132,11 @@ class OfflineCapture:
 
     def __init__(self, engine: Any, settings: Settings) -> None:
         self._collector = CollectorClient(runtime.collector_address())
-        hello = self._collector.wait_for_hello()
+        try:
+            hello = self._collector.wait_for_hello()
+        except RefusedError:
+            self._collector.close()
+            raise
         registration = Registration(
             self._collector, model=hello["model"], kept_share=settings.kept_share
         )
