@@ -285,3 +285,17 @@ def test_it_is_tried_again_where_the_system_starts_no_process(tmp_path, monkeypa
     wait_until(lambda: supervisor.pid != first, "the next one starts")
     assert supervisor._epoch == 2, "there were two collectors"
     assert supervisor.stop() in {0, -signal.SIGTERM}
+
+
+def test_a_collector_that_no_worker_has_met_says_so(fresh):
+    """Right after its start: the counts are nobody's, and nothing is reset."""
+    fresh.engine.recorder._link._introduce = tuple
+    link = client_link(fresh)
+    fresh.kill_collector()
+    fresh.collector.stdout.close()
+    fresh.collector = start_collector(collector_address(), epoch=1)
+    wait_until(lambda: link._is_connected, "the API server meets it")
+    for method, path in (("GET", "/experts"), ("POST", "/routes/reset"), ("GET", "/moescope/info")):
+        answer = fresh.http.request(method, path)
+        assert answer.status_code == 503, path
+        assert "no worker has said" in answer.json()["error"]["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -170,6 +171,11 @@ class TestExperts:
         reply = bench.answered("experts", window_s=60.0)
         assert (reply.values["window_s"], sum(reply.values["rows"])) == (1.0, 5)
 
+    def test_they_say_whose_counts_they_are(self, bench):
+        hello = dataclasses.asdict(bench.hello)
+        assert bench.answered("experts").values["hello"] == hello
+        assert bench.answered("reset").values["hello"] == hello
+
     def test_reset(self, bench):
         bench.run("a")
         assert bench.answered("reset").values["rows"] == [0, 0]
@@ -178,7 +184,7 @@ class TestExperts:
 
     def test_before_hello(self):
         bench = Bench(hello=False)
-        assert bench.answered("experts").values == {"kind": "reply", "number": 1, "ready": False}
-        assert bench.answered("reset").values["ready"] is False
+        assert bench.answered("experts").values == {"kind": "reply", "number": 1, "hello": None}
+        assert bench.answered("reset").values["hello"] is None
         assert bench.answered("info").values["hello"] is None
         assert bench.answered("metrics").arrays == []

@@ -130,7 +130,8 @@ class Queries:
             return {"status": "running"}, ()
         kept = self._collector.store.find(request_id)
         if kept:
-            return {"status": "finished"}, [formats.dump_npz([k.trace for k in kept])]
+            values = {"status": "finished", "hello": self._collector.hello}
+            return values, [formats.dump_npz([k.trace for k in kept])]
         evicted = self._collector.store.was_evicted(request_id)
         return {"status": "evicted" if evicted else "unknown"}, ()
 
@@ -157,7 +158,7 @@ class Queries:
     def _experts(self, query: dict[str, Any]) -> Answer:
         counters, windows = self._collector.counters, self._collector.windows
         if counters is None or windows is None:
-            return {"ready": False}, ()
+            return {"hello": None}, ()
         window_s = query.get("window_s")
         if window_s is None:
             counts, rows = counters.since_reset()
@@ -165,7 +166,7 @@ class Queries:
         else:
             counts, rows, covered_s = windows.last(window_s)
             values = {"since_s": time.time() - covered_s, "window_s": covered_s}
-        values |= {"ready": True, "rows": rows.tolist(), "kept_s": windows.kept_s}
+        values |= {"rows": rows.tolist(), "kept_s": windows.kept_s, "hello": self._collector.hello}
         return values, [counts]
 
     def _reset(self, query: dict[str, Any]) -> Answer:
@@ -179,9 +180,9 @@ class Queries:
         return {"capture": "on" if query["on"] else "paused"}, ()
 
     def _info(self, query: dict[str, Any]) -> Answer:
-        store, hello = self._collector.store, self._collector.hello
+        store = self._collector.store
         return {
-            "hello": None if hello is None else dataclasses.asdict(hello),
+            "hello": self._collector.hello,
             "workers_complete": self._collector.workers.are_complete,
             "capture": "on" if self._collector.is_capturing else "paused",
             "started_s": self._collector.stats.started_s,
