@@ -174,16 +174,22 @@ class OfflineCapture:
 
 def _check_tokens(output: Any, traces: Sequence[RouteTrace]) -> None:
     """Refuse traces of other tokens: every engine numbers its requests from 0."""
-    for choice, trace in zip(output.outputs, traces, strict=True):
-        tokens = [*(output.prompt_token_ids or ()), *choice.token_ids]
-        same = trace.num_tokens == len(tokens)
-        if same and trace.token_ids is not None and output.prompt_token_ids:
-            same = np.array_equal(trace.token_ids, tokens)
-        if not same:
-            raise ValueError(
-                f"the output {output.request_id!r} has other tokens than the routes that this "
-                "object has under that id: is it another LLM's?"
-            )
+    prompt = output.prompt_token_ids or ()
+    pairs = zip(output.outputs, traces, strict=False)
+    if len(traces) != len(output.outputs) or not all(
+        _has_tokens(trace, [*prompt, *choice.token_ids], with_prompt=bool(prompt))
+        for choice, trace in pairs
+    ):
+        raise ValueError(
+            f"the output {output.request_id!r} has other tokens or choices than the routes that "
+            "this object has under that id: is it another LLM's?"
+        )
+
+
+def _has_tokens(trace: RouteTrace, tokens: list[int], *, with_prompt: bool) -> bool:
+    if trace.token_ids is None or not with_prompt:
+        return trace.num_tokens == len(tokens)
+    return np.array_equal(trace.token_ids, tokens)
 
 
 def _end(collector: CollectorClient, end_collector: Callable[[], None], owner: int) -> None:

@@ -117,7 +117,7 @@ class Settings:
         "counts: only counts of experts leave the workers; no routes are kept.",
     )
     memory: int = _setting(
-        "1GiB", parse_size, "SIZE", "Memory for finished traces; the oldest make room."
+        "1GiB", parse_size, "SIZE", "Memory for finished traces; the oldest requests make room."
     )
     queue: int = _setting(
         "64MiB", parse_size, "SIZE", "Rows a worker may hold back before it drops rows, counted."

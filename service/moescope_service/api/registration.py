@@ -180,7 +180,7 @@ class Registration:
             model=self._model,
             lora=state.lora_name,
             prompt_len=state.prompt_len,
-            created_s=http.created_s if http else time.time(),
+            created_s=http.created_s if http else request.arrival_time,
             keep=keep,
         )
         prompt_ids = state.prompt_token_ids
