@@ -13,7 +13,8 @@
 Every ``LLMEngine`` has a collector of its own, which ends with it: request ids begin at 0 in each.
 
 Relies on vLLM 0.32.0, ``v1/engine/llm_engine.py`` (``LLMEngine.__init__``, ``step``,
-``output_processor``) and ``v1/engine/core_client.py`` (``InprocClient.engine_core``).
+``abort_request``, ``output_processor``) and ``v1/engine/core_client.py``
+(``InprocClient.engine_core``).
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def routes(llm: Any, outputs: Sequence[Any]) -> list[list[RouteTrace]]:
 
 def install(engine_class: Any) -> None:
     """Wrap ``LLMEngine``, which servers do not use; a second call does nothing."""
-    init, step = engine_class.__init__, engine_class.step
+    init = engine_class.__init__
+    step, abort_request = engine_class.step, engine_class.abort_request
     if getattr(init, _MARK, False):
         return
 
@@ -98,15 +100,25 @@ def install(engine_class: Any) -> None:
     @functools.wraps(step)
     def step_and_end(self: Any) -> Any:
         outputs = step(self)
-        if not self.output_processor.has_unfinished_requests():
-            for _ in range(_MAX_EMPTY_STEPS):
-                if not _has_ended_requests(self):
-                    break
-                step(self)
+        _flush(self, step)
         return outputs
 
+    @functools.wraps(abort_request)
+    def abort_and_end(self: Any, *args: Any, **kwargs: Any) -> None:
+        abort_request(self, *args, **kwargs)
+        _flush(self, step)
+
     setattr(init_and_capture, _MARK, True)
-    engine_class.__init__, engine_class.step = init_and_capture, step_and_end
+    engine_class.__init__ = init_and_capture
+    engine_class.step, engine_class.abort_request = step_and_end, abort_and_end
+
+
+def _flush(engine: Any, step: Callable[[Any], Any]) -> None:
+    """Where no request runs any more, take the steps that tell the worker which ones ended."""
+    for _ in range(_MAX_EMPTY_STEPS):
+        if engine.output_processor.has_unfinished_requests() or not _has_ended_requests(engine):
+            break
+        step(engine)
 
 
 def _has_ended_requests(engine: Any) -> bool:

@@ -220,6 +220,23 @@ def test_an_aborted_request_is_kept_with_its_true_coverage(deployment, client):
     assert "coverage 0.750" in answer.json()["error"]["message"]
 
 
+def test_an_abort_without_a_queue_is_told_as_well(deployment, client):
+    """As in `vllm.LLM`, whose output processor hands its outputs over by itself."""
+    frontend = deployment.frontend
+    names = frontend.add("unqueued", n=2)
+    running = [deployment.engine.start(name) for name in names]
+    frontend.put(names[0], [21], None)
+    assert frontend.output_processor.abort_requests(["unqueued"], internal=False) == names
+    deployment.engine.step(finished=running)
+    first, second = client.routes("unqueued", wait_s=5)
+    assert (first.finish_reason, second.finish_reason) == ("abort", "abort")
+    assert (first.token_ids.tolist(), second.token_ids.tolist()) == ([*PROMPT, 21], PROMPT)
+    assert (first.complete, second.complete) == (True, True)
+    journal = deployment.app.state.moescope_collector._journal
+    assert not set(names) & journal._told.keys()
+    assert not set(names) & deployment.app.state.moescope_registration._running.keys()
+
+
 class Queue:
     def put(self, output):
         pass
