@@ -162,7 +162,7 @@ class Queries:
         window_s = query.get("window_s")
         if window_s is None:
             counts, rows = counters.since_reset()
-            values = {"since_s": counters.since_s, "window_s": None}
+            values: dict[str, Any] = {"since_s": counters.since_s, "window_s": None}
         else:
             counts, rows, covered_s = windows.last(window_s)
             values = {"since_s": time.time() - covered_s, "window_s": covered_s}
