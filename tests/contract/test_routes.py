@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import gzip
 import io
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from vllm.lora.request import LoRARequest
 from vllm.utils.serial_utils import numpy2base64
 
@@ -57,6 +60,45 @@ def test_a_repeated_id_finds_both_newest_first(deployment, client):
         deployment.complete("", {"X-Request-Id": "again"})
     first, second = client.routes("again")
     assert first.created_s > second.created_s
+
+
+@pytest.fixture
+def truncated(deployment, monkeypatch):
+    """A request of whose id the collector says that it left older ones out."""
+    deployment.complete("truncated")
+    collector = deployment.app.state.moescope_collector
+    ask = collector.ask
+
+    async def ask_and_say(op, **values):
+        reply = await ask(op, **values)
+        return dataclasses.replace(reply, values={**reply.values, "truncated": True})
+
+    monkeypatch.setattr(collector, "ask", ask_and_say)
+
+
+@pytest.mark.usefixtures("truncated")
+def test_every_format_says_where_older_requests_are_left_out(deployment, client):
+    def get(form, **params):
+        params["format"] = form
+        return deployment.http.get("/routes/cmpl-truncated", params=params)
+
+    assert get("json").json()["truncated"] is True
+    assert orjson.loads(get("jsonl").content.splitlines()[0])["truncated"] is True
+    assert formats.read_npz(get("npz", weights=False).content)["truncated"]
+    table = pa.ipc.open_stream(get("arrow").content).read_all()
+    assert orjson.loads(table.schema.metadata[b"moescope"])["truncated"] is True
+    table = parquet.read_table(io.BytesIO(get("parquet").content))
+    assert orjson.loads(table.schema.metadata[b"moescope"])["truncated"] is True
+    assert get("npy").status_code == 422
+    assert "[0] and older ones" in get("npy").json()["error"]["message"]
+    assert client.routes_batch(["cmpl-truncated"]).truncated == {"cmpl-truncated"}
+
+
+def test_nothing_is_said_where_nothing_is_left_out(deployment):
+    deployment.complete("whole")
+    assert "truncated" not in deployment.http.get("/routes/cmpl-whole").json()
+    body = deployment.http.get("/routes/cmpl-whole?format=npz").content
+    assert "truncated" not in formats.read_npz(body)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -92,7 +92,8 @@ async def reset(collector: Collector) -> dict[str, Any]:
     responses={
         200: {
             "description": "The traces of every choice of the request; newest request first where "
-            "an id was used again.",
+            "an id was used again. Where older ones do not fit into 64 MiB the answer's metadata "
+            "say ``truncated``.",
             "content": {media_type: {} for media_type in MEDIA_TYPES.values()},
         },
         202: {"description": "The request is still running."},
@@ -139,7 +140,13 @@ async def routes(
         traces = formats.load_npz(reply.arrays[0])
         if index is not None:
             traces = _choice(traces, request_id, index)
-        return make_body(form, request_id, select(traces, chosen, weights), hello_of(reply))
+        return make_body(
+            form,
+            request_id,
+            select(traces, chosen, weights),
+            hello_of(reply),
+            truncated=reply.values["truncated"],
+        )
 
     return await encoded(request, form, make)
 

@@ -86,7 +86,7 @@ class TraceStore:
     def find(self, request_id: str) -> list[Kept]:
         """Return what an id finds: the newest request first, its choices in their order."""
         found = [self._kept[uid] for uid in self._uids.get(request_id, ())]
-        return sorted(found, key=lambda kept: (-kept.trace.created_s, kept.trace.index))
+        return sorted(found, key=_newest_first)
 
     def add_id(self, kept: Kept, request_id: str) -> None:
         """Let one more id find a trace."""
@@ -120,3 +120,8 @@ class TraceStore:
             self._evicted.update(dict.fromkeys(map(hash, (*kept.ids, request))))
         while len(self._evicted) > _REMEMBERED:
             self._evicted.popitem(last=False)
+
+
+def _newest_first(kept: Kept) -> tuple[float, str, int]:
+    request_id, created_s = kept.request
+    return -created_s, request_id, kept.trace.index
