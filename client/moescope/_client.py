@@ -77,6 +77,9 @@ class Client:
     ) -> list[RouteTrace]:
         """Fetch the traces of one request, one for each sequence.
 
+        Of an id that several requests had, the newest come first, and older ones can be left out:
+        `routes_batch` says where they are.
+
         Args:
             request_id: Any id of the request that its client saw.
             index: Only the choice with this index; all choices where None.

@@ -45,8 +45,12 @@ _METADATA = b"moescope"
 _KEYS = pa.schema([("request_id", pa.string()), ("index", pa.int32()), ("position", pa.int32())])
 
 
-def to_table(traces: Sequence[RouteTrace]) -> pa.Table:
+def to_table(traces: Sequence[RouteTrace], *, truncated: bool = False) -> pa.Table:
     """Return a table with a row for every token of traces of one model.
+
+    Args:
+        traces: At least one.
+        truncated: Whether older requests of the same id are left out.
 
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
@@ -76,29 +80,31 @@ def to_table(traces: Sequence[RouteTrace]) -> pa.Table:
         "weights_dtype": weights[0].dtype.name if weights else None,
         "traces": metas,
     }
+    if truncated:
+        shared["truncated"] = True
     return pa.table(columns, metadata={_METADATA: orjson.dumps(shared)})
 
 
-def dump_arrow(traces: Sequence[RouteTrace]) -> bytes:
+def dump_arrow(traces: Sequence[RouteTrace], *, truncated: bool = False) -> bytes:
     """Write `to_table` as an Arrow IPC stream.
 
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
     """
-    table, sink = to_table(traces), pa.BufferOutputStream()
+    table, sink = to_table(traces, truncated=truncated), pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 
 
-def dump_parquet(traces: Sequence[RouteTrace]) -> bytes:
+def dump_parquet(traces: Sequence[RouteTrace], *, truncated: bool = False) -> bytes:
     """Write `to_table` as a Parquet file.
 
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
     """
     sink = pa.BufferOutputStream()
-    parquet.write_table(to_table(traces), sink)
+    parquet.write_table(to_table(traces, truncated=truncated), sink)
     return bytes(sink.getvalue())
 
 

@@ -20,6 +20,8 @@ class RoutesBatch:
     """By id, in the order asked: ``finished``, ``running``, ``evicted`` or ``unknown``."""
     traces: dict[str, list[RouteTrace]]
     """The traces of every finished request, by id, in that order."""
+    truncated: frozenset[str] = frozenset()
+    """Ids whose older requests are left out: clients used them again and again."""
 
     @property
     def failed(self) -> dict[str, str]:
@@ -34,6 +36,7 @@ def dump_json(batch: RoutesBatch) -> bytes:
             "request_id": request_id,
             "status": status,
             "traces": [*map(formats.to_fragments, batch.traces.get(request_id, ()))],
+            **_truncated(batch, request_id),
         }
         for request_id, status in batch.status.items()
     ]
@@ -43,8 +46,8 @@ def dump_json(batch: RoutesBatch) -> bytes:
 def dump_npz(batch: RoutesBatch) -> bytes:
     """Write the ``.npz`` of all traces, with one more member.
 
-    ``requests`` is a JSON list of ``request_id``, ``status`` and ``num_traces``, in the order
-    asked; the traces follow one another in that order.
+    ``requests`` is a JSON list of ``request_id``, ``status``, ``num_traces`` and, where it is so,
+    ``truncated``, in the order asked; the traces follow one another in that order.
 
     Raises:
         FormatError: Traces whose layers, top-k or weights differ.
@@ -54,11 +57,16 @@ def dump_npz(batch: RoutesBatch) -> bytes:
             "request_id": request_id,
             "status": status,
             "num_traces": len(batch.traces.get(request_id, ())),
+            **_truncated(batch, request_id),
         }
         for request_id, status in batch.status.items()
     ]
     traces = [trace for request_id in batch.status for trace in batch.traces.get(request_id, ())]
     return formats.dump_npz(traces, requests=np.frombuffer(orjson.dumps(requests), np.uint8))
+
+
+def _truncated(batch: RoutesBatch, request_id: str) -> dict[str, bool]:
+    return {"truncated": True} if request_id in batch.truncated else {}
 
 
 def load_npz(data: bytes) -> RoutesBatch:
@@ -69,16 +77,18 @@ def load_npz(data: bytes) -> RoutesBatch:
     """
     arrays = formats.read_npz(data)
     traces = formats.traces_of(arrays)
-    status, by_id, start = {}, {}, 0
+    status, by_id, truncated, start = {}, {}, set(), 0
     try:
         for request in orjson.loads(arrays["requests"].tobytes()):
+            if request.get("truncated"):
+                truncated.add(request["request_id"])
             status[request["request_id"]] = request["status"]
             end = start + request["num_traces"]
             if end > start:
                 by_id[request["request_id"]] = traces[start:end]
             start = end
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"not an .npz of requests: {error!r}") from error
     if start != len(traces):
         raise FormatError(f"the requests have {start} traces and the .npz holds {len(traces)}")
-    return RoutesBatch(status=status, traces=by_id)
+    return RoutesBatch(status=status, traces=by_id, truncated=frozenset(truncated))

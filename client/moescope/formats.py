@@ -4,6 +4,10 @@
 ``topk_ids``, ``topk_weights`` and ``source``, their tokens in ``token_ids``; trace ``i`` has rows
 ``row_splits[i]:row_splits[i + 1]`` and tokens ``token_splits[i]:token_splits[i + 1]``. ``meta`` is
 a JSON list with everything else. With one trace the arrays are that trace's own.
+
+An answer to an id that clients used again can be ``truncated``: it lacks the older requests of that
+id. Where it is, ``.npz`` has a member of that name; JSON, the meta line of JSON Lines and the
+metadata of Arrow and Parquet have ``"truncated": true``.
 """
 
 from __future__ import annotations
@@ -78,9 +82,11 @@ def to_dict(trace: RouteTrace) -> dict[str, Any]:
     }
 
 
-def dump_json(request_id: str, traces: Sequence[RouteTrace]) -> bytes:
+def dump_json(request_id: str, traces: Sequence[RouteTrace], *, truncated: bool = False) -> bytes:
     """Return ``{"request_id": …, "traces": [ … ]}``, the default answer of ``/routes/{id}``."""
-    values = {"request_id": request_id, "traces": [*map(to_fragments, traces)]}
+    values: dict[str, Any] = {"request_id": request_id, "traces": [*map(to_fragments, traces)]}
+    if truncated:
+        values["truncated"] = True
     return orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -147,11 +153,14 @@ def _filled(rows: list[Any], shape: tuple[int, int, int], dtype: npt.DTypeLike) 
     return np.array([blank if row is None else row for row in rows], dtype).reshape(shape)
 
 
-def dump_npz(traces: Sequence[RouteTrace], **members: npt.NDArray[Any]) -> bytes:
+def dump_npz(
+    traces: Sequence[RouteTrace], *, truncated: bool = False, **members: npt.NDArray[Any]
+) -> bytes:
     """Write traces of one model as the bytes of an ``.npz`` (uncompressed).
 
     Args:
         traces: Any number of them; without any there are no layers either.
+        truncated: Whether older requests of the same id are left out.
         members: What else the archive holds.
 
     Raises:
@@ -171,6 +180,8 @@ def dump_npz(traces: Sequence[RouteTrace], **members: npt.NDArray[Any]) -> bytes
     weights = [t.topk_weights for t in traces if t.topk_weights is not None]
     if weights:
         arrays["topk_weights"] = np.concatenate(weights)
+    if truncated:
+        arrays["truncated"] = np.array(True)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays, **members)
     return buffer.getvalue()
@@ -268,11 +279,12 @@ def meta_line(
     layers: Sequence[int],
     top_k: int,
     num_experts: int | None = None,
+    truncated: bool = False,
 ) -> bytes:
     """Return the first line of a route log, in the schema of ``VLLM_LOG_MOE``.
 
     ``num_experts`` is ours: the schema has no field for it, and without it a reader cannot know
-    of experts that were never selected. It is left out where None.
+    of experts that were never selected. It is left out where None. So is ``truncated`` where False.
     """
     record: dict[str, Any] = {
         "type": "meta",
@@ -286,6 +298,8 @@ def meta_line(
     }
     if num_experts is not None:
         record["num_experts"] = num_experts
+    if truncated:
+        record["truncated"] = True
     return orjson.dumps(record, option=_LINE)
 
 

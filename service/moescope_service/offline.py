@@ -13,7 +13,8 @@
 Every ``LLMEngine`` has a collector of its own, which ends with it: request ids begin at 0 in each.
 
 Relies on vLLM 0.32.0, ``v1/engine/llm_engine.py`` (``LLMEngine.__init__``, ``step``,
-``output_processor``) and ``v1/engine/core_client.py`` (``InprocClient.engine_core``).
+``abort_request``, ``output_processor``) and ``v1/engine/core_client.py``
+(``InprocClient.engine_core``).
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def routes(llm: Any, outputs: Sequence[Any]) -> list[list[RouteTrace]]:
 
 def install(engine_class: Any) -> None:
     """Wrap ``LLMEngine``, which servers do not use; a second call does nothing."""
-    init, step = engine_class.__init__, engine_class.step
+    init = engine_class.__init__
+    step, abort_request = engine_class.step, engine_class.abort_request
     if getattr(init, _MARK, False):
         return
 
@@ -98,15 +100,25 @@ def install(engine_class: Any) -> None:
     @functools.wraps(step)
     def step_and_end(self: Any) -> Any:
         outputs = step(self)
-        if not self.output_processor.has_unfinished_requests():
-            for _ in range(_MAX_EMPTY_STEPS):
-                if not _has_ended_requests(self):
-                    break
-                step(self)
+        _flush(self, step)
         return outputs
 
+    @functools.wraps(abort_request)
+    def abort_and_end(self: Any, *args: Any, **kwargs: Any) -> None:
+        abort_request(self, *args, **kwargs)
+        _flush(self, step)
+
     setattr(init_and_capture, _MARK, True)
-    engine_class.__init__, engine_class.step = init_and_capture, step_and_end
+    engine_class.__init__ = init_and_capture
+    engine_class.step, engine_class.abort_request = step_and_end, abort_and_end
+
+
+def _flush(engine: Any, step: Callable[[Any], Any]) -> None:
+    """Where no request runs any more, take the steps that tell the worker which ones ended."""
+    for _ in range(_MAX_EMPTY_STEPS):
+        if engine.output_processor.has_unfinished_requests() or not _has_ended_requests(engine):
+            break
+        step(engine)
 
 
 def _has_ended_requests(engine: Any) -> bool:
@@ -132,7 +144,11 @@ class OfflineCapture:
 
     def __init__(self, engine: Any, settings: Settings) -> None:
         self._collector = CollectorClient(runtime.collector_address())
-        hello = self._collector.wait_for_hello()
+        try:
+            hello = self._collector.wait_for_hello()
+        except RefusedError:
+            self._collector.close()
+            raise
         registration = Registration(
             self._collector, model=hello["model"], kept_share=settings.kept_share
         )
@@ -170,16 +186,22 @@ class OfflineCapture:
 
 def _check_tokens(output: Any, traces: Sequence[RouteTrace]) -> None:
     """Refuse traces of other tokens: every engine numbers its requests from 0."""
-    for choice, trace in zip(output.outputs, traces, strict=True):
-        tokens = [*(output.prompt_token_ids or ()), *choice.token_ids]
-        same = trace.num_tokens == len(tokens)
-        if same and trace.token_ids is not None and output.prompt_token_ids:
-            same = np.array_equal(trace.token_ids, tokens)
-        if not same:
-            raise ValueError(
-                f"the output {output.request_id!r} has other tokens than the routes that this "
-                "object has under that id: is it another LLM's?"
-            )
+    prompt = output.prompt_token_ids or ()
+    pairs = zip(output.outputs, traces, strict=False)
+    if len(traces) != len(output.outputs) or not all(
+        _has_tokens(trace, [*prompt, *choice.token_ids], with_prompt=bool(prompt))
+        for choice, trace in pairs
+    ):
+        raise ValueError(
+            f"the output {output.request_id!r} has other tokens or choices than the routes that "
+            "this object has under that id: is it another LLM's?"
+        )
+
+
+def _has_tokens(trace: RouteTrace, tokens: list[int], *, with_prompt: bool) -> bool:
+    if trace.token_ids is None or not with_prompt:
+        return trace.num_tokens == len(tokens)
+    return np.array_equal(trace.token_ids, tokens)
 
 
 def _end(collector: CollectorClient, end_collector: Callable[[], None], owner: int) -> None:

@@ -60,8 +60,13 @@ def ensure_collector() -> None:
     supervisor = Supervisor(collector_address())
     stop = _stops[directory] = functools.partial(_stop, supervisor, directory, os.getpid())
     atexit.register(stop)
-    if (code := supervisor.start()) is not None:
-        del os.environ[RUNTIME_DIR]
+    try:
+        code = supervisor.start()
+    except OSError as error:
+        release()()
+        raise RefusedError(f"the collector process cannot be started: {error}") from error
+    if code is not None:
+        release()()
         raise RefusedError(
             f"the collector process did not start; its message stands above (exit code {code})"
         )
@@ -97,6 +102,9 @@ class Supervisor:
 
         Returns:
             Its exit code where it did not start; None where it did.
+
+        Raises:
+            OSError: The system starts no process.
         """
         process = self._spawn()
         if process is None or not _is_ready(process):
@@ -134,6 +142,7 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 text=True,
             )
+            self._epoch += 1
             return self._process
 
     def _watch(self, process: subprocess.Popen[str]) -> None:
@@ -149,8 +158,11 @@ class Supervisor:
                 )  # fmt: skip
             self._is_stopping.wait(pause_s)
             pause_s, started_s = min(2 * pause_s, _MAX_PAUSE_S), time.monotonic()
-            self._epoch += 1
-            follower = self._spawn()
+            try:
+                follower = self._spawn()
+            except OSError as error:  # too little memory, too many processes: not for ever
+                logger.warning("no collector process can be started: %s", error)
+                continue
             if follower is None:
                 return
             process = follower

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     os.environ[settings.ENABLE] = "1"
     os.environ["VLLM_PLUGINS"] = plugin_names(os.environ.get("VLLM_PLUGINS"))
     try:
-        check_vllm(settings.Settings.from_env())
+        check_vllm(_export_ours(argv))  # before any import from a vLLM that may be another one
         args = parse(argv)
         _serve(args)
     except OSError as error:
@@ -94,6 +94,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _check_log(exported.log)
     _choose_model(args, argv)
     return args
+
+
+def _export_ours(argv: list[str]) -> settings.Settings:
+    """Export our flags alone; vLLM's, and what is wrong with them, are left to `parse`.
+
+    Raises:
+        ValueError: A value is not allowed; the message names the flag.
+    """
+    parser = argparse.ArgumentParser(prog="moescope serve", add_help=False, allow_abbrev=False)
+    settings.add_arguments(parser)
+    return settings.export(parser.parse_known_args(argv)[0])
 
 
 def _check_log(path: Path | None) -> None:

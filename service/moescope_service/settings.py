@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -38,21 +39,34 @@ def parse_size(text: str) -> int:
     return size
 
 
+_RANGE = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
+_MAX_LAYERS_CHARS = 1000
+_MAX_LAYERS = 10_000
+"""Clients of the server write such lists: what one costs is bounded."""
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Return layer numbers for ``0,5-7``, in that order, without repetition.
 
     Raises:
-        ValueError: The text is no list of layers.
+        ValueError: The text is no list of layers, or too long a one.
     """
-    layers: dict[int, None] = {}
+    if len(text) > _MAX_LAYERS_CHARS:
+        raise ValueError(
+            f"a list of layers has at most {_MAX_LAYERS_CHARS} characters, got {len(text)}: give "
+            "ranges, such as 0,5-7"
+        )
+    spans = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        match = _RANGE.fullmatch(part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(
                 f"{text!r} is no list of layers: give numbers and ranges, such as 0,5-7"
             )
-        layers.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
-    return tuple(layers)
+        spans.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if sum(map(len, spans)) > _MAX_LAYERS:
+        raise ValueError(f"{text!r} names more than {_MAX_LAYERS:,} layers: name each one once")
+    return tuple(dict.fromkeys(itertools.chain(*spans)))
 
 
 def _choice(*allowed: str) -> Any:
@@ -103,7 +117,7 @@ class Settings:
         "counts: only counts of experts leave the workers; no routes are kept.",
     )
     memory: int = _setting(
-        "1GiB", parse_size, "SIZE", "Memory for finished traces; the oldest make room."
+        "1GiB", parse_size, "SIZE", "Memory for finished traces; the oldest requests make room."
     )
     queue: int = _setting(
         "64MiB", parse_size, "SIZE", "Rows a worker may hold back before it drops rows, counted."

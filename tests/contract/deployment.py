@@ -66,19 +66,21 @@ class Frontend:
         sampling = SamplingParams(n=n, max_tokens=8, detokenize=False, **params)
         self._number += 1
         base = f"{external_id}-{self._number:08x}"
-        parent, names = None, [base]
+        parent, names, arrival_s = None, [base], time.time()
         if n > 1:
-            parent = ParentRequest(self._request(base, external_id, prompt, sampling))
+            parent = ParentRequest(self._request(base, external_id, prompt, sampling, arrival_s))
             names = [parent.get_child_info(index)[0] for index in range(n)]
             sampling = SamplingParams(n=1, max_tokens=8, detokenize=False, **params)
         for index, name in enumerate(names):
-            request = self._request(name, external_id, prompt, sampling)
+            request = self._request(name, external_id, prompt, sampling, arrival_s)
             self.output_processor.add_request(request, None, parent, index, None)
         return names
 
-    def _request(self, name: str, external_id: str, prompt: Any, params: Any) -> EngineCoreRequest:
-        return EngineCoreRequest(name, list(prompt), None, params, None, 0.0, self.lora, None, None,
-                                 external_req_id=external_id)  # fmt: skip
+    def _request(
+        self, name: str, external_id: str, prompt: Any, params: Any, arrival_s: float
+    ) -> EngineCoreRequest:
+        return EngineCoreRequest(name, list(prompt), None, params, None, arrival_s, self.lora, None,
+                                 None, external_req_id=external_id)  # fmt: skip
 
     def put(self, name: str, tokens: list[int], reason: FinishReason | None) -> None:
         """Hand over what the engine sampled."""

@@ -151,6 +151,8 @@ def test_a_request_may_be_called_batch(deployment, client):
         ({"request_ids": ["x"], "wait_s": 61}, ["wait_s: ", "60", "61"]),
         ({"request_ids": ["x"], "format": "jsonl"}, ["format: ", "'json' or 'npz'", "'jsonl'"]),
         ({"request_ids": ["x"], "layers": "x"}, ["layers: ", "'x'", "0,5-7"]),
+        ({"request_ids": ["x"], "layers": "0-9999,1"}, ["layers: ", "more than 10,000"]),
+        ({"request_ids": ["x"], "layers": "1," * 10**6}, ["layers: ", "at most 1000"]),
         ({"request_ids": ["cmpl-one"], "layers": "9"}, ["layers: ", "9", "1, 3"]),
         (r'{"request_ids": ["\ud800"]}', ["request_ids.0: ", "unicode", r"'\ud800'"]),
         ("[", ["body: ", "at character 1", "JSON"]),

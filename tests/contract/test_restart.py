@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -274,3 +275,35 @@ def test_one_that_ends_at_once_is_not_started_without_pause(tmp_path, monkeypatc
     wait_until(log.exists, "the next one starts")
     assert supervisor.pid != before
     assert supervisor.stop() in {0, -signal.SIGTERM}
+
+
+def test_it_is_tried_again_where_the_system_starts_no_process(tmp_path, monkeypatch, caplog):
+    supervisor = Supervisor(f"ipc://{tmp_path / 's'}", first_pause_s=0.01)
+    assert supervisor.start() is None
+    first = supervisor.pid
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "moescope"):
+        patch.setattr(sys, "executable", str(tmp_path / "nothing"))
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(caplog.records) >= 4, "it is tried again")
+    messages = [record.getMessage() for record in caplog.records[:4]]
+    assert [message.split(": ")[0] for message in messages[1::2]] == [
+        "no collector process can be started"
+    ] * 2
+    assert ["in 0.01 s" in messages[0], "in 0.02 s" in messages[2]] == [True, True]
+    wait_until(lambda: supervisor.pid != first, "the next one starts")
+    assert supervisor._epoch == 2, "there were two collectors"
+    assert supervisor.stop() in {0, -signal.SIGTERM}
+
+
+def test_a_collector_that_no_worker_has_met_says_so(fresh):
+    """Right after its start: the counts are nobody's, and nothing is reset."""
+    fresh.engine.recorder._link._introduce = tuple
+    link = client_link(fresh)
+    fresh.kill_collector()
+    fresh.collector.stdout.close()
+    fresh.collector = start_collector(collector_address(), epoch=1)
+    wait_until(lambda: link._is_connected, "the API server meets it")
+    for method, path in (("GET", "/experts"), ("POST", "/routes/reset"), ("GET", "/moescope/info")):
+        answer = fresh.http.request(method, path)
+        assert answer.status_code == 503, path
+        assert "no worker has said" in answer.json()["error"]["message"]

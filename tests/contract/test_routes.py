@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
 import gzip
 import io
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from vllm.lora.request import LoRARequest
 from vllm.utils.serial_utils import numpy2base64
 
@@ -56,6 +60,45 @@ def test_a_repeated_id_finds_both_newest_first(deployment, client):
         deployment.complete("", {"X-Request-Id": "again"})
     first, second = client.routes("again")
     assert first.created_s > second.created_s
+
+
+@pytest.fixture
+def truncated(deployment, monkeypatch):
+    """A request of whose id the collector says that it left older ones out."""
+    deployment.complete("truncated")
+    collector = deployment.app.state.moescope_collector
+    ask = collector.ask
+
+    async def ask_and_say(op, **values):
+        reply = await ask(op, **values)
+        return dataclasses.replace(reply, values={**reply.values, "truncated": True})
+
+    monkeypatch.setattr(collector, "ask", ask_and_say)
+
+
+@pytest.mark.usefixtures("truncated")
+def test_every_format_says_where_older_requests_are_left_out(deployment, client):
+    def get(form, **params):
+        params["format"] = form
+        return deployment.http.get("/routes/cmpl-truncated", params=params)
+
+    assert get("json").json()["truncated"] is True
+    assert orjson.loads(get("jsonl").content.splitlines()[0])["truncated"] is True
+    assert formats.read_npz(get("npz", weights=False).content)["truncated"]
+    table = pa.ipc.open_stream(get("arrow").content).read_all()
+    assert orjson.loads(table.schema.metadata[b"moescope"])["truncated"] is True
+    table = parquet.read_table(io.BytesIO(get("parquet").content))
+    assert orjson.loads(table.schema.metadata[b"moescope"])["truncated"] is True
+    assert get("npy").status_code == 422
+    assert "[0] and older ones" in get("npy").json()["error"]["message"]
+    assert client.routes_batch(["cmpl-truncated"]).truncated == {"cmpl-truncated"}
+
+
+def test_nothing_is_said_where_nothing_is_left_out(deployment):
+    deployment.complete("whole")
+    assert "truncated" not in deployment.http.get("/routes/cmpl-whole").json()
+    body = deployment.http.get("/routes/cmpl-whole?format=npz").content
+    assert "truncated" not in formats.read_npz(body)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -160,6 +203,8 @@ class TestFormats:
             ({"layers": "x"}, ["layers", "'x'", "0,5-7"]),
             ({"layers": "3,9"}, ["layers", "9", "1, 3"]),
             ({"layers": ""}, ["layers", "''"]),
+            ({"layers": ",".join(["0-9999"] * 9)}, ["layers", "more than 10,000"]),
+            ({"layers": "1," * 600}, ["layers", "at most 1000", "1200"]),
             ({"format": "xml"}, ["format", "'xml'", "'json'", "'jsonl'", "'npz'"]),
             ({"index": "2"}, ["index", "[0, 1]", "2"]),
             ({"index": "-1"}, ["index", "-1", "greater"]),
@@ -217,6 +262,23 @@ def test_an_aborted_request_is_kept_with_its_true_coverage(deployment, client):
     assert "coverage 0.750" in answer.json()["error"]["message"]
 
 
+def test_an_abort_without_a_queue_is_told_as_well(deployment, client):
+    """As in `vllm.LLM`, whose output processor hands its outputs over by itself."""
+    frontend = deployment.frontend
+    names = frontend.add("unqueued", n=2)
+    running = [deployment.engine.start(name) for name in names]
+    frontend.put(names[0], [21], None)
+    assert frontend.output_processor.abort_requests(["unqueued"], internal=False) == names
+    deployment.engine.step(finished=running)
+    first, second = client.routes("unqueued", wait_s=5)
+    assert (first.finish_reason, second.finish_reason) == ("abort", "abort")
+    assert (first.token_ids.tolist(), second.token_ids.tolist()) == ([*PROMPT, 21], PROMPT)
+    assert (first.complete, second.complete) == (True, True)
+    journal = deployment.app.state.moescope_collector._journal
+    assert not set(names) & journal._told.keys()
+    assert not set(names) & deployment.app.state.moescope_registration._running.keys()
+
+
 class Queue:
     def put(self, output):
         pass
@@ -246,10 +308,27 @@ def test_recent_pages(deployment, client):
         names += [one.request_id for one in page.sequences]
         before = page.next_before
     assert names[:5] == [f"cmpl-page-{number}" for number in (4, 3, 2, 1, 0)]
-    for limit in ("0", "1001", "x"):
-        answer = deployment.http.get("/routes", params={"limit": limit})
-        assert answer.status_code == 422
-        assert f"'{limit}'" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("limit", "0"), ("limit", "1001"), ("limit", "x"), ("before", "-1"), ("before", str(2**63)),
+     ("before", "9" * 25)],
+)  # fmt: skip
+def test_pages_that_there_are_not(deployment, name, value):
+    answer = deployment.http.get("/routes", params={name: value})
+    assert answer.status_code == 422
+    message = answer.json()["error"]["message"]
+    assert message.startswith(f"{name}: ")
+    assert f"'{value}'" in message
+    assert deployment.http.get("/routes", params={"before": 2**63 - 1}).status_code == 200
+
+
+def test_a_question_that_cannot_be_asked_leaves_nothing_behind(deployment):
+    collector = deployment.app.state.moescope_collector
+    with pytest.raises(TypeError):
+        asyncio.run(collector.ask("recent", limit=1, before=2**64))
+    assert collector._open == {}
 
 
 @pytest.mark.parametrize(

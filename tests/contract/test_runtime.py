@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,17 @@ def test_a_collector_that_does_not_start_is_a_refusal(tmp_path):
     assert parent.returncode == 3
     assert out.startswith("refused: the collector process did not start")
     assert "log.jsonl" in err
+
+
+def test_no_collector_is_a_refusal_every_time(tmp_path, monkeypatch):
+    monkeypatch.delenv(RUNTIME_DIR, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    for _ in range(2):
+        with pytest.raises(RefusedError, match=r"cannot be started: .*nothing"):
+            runtime.ensure_collector()
+        assert RUNTIME_DIR not in os.environ
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

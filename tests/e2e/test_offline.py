@@ -64,7 +64,15 @@ try:
     offline.routes(second, [outputs[0].__class__(**{**vars(outputs[0]), "request_id": "3"})])
 except ValueError as error:
     print("REFUSED", error)
-show(second.generate(PROMPTS[2], SHORT, use_tqdm=False), llm=2)  # ends with the script
+show(second.generate(PROMPTS[2], SHORT, use_tqdm=False), llm=2)
+engine = second.llm_engine
+engine.add_request("aborted", PROMPTS[1], SamplingParams(max_tokens=400, ignore_eos=True))
+outputs = []
+while not outputs:
+    outputs = engine.step()
+show(outputs, llm=2)
+engine.abort_request(["aborted"])
+assert not engine.has_unfinished_requests()  # ends with the script
 """
 
 
@@ -113,7 +121,8 @@ def test_every_finished_request_is_logged_under_its_id(tmp_path: Path, processes
     assert done.returncode == 0, done.stderr
     assert "REFUSED the output '3' has other tokens" in done.stdout
     outputs = outputs_of(done)
-    assert len(outputs) == 5 + 5 + 1
+    assert len(outputs) == 5 + 5 + 1 + 1
+    assert "did not come in time" not in done.stderr
     logs = logs_of(log)
     assert len(logs) == 2, "one meta line of each LLM"
     wanted: list[set[tuple[str, int]]] = [set(), set()]

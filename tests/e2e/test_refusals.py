@@ -49,6 +49,10 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
             "port": [*serve, "--host", "127.0.0.1", "--port", port],
             "missing": [*serve, "/nowhere/model"],
             "version": [sys.executable, "-c", OLD_VLLM],
+            "allowed": [
+                *(sys.executable, "-c", OLD_VLLM),
+                *("/nowhere/else", "--routes-allow-untested-vllm", "on"),
+            ],
             "setting": [*serve, "--routes-memory", "much"],
             "log": [*serve, "--routes-log", "/nowhere/routes.jsonl"],
         }
@@ -79,6 +83,10 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         ("port", "is in use: stop its server or choose another --port"),
         ("missing", "there is no model at /nowhere/model"),
         ("version", "vLLM 0.19.0 is installed, but moescope"),
+        (
+            "allowed",
+            "there is no model at /nowhere/else",
+        ),  # the version is not what it is refused for
         ("setting", "--routes-memory: 'much' is no size"),
         ("log", "--routes-log: cannot write /nowhere/routes.jsonl"),
     ],

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -39,6 +40,15 @@ def test_json_has_the_results_in_the_order_asked():
     assert [len(one["traces"]) for one in results] == [0, 2, 0, 1, 0]
     loaded = formats.from_dict(results[1]["traces"][1])
     assert np.array_equal(loaded.topk_ids, TRACES["b"][1].topk_ids)
+
+
+def test_older_requests_that_are_left_out_are_told_of():
+    left_out = dataclasses.replace(BATCH, truncated=frozenset({"b"}))
+    assert batch.load_npz(batch.dump_npz(left_out)).truncated == {"b"}
+    assert batch.load_npz(batch.dump_npz(BATCH)).truncated == set()
+    results = orjson.loads(batch.dump_json(left_out))["results"]
+    assert [one["request_id"] for one in results if "truncated" in one] == ["b"]
+    assert results[1]["truncated"] is True
 
 
 def test_a_batch_without_traces():

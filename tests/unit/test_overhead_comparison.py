@@ -68,7 +68,7 @@ def test_nothing_narrower_than_the_stock_pair_is_claimed():
     assert one.noise_percent == pytest.approx(3.1, abs=0.06)
     assert one.claim_percent == pytest.approx((1.02 / 1.031 * 100 - 100, 5.2), abs=0.15)
     assert not one.distinguishable
-    assert "noise of the run ±3.0" in comparison.statement("capture", "s_per_token", one, 4)
+    assert "noise of the run ±3.1" in comparison.statement("capture", "s_per_token", one, 4)
     assert difference(noisy, STOCK_AGAIN).noise_percent is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -9,8 +10,10 @@ import orjson
 import pytest
 from builders import WORKER, Bench, make_hello, trace_size
 
+from moescope import formats
 from moescope.trace import Source
 from moescope_service.collector.sequences import WORKER_TIMEOUT_S
+from moescope_service.collector.store import Kept
 from moescope_service.messages import pack_hello
 
 
@@ -100,6 +103,49 @@ class TestGap:
         assert (trace.complete, trace.coverage) == (False, 0.0)
 
 
+class TestAnIdThatWasUsedAgain:
+    @pytest.fixture
+    def keep(self, bench):
+        """Keep a request of 30 MiB a choice under the id ``mine``."""
+        bench.run("small", ids=["mine"], created_s=1.0)
+        (small,) = bench.collector.store.find("mine")
+        num_rows = 6 * 2**20
+        large = dataclasses.replace(
+            small.trace, topk_ids=np.zeros((num_rows, 2, 2), np.uint8), topk_weights=None,
+            source=np.zeros(num_rows, np.uint8), num_tokens=num_rows + 1, token_ids=None,
+        )  # fmt: skip
+
+        def keep(uid, created_s, index=0):
+            trace = dataclasses.replace(large, created_s=created_s, index=index)
+            bench.collector.store.add(Kept(uid, trace, ("mine",)))
+
+        return keep
+
+    def answer(self, bench):
+        reply = bench.answered("routes", request_id="mine", wait_s=0)
+        traces = formats.load_npz(bytes(reply.arrays[0]))
+        found = [(trace.created_s, trace.index) for trace in traces]
+        assert ("truncated" in formats.read_npz(bytes(reply.arrays[0]))) == (
+            reply.values["truncated"]
+        )
+        return found, reply.values["truncated"]
+
+    def test_the_newest_requests_are_answered_and_the_rest_is_told_of(self, bench, keep):
+        assert self.answer(bench) == ([(1.0, 0)], False)
+        bench.collector.store.remove(bench.collector.store.find("mine")[0])
+        for uid, created_s in ((11, 2.0), (12, 3.0), (13, 4.0)):
+            keep(uid, created_s)
+        assert self.answer(bench) == ([(4.0, 0), (3.0, 0)], True)
+
+    def test_the_newest_one_is_always_whole(self, bench, keep):
+        bench.collector.store.remove(bench.collector.store.find("mine")[0])
+        for uid, index in ((11, 2), (12, 0), (13, 1)):
+            keep(uid, 2.0, index)
+        assert self.answer(bench) == ([(2.0, 0), (2.0, 1), (2.0, 2)], False)
+        keep(14, 1.0)
+        assert self.answer(bench) == ([(2.0, 0), (2.0, 1), (2.0, 2)], True)
+
+
 class TestSettle:
     """A script that ends waits for the traces of what was answered."""
 
@@ -170,6 +216,11 @@ class TestExperts:
         reply = bench.answered("experts", window_s=60.0)
         assert (reply.values["window_s"], sum(reply.values["rows"])) == (1.0, 5)
 
+    def test_they_say_whose_counts_they_are(self, bench):
+        hello = dataclasses.asdict(bench.hello)
+        assert bench.answered("experts").values["hello"] == hello
+        assert bench.answered("reset").values["hello"] == hello
+
     def test_reset(self, bench):
         bench.run("a")
         assert bench.answered("reset").values["rows"] == [0, 0]
@@ -178,7 +229,7 @@ class TestExperts:
 
     def test_before_hello(self):
         bench = Bench(hello=False)
-        assert bench.answered("experts").values == {"kind": "reply", "number": 1, "ready": False}
-        assert bench.answered("reset").values["ready"] is False
+        assert bench.answered("experts").values == {"kind": "reply", "number": 1, "hello": None}
+        assert bench.answered("reset").values["hello"] is None
         assert bench.answered("info").values["hello"] is None
         assert bench.answered("metrics").arrays == []

@@ -52,11 +52,30 @@ def test_layers(text, layers):
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["", ",", "a", "1,", "3-1", "-1", "1-", "1--2", "1.5", "9999999"])
+@pytest.mark.parametrize("text", ["", ",", "a", "1,", "3-1", "-1", "1-", "1--2", "1.5", "10000"])
 def test_what_is_no_list_of_layers(text):
     with pytest.raises(ValueError, match="is no list of layers") as caught:
         parse_layers(text)
     assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0-9999,0", "names more than 10,000 layers"),
+        (",".join(["0-9998"] * 140), "names more than 10,000 layers"),
+        (",".join(map(str, range(400))), "at most 1000 characters, got 1489"),
+    ],
+)
+def test_what_a_list_of_layers_costs_is_bounded(text, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        parse_layers(text)
+    assert len(str(caught.value)) < 1200
+
+
+def test_every_layer_by_its_number():
+    assert parse_layers(",".join(map(str, range(200)))) == tuple(range(200))
+    assert len(parse_layers("0-9999")) == 10_000
 
 
 def test_defaults():

@@ -78,6 +78,67 @@ def test_a_trace_that_does_not_fit_at_all_costs_no_other_one():
     assert not store.was_evicted("a")
 
 
+class TestARequestIsKeptAsAWhole:
+    """Its choices end one by one, others between them."""
+
+    def add(self, store, *names, created_s=0.0):
+        for name in names:
+            request_id, index = name
+            uid = self.uid = getattr(self, "uid", 0) + 1
+            ids = (request_id, f"{name}-internal", "shared")
+            store.add(make_kept(uid, *ids, index=int(index), created_s=created_s))
+
+    def found(self, store, request_id):
+        return [kept.trace.index for kept in store.find(request_id)]
+
+    @pytest.fixture
+    def store(self):
+        return TraceStore(4 * make_kept(1, "a", "a0-internal", "shared").size_bytes)
+
+    def test_its_choices_make_room_together(self, store):
+        self.add(store, "a0", "b0", "a1", "c0")
+        assert (self.found(store, "a"), self.found(store, "b")) == ([0, 1], [0])
+        self.add(store, "d0")
+        assert (self.found(store, "a"), self.found(store, "b")) == ([0, 1], []), "b ended first"
+        self.add(store, "e0")
+        assert self.found(store, "a") == []
+        assert all(map(store.was_evicted, ("a", "b", "a0-internal", "a1-internal")))
+        assert not store.was_evicted("c")
+        assert (len(store), store.num_evicted) == (3, 3)
+        assert store.size_bytes == 3 * store.limit_bytes // 4
+
+    def test_a_choice_that_ends_later_does_not_come_back(self, store):
+        self.add(store, "a0", "b0", "c0", "d0", "e0")
+        assert store.was_evicted("a")
+        self.add(store, "a1")
+        assert (self.found(store, "a"), store.num_evicted) == ([], 2)
+        assert [self.found(store, name) for name in "bcde"] == [[0]] * 4
+        assert store.was_evicted("a1-internal")
+
+    def test_one_that_is_larger_than_the_store_leaves_nothing(self, store):
+        self.add(store, "a0", "a1", "a2", "a3")
+        assert self.found(store, "a") == [0, 1, 2, 3]
+        self.add(store, "a4", "b0", "a5")
+        assert (self.found(store, "a"), self.found(store, "b")) == ([], [0])
+        assert (len(store), store.num_evicted) == (1, 6)
+
+    def test_a_choice_that_does_not_fit_at_all_takes_the_others_with_it(self, store):
+        self.add(store, "a0", "b0")
+        store.add(make_kept(9, "a", index=1, num_rows=10_000))
+        assert (self.found(store, "a"), self.found(store, "b")) == ([], [0])
+        assert store.num_evicted == 2
+
+    def test_requests_of_one_id_are_several(self, store):
+        self.add(store, "a0", "a1", created_s=1.0)
+        self.add(store, "a0", "a1", created_s=2.0)
+        self.add(store, "a0", created_s=3.0)
+        assert [kept.trace.created_s for kept in store.find("a")] == [3.0, 2.0, 2.0]
+        assert (store.num_evicted, len(store.find("shared"))) == (2, 3)
+        for kept in store.find("shared"):
+            store.remove(kept)
+        assert (len(store), store.size_bytes, store._requests) == (0, 0, {})
+
+
 def test_removing_gives_every_byte_back():
     store = TraceStore(10 * SIZE)
     store.add(make_kept(1, "a", "shared"))
@@ -88,7 +149,7 @@ def test_removing_gives_every_byte_back():
     assert uids(store.find("shared")) == [1]
     assert (store.find("b"), store.find("later"), store.was_evicted("b")) == ([], [], False)
     store.remove(store.find("a")[0])
-    assert (len(store), store.size_bytes, store._uids) == (0, 0, {})
+    assert (len(store), store.size_bytes, store._uids, store._requests) == (0, 0, {}, {})
 
 
 def test_one_more_id_is_added_once():

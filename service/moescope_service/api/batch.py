@@ -87,6 +87,9 @@ async def routes_batch(request: Request, wanted: BatchRequest, collector: Keeper
                 for request_id, reply in replies.items()
                 if reply.values["status"] == "finished"
             },
+            truncated=frozenset(
+                request_id for request_id, reply in replies.items() if reply.values.get("truncated")
+            ),
         )
         return batch.dump_json(made) if wanted.format == "json" else batch.dump_npz(made)
 

@@ -145,9 +145,10 @@ class CollectorClient:
         if self._link.is_away:
             raise CollectorGoneError(_ENDED)
         number = next(self._numbers)
+        frames = pack("query", number=number, op=op, **values)
         future = self._open[number] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()  # from here on only the answer settles it
-        self.tell("query", number=number, op=op, **values)
+        self._link.put(Message(frames, "query", ()))
         return number, future
 
     def _encode(self, messages: list[Message]) -> list[Frames]:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from moescope import analysis
 from moescope_service.api.collector_client import Reply
 from moescope_service.api.responses import MoescopeRoute, encoded
-from moescope_service.api.routes import Collector
+from moescope_service.api.routes import Collector, hello_of
 from moescope_service.collector.windows import MAX_WINDOW_S
 from moescope_service.histogram import PHASES
 from moescope_service.settings import Settings
@@ -51,17 +51,15 @@ async def experts(
     Every routing computed counts, kept or not: without preemption or speculation, rows with source
     ``computed`` x top-k.
     """
-    info = (await collector.ask("info")).values["hello"]
-    if info is None:
-        raise HTTPException(503, "no worker has said what it captures yet")
     reply = await collector.ask("experts", window_s=window_s)
+    hello = hello_of(reply)
     if window_s is not None and window_s > (kept_s := reply.values["kept_s"]):
         raise HTTPException(
             422,
             f"window_s: counts of this model are kept for {kept_s:g} s, got {window_s:g}: "
             "ask for no more than that",
         )
-    return await encoded(request, form, lambda: _experts_body(reply, info, phase, form))
+    return await encoded(request, form, lambda: _experts_body(reply, hello, phase, form))
 
 
 def _experts_body(reply: Reply, hello: dict[str, Any], phase: str, form: str) -> bytes:
@@ -97,11 +95,8 @@ def _experts_body(reply: Reply, hello: dict[str, Any], phase: str, form: str) ->
 @router.get("/moescope/info", summary="What is captured")
 async def info(collector: Collector) -> dict[str, Any]:
     """Return the model, its layers, experts and routers, versions, limits and state."""
-    values = (await collector.ask("info")).values
-    hello = values["hello"]
-    if hello is None:
-        raise HTTPException(503, "no worker has said what it captures yet")
-    settings = Settings.from_env()
+    reply = await collector.ask("info")
+    hello, values, settings = hello_of(reply), reply.values, Settings.from_env()
     shown = ("model", "layers", "num_hidden_layers", "num_experts", "top_k", "router_types",
              "id_dtype", "weights_dtype", "device", "seed", "versions")  # fmt: skip
     return {

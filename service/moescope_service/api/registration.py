@@ -4,9 +4,11 @@ The ids that a client sees are not those that the engine uses (``cmpl-X`` and ``
 ``resp_X``, a raw ``X-Request-Id``), and none of them is ever parsed: `RequestScopeMiddleware` keeps
 the HTTP request at hand, and the wrapped ``add_request`` reads both sides where they meet.
 
-Relies on vLLM 0.32.0, ``v1/engine/output_processor.py`` (``OutputProcessor.add_request``,
-``RequestState.make_request_output``, called for every finished and every aborted sequence) and
-``entrypoints`` (``request.state.request_metadata.request_id`` is the id in the response).
+Relies on vLLM 0.32.0, ``v1/engine/output_processor.py`` (``OutputProcessor.add_request``;
+``RequestState.make_request_output``, called for every finished sequence, and for aborted ones where
+a queue waits for their output, as in a server; ``OutputProcessor.abort_requests``, which returns
+the ids of all aborted ones) and ``entrypoints`` (``request.state.request_metadata.request_id`` is
+the id in the response).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextvars
 import dataclasses
 import hashlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -133,10 +136,12 @@ class Registration:
         self._collector = collector
         self._model = model
         self._kept_share = kept_share
+        self._running: dict[str, Any] = {}  # vLLM's RequestState by internal id
 
     def watch(self, output_processor: Any) -> None:
-        """Wrap ``add_request`` of an API server's output processor (this instance alone)."""
+        """Wrap an output processor's ``add_request`` and ``abort_requests`` (this instance's)."""
         add_request = output_processor.add_request
+        abort_requests = output_processor.abort_requests
 
         def add_and_register(
             request: Any,
@@ -151,9 +156,16 @@ class Registration:
             if request.sampling_params is not None and not request.resumable and not is_update:
                 state = output_processor.request_states[request.request_id]
                 self._register(request, state, parent_req, request_index, keep=keep)
-                self._report_end(state)
+                self._watch_end(state)
+
+        def abort_and_report(request_ids: Iterable[str], internal: bool) -> list[str]:
+            aborted: list[str] = abort_requests(request_ids, internal)
+            for internal_id in aborted:
+                self._report_end(internal_id, "abort")
+            return aborted
 
         output_processor.add_request = add_and_register
+        output_processor.abort_requests = abort_and_report
 
     def add_header_id(self, request: RequestScope) -> None:
         """Let the response's ``X-Request-Id`` find a request that is registered already.
@@ -180,7 +192,7 @@ class Registration:
             model=self._model,
             lora=state.lora_name,
             prompt_len=state.prompt_len,
-            created_s=http.created_s if http else time.time(),
+            created_s=http.created_s if http else request.arrival_time,
             keep=keep,
         )
         prompt_ids = state.prompt_token_ids
@@ -201,24 +213,26 @@ class Registration:
         _, response_id = _ids(http, request, parent)
         return is_sampled(response_id, self._kept_share)
 
-    def _report_end(self, state: Any) -> None:
+    def _watch_end(self, state: Any) -> None:
         make_request_output = state.make_request_output
 
         def make_and_report(
             new_token_ids: list[int], pooling_output: Any, finish_reason: Any, *args: Any, **kw: Any
         ) -> Any:
             if finish_reason is not None:
-                del state.make_request_output  # ends the cycle through this closure
-                output_ids = np.array(state.detokenizer.output_token_ids, np.int32)
-                self._collector.tell(
-                    "finish",
-                    [output_ids],
-                    internal_id=state.request_id,
-                    reason=str(finish_reason),
-                )
+                self._report_end(state.request_id, str(finish_reason))
             return make_request_output(new_token_ids, pooling_output, finish_reason, *args, **kw)
 
         state.make_request_output = make_and_report
+        self._running[state.request_id] = state
+
+    def _report_end(self, internal_id: str, reason: str) -> None:
+        """Tell how a sequence ended, unless that was told or it is none of ours."""
+        state = self._running.pop(internal_id, None)
+        if state is not None:
+            del state.make_request_output  # ends the cycle through its closure
+            output_ids = np.array(state.detokenizer.output_token_ids, np.int32)
+            self._collector.tell("finish", [output_ids], internal_id=internal_id, reason=reason)
 
 
 def _ids(http: RequestScope | None, request: Any, parent: Any) -> tuple[str, str]:

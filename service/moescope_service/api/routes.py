@@ -57,7 +57,9 @@ Keeper = Annotated[CollectorClient, Depends(keeper_of)]
 async def recent(
     collector: Keeper,
     limit: Annotated[int, Query(ge=1, le=1000, description="Sequences a page.")] = 50,
-    before: Annotated[int | None, Query(description="``next_before`` of the last page.")] = None,
+    before: Annotated[
+        int | None, Query(ge=0, lt=2**63, description="``next_before`` of the last page.")
+    ] = None,
 ) -> dict[str, Any]:
     """List sequences with their ids, tokens, finish reason, completeness and coverage."""
     return (await collector.ask("recent", limit=limit, before=before)).values
@@ -78,8 +80,9 @@ async def resume(collector: Collector) -> dict[str, Any]:
 @router.post("/routes/reset", summary="Count experts from zero")
 async def reset(collector: Collector) -> dict[str, Any]:
     """Set the counts of ``/experts`` to zero; Prometheus counters and traces stay."""
-    values = (await collector.ask("reset")).values
-    return {"since_s": values.get("since_s")}
+    reply = await collector.ask("reset")
+    hello_of(reply)
+    return {"since_s": reply.values["since_s"]}
 
 
 @router.get(
@@ -89,7 +92,8 @@ async def reset(collector: Collector) -> dict[str, Any]:
     responses={
         200: {
             "description": "The traces of every choice of the request; newest request first where "
-            "an id was used again.",
+            "an id was used again. Where older ones do not fit into 64 MiB the answer's metadata "
+            "say ``truncated``.",
             "content": {media_type: {} for media_type in MEDIA_TYPES.values()},
         },
         202: {"description": "The request is still running."},
@@ -131,13 +135,18 @@ async def routes(
     _raise_if_gone(reply, request_id)
     if form == "npz" and chosen is None and index is None and weights:
         return await encoded(request, form, lambda: bytes(reply.arrays[0]))
-    hello = (await collector.ask("info")).values["hello"] if form == "jsonl" else {}
 
     def make() -> bytes:
         traces = formats.load_npz(reply.arrays[0])
         if index is not None:
             traces = _choice(traces, request_id, index)
-        return make_body(form, request_id, select(traces, chosen, weights), hello)
+        return make_body(
+            form,
+            request_id,
+            select(traces, chosen, weights),
+            hello_of(reply),
+            truncated=reply.values["truncated"],
+        )
 
     return await encoded(request, form, make)
 
@@ -161,6 +170,18 @@ def layers_of(text: str | None) -> tuple[int, ...] | None:
         return None if text is None else parse_layers(text)
     except ValueError as error:
         raise HTTPException(422, f"layers: {error}") from None
+
+
+def hello_of(reply: Reply) -> dict[str, Any]:
+    """Return what the workers capture, as the collector says in its answer: a `Hello`'s values.
+
+    Raises:
+        HTTPException: 503, not all of them have said so; the collector may have just started.
+    """
+    hello: dict[str, Any] | None = reply.values["hello"]
+    if hello is None:
+        raise HTTPException(503, "no worker has said what it captures yet")
+    return hello
 
 
 async def ask_routes(collector: CollectorClient, request_id: str, wait_s: float | None) -> Reply:

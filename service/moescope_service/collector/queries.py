@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,12 @@ The worker's end follows the response by 0 to 2 ms, measured on the CPU and on a
 OTHER_SERVER_WAIT_S = 0.1
 """How long it waits for one that has not been answered yet, where there are several API servers:
 the news of the answer comes from another one than the question."""
+
+MAX_REPLY_BYTES = 64 * 2**20
+"""Traces of an answer that holds several requests: one client's use of an id stops all the others.
+
+Answering takes this thread 3 ms a MB, in which it takes in no rows.
+"""
 
 Answer = tuple[dict[str, Any], Frames]
 
@@ -130,7 +137,10 @@ class Queries:
             return {"status": "running"}, ()
         kept = self._collector.store.find(request_id)
         if kept:
-            return {"status": "finished"}, [formats.dump_npz([k.trace for k in kept])]
+            newest = newest_requests(kept)
+            truncated = len(newest) < len(kept)
+            values = {"status": "finished", "truncated": truncated, "hello": self._collector.hello}
+            return values, [formats.dump_npz([one.trace for one in newest], truncated=truncated)]
         evicted = self._collector.store.was_evicted(request_id)
         return {"status": "evicted" if evicted else "unknown"}, ()
 
@@ -157,15 +167,15 @@ class Queries:
     def _experts(self, query: dict[str, Any]) -> Answer:
         counters, windows = self._collector.counters, self._collector.windows
         if counters is None or windows is None:
-            return {"ready": False}, ()
+            return {"hello": None}, ()
         window_s = query.get("window_s")
         if window_s is None:
             counts, rows = counters.since_reset()
-            values = {"since_s": counters.since_s, "window_s": None}
+            values: dict[str, Any] = {"since_s": counters.since_s, "window_s": None}
         else:
             counts, rows, covered_s = windows.last(window_s)
             values = {"since_s": time.time() - covered_s, "window_s": covered_s}
-        values |= {"ready": True, "rows": rows.tolist(), "kept_s": windows.kept_s}
+        values |= {"rows": rows.tolist(), "kept_s": windows.kept_s, "hello": self._collector.hello}
         return values, [counts]
 
     def _reset(self, query: dict[str, Any]) -> Answer:
@@ -179,9 +189,9 @@ class Queries:
         return {"capture": "on" if query["on"] else "paused"}, ()
 
     def _info(self, query: dict[str, Any]) -> Answer:
-        store, hello = self._collector.store, self._collector.hello
+        store = self._collector.store
         return {
-            "hello": None if hello is None else dataclasses.asdict(hello),
+            "hello": self._collector.hello,
             "workers_complete": self._collector.workers.are_complete,
             "refusal": self._collector.refusal,
             "capture": "on" if self._collector.is_capturing else "paused",
@@ -218,6 +228,24 @@ class Queries:
         window, window_rows, _ = collector.windows.last(collector.settings.metrics_window)
         values |= {"rows": collector.counters.rows.tolist(), "window_rows": window_rows.tolist()}
         return values, [collector.counters.totals, window]
+
+
+def newest_requests(kept: list[Kept], max_bytes: int = MAX_REPLY_BYTES) -> list[Kept]:
+    """Return the newest of the requests that one id found, up to so many bytes of traces.
+
+    Args:
+        kept: As `TraceStore.find` returns them; at least one.
+        max_bytes: What the older ones may add up to with the newest, which is always there.
+    """
+    newest: list[Kept] = []
+    size_bytes = 0
+    for _, choices in itertools.groupby(kept, key=lambda one: one.request):
+        request = list(choices)
+        size_bytes += sum(one.trace.size_bytes for one in request)
+        if newest and size_bytes > max_bytes:
+            break
+        newest += request
+    return newest
 
 
 def _summary(one: Sequence | Kept) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from moescope.trace import RouteTrace
 OVERHEAD_BYTES = 2048
 """What a kept trace costs beside its arrays: objects, ids, index entries."""
 
-_REMEMBERED_IDS = 100_000
-"""Ids of evicted traces that are still told apart from ids never seen."""
+_REMEMBERED = 100_000
+"""Evicted requests and their ids that are still told apart from those never seen."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,13 +25,24 @@ class Kept:
     ids: tuple[str, ...]
 
     @property
+    def request(self) -> tuple[str, float]:
+        """What all choices of all prompts of one request share, and no other request has.
+
+        The id alone is not enough: a client may give several requests the same ``X-Request-Id``.
+        """
+        return self.trace.request_id, self.trace.created_s
+
+    @property
     def size_bytes(self) -> int:
         """Bytes that count against the store's limit."""
         return self.trace.size_bytes + OVERHEAD_BYTES + sum(map(len, self.ids))
 
 
 class TraceStore:
-    """Keeps the newest finished traces; those that finished first make room.
+    """Keeps the newest finished traces; the requests that ended first make room.
+
+    A request is kept as a whole or not at all: nobody could tell one that lacks choices from one
+    that never had them. Where one choice made room, those that end later do not come back.
 
     Args:
         limit_bytes: Upper bound for the sum of `Kept.size_bytes`.
@@ -41,9 +52,14 @@ class TraceStore:
         self.limit_bytes = limit_bytes
         self.size_bytes = 0
         self.num_evicted = 0
-        self._kept: collections.OrderedDict[int, Kept] = collections.OrderedDict()
+        """Traces that made room, or found none."""
+        self._kept: dict[int, Kept] = {}
         self._uids: dict[str, list[int]] = {}
-        self._evicted_ids: collections.OrderedDict[int, None] = collections.OrderedDict()
+        # The traces of each request; the request whose newest trace is the oldest comes first.
+        self._requests: collections.OrderedDict[tuple[str, float], list[int]] = (
+            collections.OrderedDict()
+        )
+        self._evicted: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -52,23 +68,25 @@ class TraceStore:
         return iter(self._kept.values())
 
     def add(self, kept: Kept) -> None:
-        """Keep a trace and evict what no longer fits; the new one alone if it never would."""
-        if kept.size_bytes > self.limit_bytes:
-            self._note_eviction(kept)
-            return
+        """Keep a trace and evict the requests that no longer fit.
+
+        Only its own one is evicted if the trace never would fit, or is one of a request that was.
+        """
         self._kept[kept.uid] = kept
         self.size_bytes += kept.size_bytes
         for request_id in kept.ids:
             self._uids.setdefault(request_id, []).append(kept.uid)
+        self._requests.setdefault(kept.request, []).append(kept.uid)
+        self._requests.move_to_end(kept.request)
+        if kept.size_bytes > self.limit_bytes or hash(kept.request) in self._evicted:
+            self._evict(kept.request)
         while self.size_bytes > self.limit_bytes:
-            oldest = next(iter(self._kept.values()))
-            self.remove(oldest)
-            self._note_eviction(oldest)
+            self._evict(next(iter(self._requests)))
 
     def find(self, request_id: str) -> list[Kept]:
         """Return what an id finds: the newest request first, its choices in their order."""
         found = [self._kept[uid] for uid in self._uids.get(request_id, ())]
-        return sorted(found, key=lambda kept: (-kept.trace.created_s, kept.trace.index))
+        return sorted(found, key=_newest_first)
 
     def add_id(self, kept: Kept, request_id: str) -> None:
         """Let one more id find a trace."""
@@ -86,13 +104,24 @@ class TraceStore:
             uids.remove(kept.uid)
             if not uids:
                 del self._uids[request_id]
+        siblings = self._requests[kept.request]
+        siblings.remove(kept.uid)
+        if not siblings:
+            del self._requests[kept.request]
 
     def was_evicted(self, request_id: str) -> bool:
         """Whether a trace with this id was evicted, as far as that is still known."""
-        return hash(request_id) in self._evicted_ids
+        return hash(request_id) in self._evicted
 
-    def _note_eviction(self, kept: Kept) -> None:
-        self.num_evicted += 1
-        self._evicted_ids.update(dict.fromkeys(map(hash, kept.ids)))
-        while len(self._evicted_ids) > _REMEMBERED_IDS:
-            self._evicted_ids.popitem(last=False)
+    def _evict(self, request: tuple[str, float]) -> None:
+        for kept in [self._kept[uid] for uid in self._requests[request]]:
+            self.remove(kept)
+            self.num_evicted += 1
+            self._evicted.update(dict.fromkeys(map(hash, (*kept.ids, request))))
+        while len(self._evicted) > _REMEMBERED:
+            self._evicted.popitem(last=False)
+
+
+def _newest_first(kept: Kept) -> tuple[float, str, int]:
+    request_id, created_s = kept.request
+    return -created_s, request_id, kept.trace.index
