@@ -11,8 +11,9 @@ import pytest
 import moescope
 from moescope import errors
 from moescope_service.runtime import collector_address
+from tests.waiting import scrape, wait_until
 
-from .deployment import Deployment, Frontend, wait_until
+from .deployment import Deployment, Frontend
 from .fake_engine import HELLO, PROMPT, Engine
 
 GUARDED = [
@@ -114,7 +115,7 @@ def test_rows_that_the_queue_cannot_take_are_counted_and_named():
         assert all(
             (trace["topk_ids"][i] is None) == (i in set(missing)) for i in range(0, 3000, 50)
         )
-        text = deployment.http.get("/metrics").text
+        text = scrape(deployment.url)
         sample = 'moescope_rows_lost_total{model_name="tiny",reason="queue_full"}'
         assert f"{sample} {float(len(missing))}" in text
         deployment.complete("later")

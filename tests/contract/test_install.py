@@ -15,8 +15,8 @@ from moescope_service.capture.install import WorkerCapture
 from moescope_service.capture.ranks import Place
 from moescope_service.messages import Hello, unpack, unpack_steps
 from moescope_service.settings import RUNTIME_DIR, Settings
+from tests.waiting import DEADLINE_S
 
-from .deployment import DEADLINE_S
 from .test_capture import Model, Runner
 
 PLACE = Place(

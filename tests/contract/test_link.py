@@ -12,8 +12,7 @@ import zmq
 
 from moescope_service.link import SOCKET_QUEUE, Link
 from moescope_service.messages import MESSAGE_BYTES
-
-from .deployment import DEADLINE_S, wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 @dataclasses.dataclass

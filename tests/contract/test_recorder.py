@@ -19,8 +19,8 @@ from moescope_service.messages import pack, unpack, unpack_steps
 from tests.unit.engine_sim import Engine as SimEngine
 from tests.unit.kv_sim import Seq
 from tests.unit.sim_encoder import SimEncoder
+from tests.waiting import DEADLINE_S, wait_until
 
-from .deployment import DEADLINE_S, wait_until
 from .fake_engine import HELLO, Engine, rows_of
 
 

@@ -15,8 +15,9 @@ from vllm.v1.engine import FinishReason
 
 from moescope import formats
 from moescope_service.runtime import Supervisor, collector_address
+from tests.waiting import scrape, wait_until
 
-from .deployment import Deployment, start_collector, wait_until
+from .deployment import Deployment, start_collector
 from .fake_engine import HELLO, PROMPT, Running, rows_of
 from .test_runtime import is_alive, start_parent
 
@@ -85,7 +86,7 @@ def check(answer):
 def sample(deployment: Deployment, name: str) -> float:
     (line,) = (
         one
-        for one in deployment.http.get("/metrics").text.splitlines()
+        for one in scrape(deployment.url).splitlines()
         if one.startswith((name + " ", name + "{"))
     )
     return float(line.rsplit(" ", 1)[1])

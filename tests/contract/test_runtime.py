@@ -16,8 +16,9 @@ from moescope_service.api.collector_client import CollectorClient
 from moescope_service.errors import RefusedError
 from moescope_service.messages import pack, unpack
 from moescope_service.settings import RUNTIME_DIR
+from tests.waiting import DEADLINE_S, wait_until
 
-from .deployment import DEADLINE_S, start_collector, stop_collector, wait_until
+from .deployment import start_collector, stop_collector
 
 PARENT = """
 import os, signal, subprocess, sys

@@ -16,6 +16,7 @@ from moescope.servers import Server, captured_command
 from moescope_service import bundled_model
 from tests.fidelity import faults_served
 from tests.fidelity.faults_served import collector_pid, judge, until
+from tests.waiting import scrape
 
 from .conftest import API_KEY, MODEL, serving
 from .fidelity import SHARED, compare
@@ -78,7 +79,7 @@ def test_a_kill_under_load(server: Server) -> None:
             assert not trace.complete
             assert judge([trace])["wrong_rows"] == 0
             print(f"{first} of {trace.num_rows} rows were routed before the collector was back")
-        metrics = httpx.get(f"{server.url}/metrics").text
+        metrics = scrape(server.url)
         assert 'moescope_collector_restarts_total{model_name="bundled"} 1.0' in metrics
         assert 'moescope_step_gaps_total{model_name="bundled"} 0.0' in metrics
 

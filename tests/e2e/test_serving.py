@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from moescope import Client, RouteTrace, Source, formats
 from moescope.errors import AuthenticationError, InvalidQueryError, RequestNotFoundError
 from moescope.servers import Server, free_ports
+from tests.waiting import scrape
 
 from .conftest import API_KEY, MODEL
 
@@ -183,7 +184,7 @@ def expert_totals(text: str, parse: Callable[[str], Iterator[object]]) -> dict[s
 def test_counts_are_rows_times_top_k(
     chat: openai.OpenAI, eager: Client, eager_server: Server
 ) -> None:
-    before = expert_totals(httpx.get(f"{eager_server.url}/metrics").text, parse_text)
+    before = expert_totals(scrape(eager_server.url), parse_text)
     eager.reset()
     prompts = ["Tom has 3 apples. " * 10, "Sara walks. " * 30]
     response = chat.completions.create(model=MODEL, prompt=prompts, max_tokens=20)
@@ -198,7 +199,7 @@ def test_counts_are_rows_times_top_k(
     prefill, decode = eager.experts("prefill"), eager.experts("decode")
     np.testing.assert_array_equal(prefill.counts + decode.counts, experts.counts)
     for parse, accept in ((parse_text, "text/plain"), (parse_open, "application/openmetrics-text")):
-        text = httpx.get(f"{eager_server.url}/metrics", headers={"Accept": accept}).text
+        text = scrape(eager_server.url, accept)
         assert "\nvllm:num_requests_running{" in text  # named as vLLM's own server names it
         after = expert_totals(text, parse)
         assert after["prefill"] - before["prefill"] == prefill.counts.sum()
@@ -361,7 +362,7 @@ def prometheus(config: Path, port: int, directory: Path) -> Iterator[Callable[[s
 
 
 def test_names_and_labels_are_fit_for_prometheus(eager_server: Server) -> None:
-    text = httpx.get(f"{eager_server.url}/metrics").text
+    text = scrape(eager_server.url)
     assert "_created" not in our_lines(text)
     checked = subprocess.run(
         ["promtool", "check", "metrics"],

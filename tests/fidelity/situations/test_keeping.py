@@ -21,8 +21,8 @@ from tests.fidelity.situations.served import (
     Served,
     check_tokens,
     random_prompt,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 
 @contextlib.contextmanager
