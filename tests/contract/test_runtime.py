@@ -64,7 +64,7 @@ def test_the_collector_ends_with_its_parent(how):
             parent.send_signal(how)
             parent.wait(DEADLINE_S)
             wait_until(lambda: not is_alive(pid), "the collector ends")
-            wait_until(lambda: not Path(directory).exists(), "its directory is removed", 3)
+            wait_until(lambda: not Path(directory).exists(), "its directory is removed")
         finally:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
