@@ -11,6 +11,8 @@ import pytest
 
 DEADLINE_S = 60.0
 """Long on a machine that is busy with other things, too."""
+SCRAPE_TIMEOUT_S = 10.0
+"""How long Prometheus waits for an answer unless it is told otherwise."""
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
