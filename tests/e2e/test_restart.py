@@ -16,7 +16,7 @@ from moescope.servers import Server, captured_command
 from moescope_service import bundled_model
 from tests.fidelity import faults_served
 from tests.fidelity.faults_served import collector_pid, judge, until
-from tests.waiting import scrape
+from tests.waiting import scrape, wait_until
 
 from .conftest import API_KEY, MODEL, serving
 from .fidelity import SHARED, compare
@@ -59,7 +59,11 @@ async def kill_amid_streams(server: Server) -> tuple[str, list[str]]:
             if number == 10:
                 os.kill(killed, signal.SIGKILL)
                 # The model does not wait for anybody: it goes on meanwhile.
-                await until(503, http, "GET", "/moescope/info")
+                await asyncio.to_thread(
+                    wait_until,
+                    lambda: collector_pid(server) not in {None, killed},
+                    "another one is started",
+                )
                 await until(200, http, "GET", "/moescope/info")
         return before.id, [amid, *(one.id for one in await asyncio.gather(*others))]
 
