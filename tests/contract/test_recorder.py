@@ -168,7 +168,7 @@ def test_the_recorder_outlives_what_its_link_gave_up(address):
             last = engine.recorder._seq - 1
             seqs = []
             while not seqs or seqs[-1] != last:
-                if not socket.poll(3000):
+                if not socket.poll(DEADLINE_S * 1000):
                     break
                 kind, steps = collector.receive()
                 if kind == "steps":
