@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from tests.waiting import DEADLINE_S, wait_until
 from .deployment import start_collector, stop_collector
 
 PARENT = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 from moescope_service import runtime
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as vLLM's server does
@@ -35,14 +37,21 @@ except runtime.RefusedError as error:
     sys.exit(3)
 assert len(started) == 1
 print(started[0].pid, os.environ["MOESCOPE_RUNTIME_DIR"], flush=True)
-signal.pause()
+while True:
+    time.sleep(0.1)  # signal.pause() sleeps on where a signal comes just before it
 """
 
 
-def start_parent(**env: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def start_parent(**env: str) -> Iterator[subprocess.Popen[str]]:
     clean = {name: value for name, value in os.environ.items() if name != RUNTIME_DIR}
-    return subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**clean, **env})  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, env={**clean, **env}, **pipes) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
 
 
 def is_alive(pid: int) -> bool:
