@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,22 +32,10 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from moescope_service.runtime import collector_address
 from moescope_service.settings import ENABLE, RUNTIME_DIR
+from tests.waiting import DEADLINE_S, wait_until
 
 from .app import make_app, server_args
 from .fake_engine import HELLO, OUTPUT, PROMPT, Engine, Running
-
-DEADLINE_S = 20.0
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Poll until something holds; fail when it never does."""
-    end_s = time.monotonic() + deadline_s
-    while True:
-        if value := condition():
-            return value
-        if time.monotonic() > end_s:
-            pytest.fail(f"{what}: not within {deadline_s:g} s")
-        time.sleep(0.005)
 
 
 class Frontend:
@@ -189,7 +176,7 @@ def serving(app: FastAPI) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started or not thread.is_alive(), "the server starts", 60)
+        wait_until(lambda: server.started or not thread.is_alive(), "the server starts")
         assert server.started, "the app did not start; its log says why"
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

@@ -112,11 +112,11 @@ def test_it_waits_for_requests_that_run(deployment, client, running):
 
 
 def test_a_wait_is_for_all_of_them_together(deployment, client):
-    """More of them than are asked at a time, none of which ends."""
-    names = [deployment.frontend.add(f"many-{number}")[0] for number in range(80)]
+    """Ten times as many as are asked at a time, none of which ends."""
+    asked = [f"many-{number}" for number in range(320)]
+    names = [deployment.frontend.add(request_id)[0] for request_id in asked]
     started = [deployment.engine.start(name) for name in names]
-    with moescope.Client(deployment.url, timeout_s=2.5) as hurried:
-        asked = [f"many-{number}" for number in range(80)]
+    with moescope.Client(deployment.url, timeout_s=9) as hurried:
         assert set(hurried.routes_batch(asked, wait_s=1).failed.values()) == {"running"}
     deployment.frontend.output_processor.abort_requests(names, internal=True)
     deployment.engine.step(finished=started)

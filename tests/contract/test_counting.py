@@ -19,8 +19,9 @@ from moescope_service.capture.sink_cpu import CpuSink
 from moescope_service.histogram import count_selections
 from moescope_service.messages import Hello
 from moescope_service.runtime import collector_address
+from tests.waiting import scrape, wait_until
 
-from .deployment import Deployment, start_collector, wait_until
+from .deployment import Deployment, start_collector
 from .fake_engine import HELLO
 
 
@@ -96,7 +97,7 @@ def test_what_a_worker_counts_is_what_the_server_shows() -> None:
                 wait_until(lambda: counting.recorder._is_capturing, "the end of the pause")
                 counting.step({"b": (5, 1)})
                 wait_until(lambda: shown("all").sum() == counting.want.sum(), "the report")
-            text = deployment.http.get("/metrics").text
+            text = scrape(deployment.url)
             assert 'moescope_rows_lost_total{model_name="tiny",reason="paused"} 1.0' in text
             assert 'moescope_steps_total{model_name="tiny"} 6.0' in text
         finally:

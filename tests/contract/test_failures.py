@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import time
 
 import pytest
 
 import moescope
 from moescope import errors
 from moescope_service.runtime import collector_address
+from tests.waiting import SCRAPE_TIMEOUT_S, scrape, wait_until
 
-from .deployment import Deployment, Frontend, wait_until
+from .deployment import Deployment, Frontend
 from .fake_engine import HELLO, PROMPT, Engine
 
 GUARDED = [
@@ -59,9 +59,7 @@ def test_a_collector_that_was_killed(fresh):
     fresh.complete("before")
     assert fresh.http.get("/routes/cmpl-before").status_code == 200
     fresh.kill_collector()
-    started_s = time.perf_counter()
-    text = fresh.http.get("/metrics").text
-    assert time.perf_counter() - started_s < 2.0
+    text = fresh.http.get("/metrics", timeout=SCRAPE_TIMEOUT_S).text
     assert "moescope_collector_up 0.0" in text
     assert "moescope_rows_captured" not in text
     assert "process_" in text or "python_" in text
@@ -114,7 +112,7 @@ def test_rows_that_the_queue_cannot_take_are_counted_and_named():
         assert all(
             (trace["topk_ids"][i] is None) == (i in set(missing)) for i in range(0, 3000, 50)
         )
-        text = deployment.http.get("/metrics").text
+        text = scrape(deployment.url)
         sample = 'moescope_rows_lost_total{model_name="tiny",reason="queue_full"}'
         assert f"{sample} {float(len(missing))}" in text
         deployment.complete("later")

@@ -17,8 +17,8 @@ from moescope_service.capture.ranks import Place
 from moescope_service.errors import RefusedError
 from moescope_service.messages import unpack, unpack_hello, unpack_steps
 from moescope_service.settings import RUNTIME_DIR, Settings
+from tests.waiting import DEADLINE_S
 
-from .deployment import DEADLINE_S
 from .test_capture import Model, Runner
 
 PLACE = Place(

@@ -15,32 +15,19 @@ from moescope import Client, InvalidQueryError
 from moescope_service.api.collector_client import Reply
 from moescope_service.api.metrics import MAX_EXPERT_SERIES, Snapshot
 from moescope_service.metric_names import METRICS
+from tests.waiting import scrape, wait_until
 
-from .deployment import Deployment, wait_until
+from .deployment import Deployment
 from .fake_engine import HELLO, OUTPUT, PROMPT
 
 NUM_ROWS = len(PROMPT) + len(OUTPUT) - 1
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
-def scrape_text(deployment, accept="text/plain"):
-    """What one scrape answers: one that the collector had time for, on a busy machine too."""
-    answers = []
-
-    def is_answered():
-        answers.append(deployment.http.get("/metrics", headers={"Accept": accept}))
-        assert answers[-1].status_code == 200
-        assert answers[-1].headers["content-type"].startswith(accept.split(";")[0])
-        return "\nmoescope_collector_up 1.0\n" in answers[-1].text
-
-    wait_until(is_answered, "the collector answers a scrape")
-    return answers[-1].text
-
-
-def scrape(deployment, accept="text/plain"):
+def samples_in(deployment, accept="text/plain"):
     is_open = accept.startswith("application/openmetrics")
     parse = parse_openmetrics if is_open else parse_text
-    families = parse(scrape_text(deployment, accept))
+    families = parse(scrape(deployment.url, accept))
     return [sample for family in families for sample in family.samples]
 
 
@@ -70,13 +57,13 @@ def served(deployment):
     deployment.engine.step(finished=[running])
     assert deployment.http.get("/routes/lost?wait_s=5").json()["traces"][0]["complete"] is False
     deployment.frontend.add("running")
-    wait_until(lambda: value(scrape(deployment), "moescope_sequences_running") == 1, "one runs")
+    wait_until(lambda: value(samples_in(deployment), "moescope_sequences_running") == 1, "one runs")
     return deployment
 
 
 @pytest.mark.parametrize("accept", ["text/plain", OPENMETRICS])
 def test_one_scrape_holds_both_and_the_totals_are_those_of_experts(served, accept):
-    samples = scrape(served, accept)
+    samples = samples_in(served, accept)
     assert any(sample.name.startswith(("python_", "process_", "vllm")) for sample in samples)
     assert not [s.name for s in ours(samples) if s.name.endswith("_created")]
     rows = 3 * NUM_ROWS + len(PROMPT)
@@ -113,7 +100,7 @@ def test_one_scrape_holds_both_and_the_totals_are_those_of_experts(served, accep
 
 
 def test_every_metric_is_declared_and_every_declared_one_is_shown(served):
-    families = parse_openmetrics(scrape_text(served, OPENMETRICS))
+    families = parse_openmetrics(scrape(served.url, OPENMETRICS))
     shown = [f for f in families if f.name.startswith("moescope_")]
     assert {family.name for family in shown} == set(METRICS)
     for family in shown:
@@ -167,33 +154,33 @@ def test_a_window_longer_than_a_big_model_keeps_is_refused():
     """58 layers of 256 experts, as DeepSeek-V3 has them: 64 MiB are 282 marks, 281 slices."""
     hello = dataclasses.replace(HELLO, layers=list(range(3, 61)), num_experts=256, num_blocks=8)
     with Deployment(hello=hello).running() as deployment, Client(deployment.url) as client:
-        wait_until(lambda: hello.model in scrape_text(deployment), "the worker said hello")
+        wait_until(lambda: hello.model in scrape(deployment.url), "the worker said hello")
         assert client.experts(window_s=2810.0).window_s < 60.0
         with pytest.raises(InvalidQueryError, match=r"kept for 2810 s, got 2810\.5"):
             client.experts(window_s=2810.5)
 
 
 def test_reset_leaves_the_prometheus_counters_alone(served, client):
-    before = value(scrape(served), "moescope_expert_tokens_total")
+    before = value(samples_in(served), "moescope_expert_tokens_total")
     since_s = client.reset()
     counts = client.experts()
     assert (counts.num_rows, counts.counts.sum(), counts.since_s) == (0, 0, since_s)
     body = served.http.get("/experts").json()
     assert body["entropy"] == [None, None]
-    assert value(scrape(served), "moescope_expert_tokens_total") == before
+    assert value(samples_in(served), "moescope_expert_tokens_total") == before
 
 
 def test_pause_and_resume(served, client):
     try:
         assert client.pause() == "paused"
         assert client.info().capture == "paused"
-        assert value(scrape(served), "moescope_capture_on") == 0
+        assert value(samples_in(served), "moescope_capture_on") == 0
         recorder = served.engine.recorder
         wait_until(lambda: not recorder._is_capturing, "the worker pauses")
         served.complete("paused")
         (trace,) = client.routes("cmpl-paused")
         assert (trace.complete, trace.coverage) == (False, 0.0)
-        assert value(scrape(served), "moescope_rows_lost_total", reason="paused") == NUM_ROWS
+        assert value(samples_in(served), "moescope_rows_lost_total", reason="paused") == NUM_ROWS
     finally:
         assert client.resume() == "on"
     wait_until(lambda: recorder._is_capturing, "the worker goes on")
@@ -287,6 +274,6 @@ def test_a_window_without_traffic_shows_no_balance():
 
 def test_a_server_that_shows_no_experts(monkeypatch, served):
     monkeypatch.setenv("MOESCOPE_ROUTES_EXPERT_METRICS", "off")
-    names = {sample.name for sample in ours(scrape(served))}
+    names = {sample.name for sample in ours(samples_in(served))}
     assert "moescope_expert_tokens_total" not in names
     assert "moescope_layer_active_experts" in names

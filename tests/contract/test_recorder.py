@@ -19,8 +19,8 @@ from moescope_service.messages import pack, unpack, unpack_steps
 from tests.unit.engine_sim import Engine as SimEngine
 from tests.unit.kv_sim import Seq
 from tests.unit.sim_encoder import SimEncoder
+from tests.waiting import DEADLINE_S, wait_until
 
-from .deployment import DEADLINE_S, wait_until
 from .fake_engine import HELLO, Engine, rows_of
 
 
@@ -168,7 +168,7 @@ def test_the_recorder_outlives_what_its_link_gave_up(address):
             last = engine.recorder._seq - 1
             seqs = []
             while not seqs or seqs[-1] != last:
-                if not socket.poll(3000):
+                if not socket.poll(DEADLINE_S * 1000):
                     break
                 kind, steps = collector.receive()
                 if kind == "steps":

@@ -19,8 +19,9 @@ from vllm.utils.serial_utils import numpy2base64
 import moescope
 from moescope import errors, formats
 from moescope.trace import Source
+from tests.waiting import wait_until
 
-from .deployment import Deployment, wait_until
+from .deployment import Deployment
 from .fake_engine import OUTPUT, PROMPT, rows_of
 
 NUM_ROWS = len(PROMPT) + len(OUTPUT) - 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,13 @@ from moescope_service.api.collector_client import CollectorClient
 from moescope_service.errors import RefusedError
 from moescope_service.messages import Register, pack, pack_dataclass, pack_hello, unpack
 from moescope_service.settings import RUNTIME_DIR
+from tests.waiting import DEADLINE_S, wait_until
 
-from .deployment import DEADLINE_S, start_collector, stop_collector, wait_until
+from .deployment import start_collector, stop_collector
 from .fake_engine import HELLO
 
 PARENT = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 from moescope_service import runtime
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as vLLM's server does
@@ -36,14 +39,21 @@ except runtime.RefusedError as error:
     sys.exit(3)
 assert len(started) == 1
 print(started[0].pid, os.environ["MOESCOPE_RUNTIME_DIR"], flush=True)
-signal.pause()
+while True:
+    time.sleep(0.1)  # signal.pause() sleeps on where a signal comes just before it
 """
 
 
-def start_parent(**env: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def start_parent(**env: str) -> Iterator[subprocess.Popen[str]]:
     clean = {name: value for name, value in os.environ.items() if name != RUNTIME_DIR}
-    return subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**clean, **env})  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, env={**clean, **env}, **pipes) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
 
 
 def is_alive(pid: int) -> bool:
@@ -65,7 +75,7 @@ def test_the_collector_ends_with_its_parent(how):
             parent.send_signal(how)
             parent.wait(DEADLINE_S)
             wait_until(lambda: not is_alive(pid), "the collector ends")
-            wait_until(lambda: not Path(directory).exists(), "its directory is removed", 3)
+            wait_until(lambda: not Path(directory).exists(), "its directory is removed")
         finally:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from dashboards import build
 from moescope import datasets, replay
-from moescope.servers import Server, captured_command, free_ports
+from moescope.servers import Server, captured_command
 from moescope_service import bundled_model
 from tests.e2e.conftest import API_KEY, serving
+from tests.e2e.prometheus import Query, prometheus
 
 from .test_generated import RULES, panels, rules
 
@@ -41,50 +39,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def ask(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def ask(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Query]:
     """Return a function that queries a Prometheus which has seen load for some scrapes."""
-    directory, (port,) = tmp_path_factory.mktemp("prometheus"), free_ports(1)
-    target = server.url.removeprefix("http://")
-    config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(RULES)],
-        "scrape_configs": [{"job_name": "moescope", "static_configs": [{"targets": [target]}]}],
-    }
-    (directory / "prometheus.yml").write_text(json.dumps(config))
-    command = ["prometheus", f"--config.file={directory / 'prometheus.yml'}",
-               f"--storage.tsdb.path={directory / 'data'}",
-               f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
-    with (directory / "prometheus.log").open("wb") as log:
-        try:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        except FileNotFoundError:
-            pytest.skip("prometheus is not installed (Debian's package prometheus)")
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10.0) as http:
-                yield _loaded(http, server)
-        finally:
-            process.terminate()
-            process.wait(20)
+    directory = tmp_path_factory.mktemp("prometheus")
+    with prometheus(server, directory, rule_files=[str(RULES)]) as ask:
+        give_load(server, ask)
+        yield ask
 
 
-def _loaded(http: httpx.Client, server: Server) -> Any:
-    def ask(expression: str) -> list[Any]:
-        answer = http.get("/api/v1/query", params={"query": expression})
-        body = answer.json()
-        assert body["status"] == "success", f"{expression}: {body}"
-        return list(body["data"]["result"])
-
+def give_load(server: Server, ask: Query) -> None:
     questions = [item.question for item in datasets.sample()]
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
         asyncio.run(_load(server, questions[:16]))
-        try:
-            if ask("sum(increase(moescope_trace_rows_total[10s])) > 0") and ask(
-                "moescope:expert_share:rate5m"
-            ):
-                return ask
-        except httpx.TransportError:  # not up yet
-            time.sleep(0.2)
+        if ask("sum(increase(moescope_trace_rows_total[10s])) > 0") and ask(
+            "moescope:expert_share:rate5m"
+        ):
+            return
     pytest.fail(f"Prometheus has not seen the load within {WAIT_S:g} s")
 
 
@@ -102,7 +73,7 @@ def substituted(expression: str) -> str:
     return expression
 
 
-def test_every_query_returns_data(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_query_returns_data(ask: Query, capsys: pytest.CaptureFixture[str]) -> None:
     lines, empty = [], []
     for name in build.BOARDS:
         for panel in panels(json.loads((build.GENERATED / f"{name}.json").read_text())):
@@ -124,7 +95,7 @@ def test_every_query_returns_data(ask: Any, capsys: pytest.CaptureFixture[str]) 
     assert not empty, "no data:\n" + "\n".join(empty)
 
 
-def test_every_variable_offers_something(ask: Any) -> None:
+def test_every_variable_offers_something(ask: Query) -> None:
     for name in build.BOARDS:
         board = json.loads((build.GENERATED / f"{name}.json").read_text())
         for variable in board["templating"]["list"]:
@@ -136,12 +107,12 @@ def test_every_variable_offers_something(ask: Any) -> None:
                 assert all(one["metric"] for one in found), (name, variable["name"])
 
 
-def test_nothing_is_wrong_with_a_server_that_is_well(ask: Any) -> None:
+def test_nothing_is_wrong_with_a_server_that_is_well(ask: Query) -> None:
     firing = ask('ALERTS{alertstate="firing"}')
     assert not firing, firing
 
 
-def test_it_is_there_when_the_picture_is_drawn(ask: Any, tmp_path: Path) -> None:
+def test_it_is_there_when_the_picture_is_drawn(ask: Query, tmp_path: Path) -> None:
     from dashboards import draw
 
     draw.draw(lambda expression: ask(substituted(expression)), tmp_path / "experts.png")

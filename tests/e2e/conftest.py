@@ -55,11 +55,13 @@ def eager_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def compiled_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """vLLM's own server with the plugin, compiled, with a store of 512 KiB."""
+    """vLLM's own server with the plugin, compiled, with a store of 512 KiB and a route log."""
     directory = tmp_path_factory.mktemp("compiled")
+    (directory / "logs").mkdir()
     command = stock_command(["--model", str(bundled_model.path())])
     env = {
         "MOESCOPE_ENABLE": "1",
+        "MOESCOPE_ROUTES_LOG": str(directory / "logs" / "routes.jsonl"),
         "MOESCOPE_ROUTES_MEMORY": "512KiB",
         "MOESCOPE_ROUTES_WEIGHTS_DTYPE": "float32",
         "VLLM_PLUGINS": "moescope",

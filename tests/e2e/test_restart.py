@@ -16,6 +16,7 @@ from moescope.servers import Server, captured_command
 from moescope_service import bundled_model
 from tests.fidelity import faults_served
 from tests.fidelity.faults_served import collector_pid, judge, until
+from tests.waiting import scrape, wait_until
 
 from .conftest import API_KEY, MODEL, serving
 from .fidelity import SHARED, compare
@@ -58,7 +59,11 @@ async def kill_amid_streams(server: Server) -> tuple[str, list[str]]:
             if number == 10:
                 os.kill(killed, signal.SIGKILL)
                 # The model does not wait for anybody: it goes on meanwhile.
-                await until(503, http, "GET", "/moescope/info")
+                await asyncio.to_thread(
+                    wait_until,
+                    lambda: collector_pid(server) not in {None, killed},
+                    "another one is started",
+                )
                 await until(200, http, "GET", "/moescope/info")
         return before.id, [amid, *(one.id for one in await asyncio.gather(*others))]
 
@@ -78,7 +83,7 @@ def test_a_kill_under_load(server: Server) -> None:
             assert not trace.complete
             assert judge([trace])["wrong_rows"] == 0
             print(f"{first} of {trace.num_rows} rows were routed before the collector was back")
-        metrics = httpx.get(f"{server.url}/metrics").text
+        metrics = scrape(server.url)
         assert 'moescope_collector_restarts_total{model_name="bundled"} 1.0' in metrics
         assert 'moescope_step_gaps_total{model_name="bundled"} 0.0' in metrics
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,9 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from moescope import Client, RouteTrace, Source, formats
 from moescope.errors import AuthenticationError, InvalidQueryError, RequestNotFoundError
-from moescope.servers import Server, free_ports
+from moescope.servers import Server
+from tests.waiting import scrape, wait_until
 
 from .conftest import API_KEY, MODEL
+from .prometheus import prometheus
 
 QUESTION = [{"role": "user", "content": "Tom has 3 apples and buys 4. How many has he now?"}]
 
@@ -183,7 +184,7 @@ def expert_totals(text: str, parse: Callable[[str], Iterator[object]]) -> dict[s
 def test_counts_are_rows_times_top_k(
     chat: openai.OpenAI, eager: Client, eager_server: Server
 ) -> None:
-    before = expert_totals(httpx.get(f"{eager_server.url}/metrics").text, parse_text)
+    before = expert_totals(scrape(eager_server.url), parse_text)
     eager.reset()
     prompts = ["Tom has 3 apples. " * 10, "Sara walks. " * 30]
     response = chat.completions.create(model=MODEL, prompt=prompts, max_tokens=20)
@@ -198,7 +199,7 @@ def test_counts_are_rows_times_top_k(
     prefill, decode = eager.experts("prefill"), eager.experts("decode")
     np.testing.assert_array_equal(prefill.counts + decode.counts, experts.counts)
     for parse, accept in ((parse_text, "text/plain"), (parse_open, "application/openmetrics-text")):
-        text = httpx.get(f"{eager_server.url}/metrics", headers={"Accept": accept}).text
+        text = scrape(eager_server.url, accept)
         assert "\nvllm:num_requests_running{" in text  # named as vLLM's own server names it
         after = expert_totals(text, parse)
         assert after["prefill"] - before["prefill"] == prefill.counts.sum()
@@ -206,14 +207,16 @@ def test_counts_are_rows_times_top_k(
 
 
 def test_pause_and_resume(chat: openai.OpenAI, eager: Client) -> None:
+    def trace() -> RouteTrace:
+        response = chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=4)
+        (trace,) = eager.routes(response.id)
+        assert trace.complete == bool(trace.present.all())
+        return trace
+
     eager.pause()
-    paused = chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=4)
+    wait_until(lambda: trace().coverage == 0.0, "the worker pauses")
     eager.resume()
-    resumed = chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=4)
-    (trace,) = eager.routes(paused.id)
-    assert not trace.complete
-    assert trace.coverage == 0.0
-    check(eager.routes(resumed.id), resumed.usage)
+    wait_until(lambda: trace().complete, "the worker goes on")
 
 
 def test_the_log_has_one_record_a_row_and_logged_layer(
@@ -221,12 +224,20 @@ def test_the_log_has_one_record_a_row_and_logged_layer(
 ) -> None:
     response = chat.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=10)
     (trace,) = eager.routes(response.id)
-    with (eager_server.log.parent / "routes.jsonl").open() as log:
-        meta, *records = map(json.loads, log)
+
+    def logged() -> list[dict[str, Any]]:
+        whole, _, _ = (eager_server.log.parent / "routes.jsonl").read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def written() -> list[dict[str, Any]]:
+        found = [record for record in logged()[1:] if record["req_id"] == response.id]
+        return found if len(found) >= trace.num_rows * 2 else []
+
+    mine = wait_until(written, "the request is in the log")
+    meta = logged()[0]
     assert meta["type"] == "meta"
     assert meta["layers_logged"] == [0, 2]
     assert {"model_id", "vllm_version", "torch_version", "device", "seed", "top_k"} <= set(meta)
-    mine = [record for record in records if record["req_id"] == response.id]
     assert len(mine) == trace.num_rows * 2
     for record in mine:
         row, column = record["token_idx"], trace.layers.tolist().index(record["layer"])
@@ -312,56 +323,19 @@ def test_prometheus_scrapes_it(
     eager_server: Server, tmp_path: Path, chat: openai.OpenAI, eager: Client
 ) -> None:
     chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=2)
-    totals = eager.experts()  # counts since the last reset, so Prometheus sees at least as many
-    target, (port,) = eager_server.url.removeprefix("http://"), free_ports(1)
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "scrape_configs: [{job_name: moescope, scrape_interval: 1s, "
-        f"static_configs: [{{targets: ['{target}']}}]}}]"
-    )
-    with prometheus(config, port, tmp_path) as query:
-        assert query('up{job="moescope"}') == 1.0
-        assert query("moescope_collector_up") == 1.0
-        assert query("sum(moescope_expert_tokens_total)") >= totals.counts.sum()
-        assert query("count(vllm:num_requests_running)") == 1.0
-
-
-@contextlib.contextmanager
-def prometheus(config: Path, port: int, directory: Path) -> Iterator[Callable[[str], float]]:
-    """Run Debian's Prometheus and yield a query that waits for its first sample."""
-    command = [
-        "prometheus",
-        f"--config.file={config}",
-        f"--storage.tsdb.path={directory / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with (directory / "prometheus.log").open("wb") as log:
-        try:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        except FileNotFoundError:
-            pytest.skip("prometheus is not installed (Debian's package prometheus)")
-
-    def query(expression: str) -> float:
-        deadline_s = time.monotonic() + 30
-        while time.monotonic() < deadline_s:
-            with contextlib.suppress(httpx.TransportError):
-                url = f"http://127.0.0.1:{port}/api/v1/query"
-                answer = httpx.get(url, params={"query": expression}).json()
-                if answer.get("data", {}).get("result"):
-                    return float(answer["data"]["result"][0]["value"][1])
-            time.sleep(0.2)
-        log = (directory / "prometheus.log").read_text()[-2000:]
-        pytest.fail(f"Prometheus has no sample for {expression}; its log ends: {log}")
-
-    try:
-        yield query
-    finally:
-        process.terminate()
-        process.wait(10)
+    total = eager.experts().counts.sum()  # since the last reset: Prometheus sees at least as many
+    with prometheus(eager_server, tmp_path) as ask:
+        for wanted in (
+            'up{job="moescope"} == 1',
+            "moescope_collector_up == 1",
+            f"sum(moescope_expert_tokens_total) >= {total}",
+            "count(vllm:num_requests_running) == 1",
+        ):
+            wait_until(lambda wanted=wanted: ask(wanted), wanted)
 
 
 def test_names_and_labels_are_fit_for_prometheus(eager_server: Server) -> None:
-    text = httpx.get(f"{eager_server.url}/metrics").text
+    text = scrape(eager_server.url)
     assert "_created" not in our_lines(text)
     checked = subprocess.run(
         ["promtool", "check", "metrics"],

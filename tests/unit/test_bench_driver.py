@@ -56,7 +56,7 @@ def test_times_are_those_of_the_server():
         assert record.itls_s == pytest.approx(
             [after - before for before, after in itertools.pairwise(record.chunk_s)]
         )
-        assert one.duration_s > record.e2el_s + 0.04
+        assert one.start_s + one.duration_s >= seen.sent_s[4]  # that of the usage's chunk
     assert min(late) >= 0
     assert min(late) < 0.01
     assert max(late) < BUSY_S
@@ -159,7 +159,7 @@ def test_no_server_is_a_failed_connection():
 def test_the_run_goes_on_after_every_failure():
     scripts = [*map(list, BROKEN.values()), *map(list, MALFORMED.values()), answer()]
     with serving(lambda number, body: list(scripts[number])) as server:
-        one = run(server, conversations(len(scripts)), timeout_s=3.0)
+        one = run(server, conversations(len(scripts)), timeout_s=BUSY_S)
     summary = latency.summarize(one.records, one.duration_s)
     assert (summary.completed, summary.failed) == (1, len(scripts) - 1)
     assert summary.errors == {"malformed": len(MALFORMED), **dict.fromkeys(BROKEN, 1)}
@@ -204,11 +204,11 @@ def test_a_server_that_stalls_does_not_slow_the_schedule():
 
 
 def test_an_open_loop_may_be_bounded_and_waiting_is_told_apart_from_lag():
-    with serving(lambda number, body: answer(1, 0.1)) as server:
+    with serving(lambda number, body: answer(1, 0.3)) as server:
         one = run(server, conversations(3), pace=Pace(due_s=[0.0] * 3, max_concurrency=1))
     for before, after in itertools.pairwise(one.records):
         assert after.sent_s >= before.sent_s + before.e2el_s
-        assert after.queue_s >= 0.09  # the answer before it took 0.1 s
+        assert after.queue_s >= 0.2  # the answer before it took 0.3 s
         assert after.queue_s > after.lag_s
         assert after.lag_s == pytest.approx(after.sent_s - after.queue_s)
         assert after.lag_s < BUSY_S

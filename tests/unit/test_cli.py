@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_serve_passes_everything_on_untouched(tmp_path):
 @pytest.fixture
 def served():
     """A server that answers chats, keeps routes, and refuses the prompt `bad`."""
-    traces = {}
+    traces, numbers = {}, itertools.count()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -149,8 +150,9 @@ def served():
             if prompt == "bad":
                 self.answer(400, b'{"error": {"message": "refused"}}')
                 return
-            values = completion(prompt, len(traces))
-            traces[values["id"]] = make_trace(len(traces), request_id=values["id"])
+            number = next(numbers)  # several are asked at once
+            values = completion(prompt, number)
+            traces[values["id"]] = make_trace(number, request_id=values["id"])
             self.answer(200, orjson.dumps(values))
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from moescope import Client, RouteTrace
 from moescope.servers import Server, captured_command, free_ports, wait_ready
 from moescope_service import bundled_model
 from tests.fidelity.bundled import steps_in
+from tests.waiting import DEADLINE_S, scrape
 
 MODEL = "bundled"
 START_TIMEOUT_S = 300.0
-DEADLINE_S = 60.0
 BLOCK = 32
 """Tokens a KV block."""
 BUDGET = 64
@@ -85,10 +84,9 @@ class Served:
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples with these labels."""
-        text = httpx.get(f"{self.server.url}/metrics").text
         return sum(
             sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(scrape(self.server.url))
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
@@ -118,15 +116,6 @@ def random_prompt(rng: np.random.Generator, num_tokens: int) -> list[int]:
     """Return a prompt that no other request shares."""
     prompt: list[int] = rng.integers(16, 1000, num_tokens).tolist()
     return prompt
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Poll until something holds; fail when it never does."""
-    end_s = time.monotonic() + deadline_s
-    while not (value := condition()):
-        assert time.monotonic() < end_s, f"{what}: not within {deadline_s:g} s"
-        time.sleep(0.01)
-    return value
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ import pytest
 
 from moescope_service.histogram import count_selections
 from tests.fidelity.bundled import reference, reference_model
-from tests.fidelity.situations.served import BUDGET, random_prompt, serve, wait_until
+from tests.fidelity.situations.served import BUDGET, random_prompt, serve
+from tests.waiting import wait_until
 
 
 def test_counts_are_those_of_the_models_routes(

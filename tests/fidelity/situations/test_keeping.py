@@ -21,8 +21,8 @@ from tests.fidelity.situations.served import (
     Served,
     check_tokens,
     random_prompt,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 
 @contextlib.contextmanager
@@ -151,6 +151,12 @@ def test_opting_out_spoils_no_other_trace(default_server: Served, rng: np.random
     tally.record()
 
 
+def probe(served: Served, rng: np.random.Generator) -> RouteTrace:
+    """Return the trace of a short request."""
+    (trace,) = served.routes(served.complete(random_prompt(rng, 4), max_tokens=1)["id"])
+    return trace
+
+
 def test_pause(default_server: Served, rng: np.random.Generator) -> None:
     """Rows of meanwhile are missing, in traces that find them in the prefix cache as well."""
     tally = Tally("pause: rows of meanwhile are missing")
@@ -160,14 +166,15 @@ def test_pause(default_server: Served, rng: np.random.Generator) -> None:
     tally.add(*default_server.routes(whole["id"]))
     with ThreadPoolExecutor() as pool:
         running = pool.submit(
-            default_server.complete, shared, {"X-Request-Id": "over"}, max_tokens=300
+            default_server.complete, shared, {"X-Request-Id": "over"}, max_tokens=800
         )
         wait_until(
             lambda: any(span.start > 3 * BLOCK + 20 for span in default_server.spans("over")),
             "the request runs",
         )
         assert client.pause() == "paused"
-        wait_until(lambda: not default_server.metric("moescope_capture_on"), "the capture is off")
+        assert not default_server.metric("moescope_capture_on")
+        wait_until(lambda: not probe(default_server, rng).present.any(), "the worker pauses")
         paused = default_server.complete(during, max_tokens=8)
         assert client.resume() == "on"
         (over,) = default_server.routes(running.result()["id"])

@@ -93,7 +93,8 @@ def test_sampling(small_server: Served, rng: np.random.Generator) -> None:
     kept = 0
     for number in range(16):
         prompts = [[*shared, 100 + number], [*shared[:BLOCK], 200 + number]]
-        response = small_server.complete(prompts, n=2, temperature=1, max_tokens=3)
+        ours = {"X-Request-Id": f"sample-{number}"}  # ids choose: the same in every run
+        response = small_server.complete(prompts, ours, n=2, temperature=1, max_tokens=3)
         try:
             traces = small_server.routes(response["id"])
         except RequestNotFoundError:

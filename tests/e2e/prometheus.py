@@ -1,0 +1,65 @@
+"""Debian's Prometheus beside a server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from moescope.servers import Server, free_ports
+from tests.waiting import wait_until
+
+Query = Callable[[str], list[Any]]
+"""Returns the series that a PromQL expression finds."""
+
+
+@contextlib.contextmanager
+def prometheus(server: Server, directory: Path, **config: Any) -> Iterator[Query]:
+    """Run a Prometheus that scrapes a server every second; gives what queries it.
+
+    Args:
+        server: What is scraped.
+        directory: Where its files go.
+        config: More of its configuration.
+    """
+    target, (port,) = server.url.removeprefix("http://"), free_ports(1)
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "scrape_configs": [{"job_name": "moescope", "static_configs": [{"targets": [target]}]}],
+        **config,
+    }
+    (directory / "prometheus.yml").write_text(json.dumps(config))
+    command = ["prometheus", f"--config.file={directory / 'prometheus.yml'}",
+               f"--storage.tsdb.path={directory / 'data'}",
+               f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
+    with (directory / "prometheus.log").open("wb") as log:
+        try:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        except FileNotFoundError:
+            pytest.skip("prometheus is not installed (Debian's package prometheus)")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10.0) as http:
+            wait_until(lambda: _is_ready(http), f"Prometheus is ready ({log.name} says why not)")
+            yield lambda expression: _ask(http, expression)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _is_ready(http: httpx.Client) -> bool:
+    try:
+        return http.get("/-/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _ask(http: httpx.Client, expression: str) -> list[Any]:
+    body = http.get("/api/v1/query", params={"query": expression}).json()
+    assert body["status"] == "success", f"{expression}: {body}"
+    return list(body["data"]["result"])
