@@ -75,39 +75,43 @@ def collector_pid(server: Server) -> int | None:
 
 
 class Load:
-    """Requests with shared beginnings, some aborted, while the service is disturbed."""
+    """Requests with shared beginnings, some aborted, while the service is disturbed.
 
-    def __init__(self, server: Server, num_requests: int, seed: int) -> None:
-        self._server = server
+    Args:
+        server: Whom to ask.
+        num_requests: How many to send.
+        seed: Of what is asked.
+        kill_every: Requests after which the collector is killed once more.
+    """
+
+    def __init__(self, server: Server, num_requests: int, seed: int, *, kill_every: int) -> None:
+        self._server, self._kill_every = server, kill_every
         self._numbers = iter(range(num_requests))
         self._rng = random.Random(seed)
         self.outcome = Outcome(collections.Counter(), [])
         self._is_over = asyncio.Event()
 
-    async def run(self, *, kill_every_s: float, pause_every_s: float) -> Outcome:
+    async def run(self, *, pause_every_s: float) -> Outcome:
         """Send all requests and fetch the trace of each at once."""
         headers = {"Authorization": f"Bearer {API_KEY}"}
         async with httpx.AsyncClient(
             base_url=self._server.url, headers=headers, timeout=120
         ) as http:
-            disturbers = [
-                asyncio.create_task(self._disturb(kill_every_s, self._kill)),
-                asyncio.create_task(self._disturb(pause_every_s, lambda: self._pause(http))),
-            ]
+            pauses = asyncio.create_task(self._pauses(http, pause_every_s))
             await asyncio.gather(*(self._client(http) for _ in range(CONCURRENCY)))
             self._is_over.set()
-            await asyncio.gather(*disturbers)
+            await pauses
         return self.outcome
 
-    async def _disturb(self, every_s: float, disturb: Any) -> None:
+    async def _pauses(self, http: httpx.AsyncClient, every_s: float) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._is_over.wait(), every_s)
             if self._is_over.is_set():
                 return
-            await disturb()
+            await self._pause(http)
 
-    async def _kill(self) -> None:
+    def _kill(self) -> None:
         pid = collector_pid(self._server)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
@@ -143,6 +147,8 @@ class Load:
             except httpx.TimeoutException:
                 self.outcome.counts["aborted"] += 1
             self.outcome.counts["requests"] += 1
+            if self.outcome.counts["requests"] % self._kill_every == 0:
+                self._kill()
             await self._fetch(http, request_id)
 
     def _prompt(self) -> str:
@@ -205,18 +211,18 @@ def wrong_rows(trace: RouteTrace, counts: collections.Counter[str]) -> int:
     return int(wrong.any((-1, -2)).sum())
 
 
-def run(num_requests: int, seed: int, *, kill_every_s: float = 11.0) -> dict[str, Any]:
+def run(num_requests: int, seed: int, *, kill_every: int = 150) -> dict[str, Any]:
     """Serve, disturb, compare; return the figures."""
     with tempfile.TemporaryDirectory() as name, faulty_server(Path(name), seed, CHANCES) as server:
-        load = Load(server, num_requests, seed)
+        load = Load(server, num_requests, seed, kill_every=kill_every)
         started_s = time.perf_counter()
-        outcome = asyncio.run(load.run(kill_every_s=kill_every_s, pause_every_s=8.0))
+        outcome = asyncio.run(load.run(pause_every_s=8.0))
         served_s = time.perf_counter() - started_s
     judged = judge(outcome.traces)
     zeros = dict.fromkeys(["complete_and_wrong", "wrong_rows", "near_ties"], 0)
     return {
         "chances": CHANCES,
-        "kill_every_s": kill_every_s,
+        "kill_every": kill_every,
         "served_s": round(served_s, 1),
         **dict(sorted((zeros | outcome.counts | judged).items())),
     }
