@@ -188,11 +188,6 @@ def pack(kind: str, arrays: Frames = (), **fields: Any) -> list[Any]:
     return [orjson.dumps({"kind": kind, **fields}), *arrays]
 
 
-def pack_dataclass(kind: str, message: Hello | Register, arrays: Frames = ()) -> list[Any]:
-    """Return the frames of a `Hello` or a `Register`."""
-    return pack(kind, arrays, **dataclasses.asdict(message))
-
-
 def pack_hello(
     hello: Hello, *, is_capturing: bool = True, snapshot: Snapshot | None = None
 ) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import zmq
 from moescope_service import runtime
 from moescope_service.api.collector_client import CollectorClient
 from moescope_service.errors import RefusedError
-from moescope_service.messages import Register, pack, pack_dataclass, pack_hello, unpack
+from moescope_service.messages import Register, pack, pack_hello, unpack
 from moescope_service.settings import RUNTIME_DIR
 from tests.waiting import DEADLINE_S, wait_until
 
@@ -145,7 +146,7 @@ def test_an_answer_that_cannot_be_given_when_it_is_due_is_left_out(address, sock
             internal_id="a-i", request_id="a", ids=["a"], index=0, model="tiny", lora=None,
             prompt_len=1, created_s=0.0, keep=True,
         )  # fmt: skip
-        socket.send_multipart(pack_dataclass("register", register))
+        socket.send_multipart(pack("register", **dataclasses.asdict(register)))
         socket.send_multipart(pack("query", op="routes", request_id="a", wait_s=0.01))  # no number
         assert ask(socket, op="routes", request_id="a", wait_s=0.5)["status"] == "running"
         assert process.poll() is None

@@ -17,7 +17,6 @@ from moescope_service.messages import (
     Register,
     Step,
     pack,
-    pack_dataclass,
     pack_hello,
     pack_steps,
 )
@@ -164,7 +163,8 @@ class Bench:
     def register(self, name: str, prompt: Any = (1, 2, 3, 4), **changes: Any) -> None:
         message = make_register(name, prompt_len=len(prompt), **changes)
         self.collector.handle(
-            API, _wire(pack_dataclass("register", message, [np.array(prompt, np.int32)]))
+            API,
+            _wire(pack("register", [np.array(prompt, np.int32)], **dataclasses.asdict(message))),
         )
 
     def finish(self, internal_id: str, output: Any = (5, 6), reason: str = "stop") -> None:

@@ -27,7 +27,6 @@ from moescope_service.messages import (
     Register,
     pack,
     pack_all,
-    pack_dataclass,
     pack_hello,
     unpack,
 )
@@ -244,7 +243,7 @@ class Deployment:
             internal_id=name, request_id=name, ids=[name], index=0, model="tiny", lora=None,
             prompt_len=len(prompt), created_s=float(name), keep=True,
         )  # fmt: skip
-        frames = pack_dataclass("register", register, [np.array(prompt, np.int32)])
+        frames = pack("register", [np.array(prompt, np.int32)], **dataclasses.asdict(register))
         self.server.put(Told("register", name, frames))
 
     def _finish(self, seq: Seq, reason: str) -> None:

@@ -22,7 +22,7 @@ from builders import (
 from moescope.trace import Source
 from moescope_service.collector.queries import FINISHING_WAIT_S
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_all, pack_dataclass, pack_hello, pack_steps
+from moescope_service.messages import pack, pack_all, pack_hello, pack_steps
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ class TestBrokenTraces:
         bench = Bench()
         prompt = np.array([1, 2, 3, 4], np.int32)
         register = make_register("a", prompt_len=9)
-        bench.collector.handle(API, pack_dataclass("register", register, [prompt]))
+        bench.collector.handle(API, pack("register", [prompt], **dataclasses.asdict(register)))
         bench.step([(0, 0, 5)], admitted=[admit(0, "a-i", 4, [0, 1])])
         bench.finish("a-i")
         return bench
@@ -306,134 +306,6 @@ def test_answers_go_to_who_asked(bench):
     bench.collector.handle(b"other", pack("query", op="info", number=9))
     (peer, frames) = bench.collector.outbox[-1]
     assert (peer, orjson.loads(frames[0])["number"]) == (b"other", 9)
-
-
-class TestCauses:
-    """Why rows are missing, in the metrics."""
-
-    def missing(self, bench):
-        return {k: n for k, n in bench.answered("metrics").values["missing"].items() if n}
-
-    def test_a_whole_trace_misses_nothing(self, bench):
-        bench.run("a")
-        assert self.missing(bench) == {}
-        assert bench.answered("metrics").values["trace_rows"] == {"computed": 5}
-
-    @pytest.mark.parametrize("reason", ["queue_full", "paused", "hook_missed"])
-    def test_rows_that_were_lost_on_the_way(self, bench, reason):
-        bench.register("a")
-        bench.step([(0, 0, 4)], admitted=[admit(0, "a-i", 4, [0, 1])])
-        bench.step([(0, 4, 1)], lost=reason)
-        bench.finish("a-i")
-        bench.end()
-        assert self.missing(bench) == {reason: 1}
-        rows = bench.answered("metrics").values["trace_rows"]
-        assert rows == {"computed": 4, "cached": 0, "missing": 1}
-
-    def test_a_hit_on_a_block_whose_rows_never_came(self, bench):
-        bench.register("a")
-        bench.step([(0, 4, 1)], admitted=[admit(0, "a-i", 5, [7, 8], cached=4)])
-        bench.finish("a-i", output=[9])
-        bench.end()
-        assert self.missing(bench) == {"not_captured": 4}
-
-    @pytest.mark.parametrize("reason", ["stop", "abort"])
-    def test_steps_that_were_lost_altogether(self, bench, reason):
-        bench.start("a")
-        bench.lose_step()
-        bench.finish("a-i", reason=reason)
-        bench.end()
-        assert bench.traces("a")[0].coverage == 0
-        assert self.missing(bench) == {"not_captured": 5}
-
-    def test_a_block_that_went_to_another_sequence(self, bench):
-        bench.start("a")
-        bench.step([(1, 0, 4)], admitted=[admit(1, "b-i", 4, [0])])
-        bench.finish("a-i")
-        bench.end(0)
-        assert self.missing(bench) == {"overwritten": 4}
-
-    def test_a_worker_that_never_said_how_it_ended(self, bench):
-        bench.start("a")
-        bench.finish("a-i")
-        bench.pass_s(WORKER_TIMEOUT_S)
-        assert self.missing(bench) == {"unknown": 5}
-
-    def test_a_prompt_that_was_aborted_before_it_was_routed(self, bench):
-        bench.register("a")
-        bench.step([(0, 0, 2)], admitted=[admit(0, "a-i", 4, [0, 1])])
-        bench.finish("a-i", reason="abort", output=[])
-        bench.end()
-        assert self.missing(bench) == {"not_routed": 1}
-        assert bench.answered("metrics").values["incomplete"] == {"not_routed": 1}
-        assert bench.answered("metrics").values["traces"] == {"incomplete": 1}
-
-    def test_traces_count_once_at_each_cause(self, bench):
-        bench.register("a")
-        bench.step([(0, 0, 2)], admitted=[admit(0, "a-i", 4, [0, 1])], lost="paused")
-        bench.step([(0, 2, 1)], lost="queue_full")
-        bench.finish("a-i", reason="abort", output=[7])
-        bench.end()
-        assert self.missing(bench) == {"paused": 2, "queue_full": 1, "not_routed": 1}
-        incomplete = bench.answered("metrics").values["incomplete"]
-        assert incomplete == {"paused": 1, "queue_full": 1, "not_routed": 1}
-
-    def test_a_trace_that_lacks_nothing_but_its_end(self, bench):
-        bench.register("a", prompt=(1,))
-        bench.finish("a-i", output=[])
-        bench.pass_s(WORKER_TIMEOUT_S)
-        assert self.missing(bench) == {}
-        assert bench.answered("metrics").values["incomplete"] == {"unknown": 1}
-
-    def test_an_abort_that_its_worker_never_reported(self, bench):
-        bench.start("a")
-        bench.finish("a-i", reason="abort")
-        bench.pass_s(WORKER_TIMEOUT_S)
-        assert self.missing(bench) == {"unknown": 5}
-
-    def test_a_hit_that_came_through_a_kv_connector(self):
-        bench = Bench(make_hello(trust_prefix_hits=False))
-        bench.run("first")
-        bench.register("a")
-        bench.step([(0, 4, 1)], admitted=[admit(0, "a-i", 5, [0, 8], cached=4)])
-        bench.finish("a-i", output=[9])
-        bench.end()
-        assert self.missing(bench) == {"not_captured": 4}
-
-
-def test_totals_of_a_worker_that_comes_again_are_counted_once(bench):
-    bench.count(WORKER, 0, [0, 0])
-    bench.count(WORKER, 2, [0, 2], lost={"paused": 1})
-    bench.say_hello(b"another connection")
-    bench.count(b"another connection", 2, [0, 2], lost={"paused": 1})
-    bench.count(b"another connection", 3, [1, 2], lost={"paused": 1})
-    assert bench.collector.counters.totals.sum(-1).tolist() == [[2, 2], [4, 4]]
-    assert bench.collector.counters.rows.tolist() == [1, 2]
-    assert bench.collector.stats.steps == 3
-    assert bench.collector.stats.rows_lost == {"paused": 1, "hook_missed": 0}
-
-
-def test_what_a_worker_counted_before_this_collector_came_is_in_no_count(bench):
-    bench.count(WORKER, 1_000_000, [1_000_000, 0])
-    bench.count(WORKER, 1_000_001, [1_000_000, 1])
-    for window in ({}, {"window_s": 60.0}):
-        assert bench.answered("experts", **window).values["rows"] == [0, 1]
-    values = bench.answered("metrics").values
-    assert (values["rows"], values["steps"], values["rows_captured"]) == ([0, 1], 1, 1)
-
-
-def test_where_a_stage_stood_is_heard_before_the_others_are_there():
-    bench = Bench(make_hello(num_stages=2, layers=[1]))
-    bench.count(WORKER, 5, [5, 0])
-    bench.count(WORKER, 6, [6, 0])
-    bench.hello = make_hello(num_stages=2, stage=1, layers=[3])
-    bench.say_hello(b"second")
-    bench.count(b"second", 7, [7, 0])
-    for peer in (WORKER, b"second"):
-        bench.hello = bench.collector.workers.get(peer).hello
-        bench.count(peer, 8, [8, 0])
-    assert bench.collector.counters.totals.sum(-1).tolist() == [[6, 2], [0, 0]]
-    assert bench.collector.counters.rows.tolist() == [3, 0]
 
 
 def test_a_step_in_pieces_is_counted_once(bench):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from builders import API, WORKER, Bench, admit, make_hello, make_register
@@ -9,7 +11,7 @@ from builders import API, WORKER, Bench, admit, make_hello, make_register
 from moescope.trace import Source
 from moescope_service.api.journal import Journal
 from moescope_service.collector.core import Collector
-from moescope_service.messages import Ongoing, Snapshot, pack, pack_dataclass, pack_hello, unpack
+from moescope_service.messages import Ongoing, Snapshot, pack, pack_hello, unpack
 from moescope_service.settings import Settings
 
 
@@ -147,7 +149,7 @@ def test_steps_of_a_worker_that_was_replaced_are_left_out(bench):
 
 def test_who_has_not_said_who_it_is_is_not_listened_to():
     collector = Collector(Settings(), epoch=3)
-    register = pack_dataclass("register", make_register("a"))
+    register = pack("register", **dataclasses.asdict(make_register("a")))
     collector.handle(API, register)
     assert not list(collector.sequences)
     collector.handle(API, pack("server"))
@@ -159,7 +161,8 @@ def test_who_has_not_said_who_it_is_is_not_listened_to():
 def test_the_journal_tells_of_what_runs_and_of_nothing_else():
     journal, told = Journal(), {}
     for name in ("runs", "over", "deleted"):
-        told[name] = pack_dataclass("register", make_register(name), [np.zeros(4, np.int32)])
+        register = dataclasses.asdict(make_register(name))
+        told[name] = pack("register", [np.zeros(4, np.int32)], **register)
         journal.note("register", [f"{name}-i"], told[name])
     alias = pack("alias", internal_ids=["runs-i", "over-i"], alias="other")
     journal.note("alias", ["runs-i", "over-i"], alias)

@@ -14,7 +14,6 @@ from moescope_service.messages import (
     Register,
     pack,
     pack_all,
-    pack_dataclass,
     pack_steps,
     unpack,
     unpack_steps,
@@ -86,7 +85,7 @@ def test_hello_and_register_survive():
         ("hello", make_hello(seed=None), Hello),
         ("register", make_register("r/1 ü", lora="adapter"), Register),
     ):
-        got, values = unpack(pack_dataclass(kind, message))
+        got, values = unpack(pack(kind, **dataclasses.asdict(message)))
         assert (got, of(**values)) == (kind, message)
 
 
