@@ -13,8 +13,9 @@ from moescope_service.api.collector_client import CollectorClient
 from moescope_service.errors import RefusedError
 from moescope_service.offline import OfflineCapture
 from moescope_service.settings import RUNTIME_DIR, Settings
+from tests.waiting import wait_until
 
-from .deployment import Deployment, start_collector, stop_collector, wait_until
+from .deployment import Deployment, start_collector, stop_collector
 from .fake_engine import OUTPUT, PROMPT
 
 
