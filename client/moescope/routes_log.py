@@ -124,12 +124,12 @@ def _meta_line(info: ServerInfo, layers: Sequence[int]) -> bytes:
 def read(path: Path, num_experts: int | None = None) -> LoggedRoutes:
     """Count the selections in a route log.
 
+    A line may be cut off where a server was killed: the last one, or the one before the meta line
+    of the next server.
+
     Args:
         path: The log.
         num_experts: Routed experts a layer, for a log whose meta line does not say it.
-
-    A line may be cut off where a server was killed: the last one, or the one before the meta line
-    of the next server.
 
     Raises:
         FormatError: The file is no route log, or does not say the number of experts.

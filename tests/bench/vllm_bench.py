@@ -188,19 +188,14 @@ def verdict(rounds: Sequence[dict[str, dict[str, float]]], metric: str) -> dict[
     spread = max(map(abs, bootstrap_interval(again, 0)))
     median = float(np.median(ours))
     limit = max(LIMIT_PERCENT, spread)
+    said = "agrees" if abs(median) <= limit else "differs"
     return {
         "median_difference_percent": median,
         "interval_95_of_mean_percent": bootstrap_interval(ours, 0),
         "vllm_again_median_difference_percent": float(np.median(again)),
         "vllm_again_spread_percent": spread,
         "limit_percent": limit,
-        "verdict": (
-            "too noisy to say"
-            if spread > NOISY_PERCENT
-            else "agrees"
-            if abs(median) <= limit
-            else "differs"
-        ),
+        "verdict": said if spread <= NOISY_PERCENT else "too noisy to say",
     }
 
 

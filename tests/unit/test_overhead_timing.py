@@ -62,3 +62,12 @@ def test_the_file_is_written_after_every_round(tmp_path):
     assert (tmp_path / "o.png").stat().st_size > 10_000
     assert table.render(whole).row_count == len(comparison.METRICS)
     assert [one.name for one in tmp_path.iterdir()] != []
+
+
+def test_any_number_of_arms_is_drawn(tmp_path):
+    (by_metric,) = timing.summarize(paired(moescope=[1.0] * 3), 0)["differences"].values()
+    differences = {f"arm {number}": by_metric for number in range(9)}
+    plot.draw_rows(
+        tmp_path / "o.png", differences, rows=comparison.METRICS, xlabel="percent", title="many"
+    )
+    assert (tmp_path / "o.png").stat().st_size > 10_000
