@@ -19,7 +19,7 @@ import orjson
 from moescope.errors import FormatError
 from moescope.overhead import plot
 from moescope.overhead.arms import BUILT_IN, DEFAULT, MOESCOPE, STOCK, STOCK_AGAIN
-from tests.gpu.loads import Workload, workloads
+from tests.gpu.loads import ENGINE_ITL, WALL, Workload, workloads
 
 BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
 WITHIN, UNCLEAR, MISSED = "within", "not distinguishable", "missed"
@@ -27,11 +27,12 @@ NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 MIN_ROUNDS = 3
 """Sittings that were cut off before this many rounds of a load say nothing of it."""
 NOTES = """\
-Positive is slower: the wall time per token, at batch 1 the time per output token. Medians of stock;
-95% intervals of paired rounds, none narrower than what the two stock servers of the same sitting
-differ by. *Within*: the whole interval is at most the target, or it excludes zero and its mean is
-at most the target. *Missed*: it excludes zero, and its mean is above the target. *Not
-distinguishable* from zero: all others."""
+Positive is slower: *engine* is the mean time between tokens on the clock of vLLM's engine (its
+`vllm:inter_token_latency_seconds`), *client* the wall time per token as the client has it, HTTP and
+streams included. Medians of stock; 95% intervals of paired rounds, none narrower than what the two
+stock servers of the same sitting differ by. The verdict is of the bold one. *Within*: the whole
+interval is at most the target, or it excludes zero and its mean is at most the target. *Missed*: it
+excludes zero, and its mean is above the target. *Not distinguishable* from zero: all others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,12 +43,20 @@ class Row:
     by_arm: Mapping[str, Mapping[str, Any]]
     """What the file holds of that sitting, by arm."""
 
-    def difference(self, arm: str) -> Mapping[str, Any] | None:
-        """Return how an arm differs from stock, as `comparison.Difference.as_json` has it."""
+    def difference(self, arm: str, metric: str | None = None) -> Mapping[str, Any] | None:
+        """Return how an arm differs from stock, as `comparison.Difference.as_json` has it.
+
+        Args:
+            arm: The arm.
+            metric: In what; by default in that in which the arms are compared under the load.
+
+        Returns:
+            None where it was not measured.
+        """
         if arm not in self.by_arm:
             return None
-        found: Mapping[str, Any] = self.by_arm[arm]["differences"][arm][self.workload.compared]
-        return found
+        found: Mapping[str, Any] = self.by_arm[arm]["differences"][arm]
+        return found.get(metric or self.workload.compared)
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
@@ -122,7 +131,10 @@ def verdict(difference: Mapping[str, Any], target_percent: float) -> str:
 def make_table(rows: Sequence[Row], sittings: Mapping[str, Any]) -> str:
     """Return the table of capture, and beneath it that of other arms where there are any."""
     lines = _table(
-        ("load", "stock", "stock again", "moescope", "target", "verdict", "host µs a step"),
+        (
+            *("load", "stock", "engine: stock again", "engine: moescope"),
+            *("client: stock again", "client: moescope", "target", "verdict", "host µs a step"),
+        ),
         [_cells(row) for row in rows if MOESCOPE in row.by_arm],
     )
     others = [
@@ -135,7 +147,7 @@ def make_table(rows: Sequence[Row], sittings: Mapping[str, Any]) -> str:
             if not row.by_arm.keys().isdisjoint(others)
         ]
         lines += ["", *_table(("load", *others), cells)]
-    return "\n".join([*lines, "", _where(sittings), NOTES])
+    return "\n".join([*lines, "", f"{_where(sittings)} {_lost(rows)}", NOTES])
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -150,8 +162,11 @@ def _cells(row: Row) -> list[str]:
     return [
         row.workload.name,
         _stock(row),
-        _change(row.difference(STOCK_AGAIN)),
-        _change(difference),
+        *(
+            _change(row.difference(arm, metric), bold=metric == row.workload.compared)
+            for metric in (ENGINE_ITL, WALL)
+            for arm in (STOCK_AGAIN, MOESCOPE)
+        ),
         f"{target:g}%",
         verdict(difference, target),
         NONE if host_us is None else f"{host_us:.0f}",
@@ -161,19 +176,20 @@ def _cells(row: Row) -> list[str]:
 def _stock(row: Row) -> str:
     value = row.by_arm[MOESCOPE]["arms"][STOCK]["median"][row.workload.shown]
     unit = {
-        "median_tpot_ms": f"{value:.2f} ms a token",
+        "engine_itl_ms": f"{value:.2f} ms a token",
         "output_throughput": f"{value:,.0f} tokens/s",
         "prompt_throughput": f"{value:,.0f} prompt tokens/s",
     }
     return unit[row.workload.shown]
 
 
-def _change(difference: Mapping[str, Any] | None) -> str:
+def _change(difference: Mapping[str, Any] | None, *, bold: bool = False) -> str:
     """Return a difference with the interval that is claimed of it."""
     if difference is None:
         return NONE
     low, high = difference["claim_percent"]
-    text = f"{difference['percent']:+.1f}% [{low:+.1f}, {high:+.1f}]"
+    percent = f"{difference['percent']:+.1f}%"
+    text = f"{f'**{percent}**' if bold else percent} [{low:+.1f}, {high:+.1f}]"
     return text.replace("-", MINUS)
 
 
@@ -185,6 +201,13 @@ def _where(sittings: Mapping[str, Any]) -> str:
     dates = sorted({one["date"][:10] for one in sittings.values()})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{', '.join(models)} on {', '.join(gpus)}, vLLM {', '.join(vllms)}, {when}."
+
+
+def _lost(rows: Sequence[Row]) -> str:
+    """Return how many rows the capture took, and how many it lost."""
+    arms = [row.by_arm[MOESCOPE]["arms"][MOESCOPE] for row in rows if MOESCOPE in row.by_arm]
+    captured, lost = (sum(one[key] for one in arms) for key in ("rows_captured", "rows_lost"))
+    return f"Rows captured meanwhile: {captured:,}; lost: {lost:,}."
 
 
 def _device(hardware: Mapping[str, Any]) -> str:

@@ -17,7 +17,9 @@ from moescope.bench.workload import Ask, Conversation
 from moescope.errors import CommandError
 from moescope.overhead.rounds import Load
 
-Shown = Literal["median_tpot_ms", "output_throughput", "prompt_throughput"]
+ENGINE_ITL, WALL = "engine_itl_ms", "s_per_token"
+"""What differs: the time between tokens on the engine's clock, and the client's time per token."""
+Shown = Literal["engine_itl_ms", "output_throughput", "prompt_throughput"]
 """What tells of a load: milliseconds, or tokens a second."""
 
 WARM_UP_TURNS = 4
@@ -50,8 +52,8 @@ class Workload:
 
     @property
     def compared(self) -> str:
-        """The metric in which arms are compared: of `comparison.METRICS`, more is slower."""
-        return self.shown if self.shown == "median_tpot_ms" else "s_per_token"
+        """The metric in which arms are compared: more is slower."""
+        return ENGINE_ITL if self.shown == ENGINE_ITL else WALL
 
     def conversations(self, number: int) -> list[Conversation]:
         """Make a round's conversations; round 0, the warm-up, has the first turns of some."""
@@ -88,7 +90,9 @@ def workloads(questions: Sequence[str] = (), scale: float = 1.0) -> list[Workloa
         scale: Shortens them: the share of the rounds.
     """
     every = [
-        *map(_decode, (1, 64, 256), (20, 12, 8)),
+        _decode("batch 1", 4, concurrency=1, rounds=12),
+        _decode("64 concurrent", 64, concurrency=64, rounds=12),
+        _decode("256 concurrent", 256, concurrency=256, rounds=8),
         _prefill(64, 1024),
         _prefill(16, 4096),
         Workload(name="GSM8K, 25 questions, 128 out", num=25, concurrency=25, output_len=128,
@@ -102,17 +106,16 @@ def workloads(questions: Sequence[str] = (), scale: float = 1.0) -> list[Workloa
     return [dataclasses.replace(one, rounds=max(3, round(one.rounds * scale))) for one in every]
 
 
-def _decode(num: int, count: int) -> Workload:
-    first = f"{num} concurrent" if num > 1 else "batch 1"
+def _decode(name: str, num: int, *, concurrency: int, rounds: int) -> Workload:
     return Workload(
-        name=f"{first}, 128 in, 256 out",
+        name=f"{name}, 128 in, 256 out",
         num=num,
-        concurrency=num,
+        concurrency=concurrency,
         input_len=128,
         output_len=256,
-        rounds=count,
-        shown="output_throughput" if num > 1 else "median_tpot_ms",
-        crowded=num > 128,
+        rounds=rounds,
+        shown=ENGINE_ITL,
+        crowded=concurrency > 128,
     )
 
 

@@ -15,10 +15,10 @@ fit the 141 GB of an H200 side by side, and 8,192 tokens are enough for every lo
         -- --max-model-len 8192
 
 Loads with more keys and values than a third of the GPU holds want it for themselves: servers
-in turn, each started for every round, which visit all the loads that are named::
+in turn, each started anew in every visit, which takes all the loads that are named::
 
-    … --part throughput --placement in-turn --kv-cache-bytes 98784247808 --load "256" \
-        --load "64 conversations" -- --max-model-len 8192
+    … --part throughput --placement in-turn --per-visit 3 --rounds 3 --load "256" \
+        --load "64 conversations" --kv-cache-bytes 98784247808 -- --max-model-len 8192
 
 or side by side with fewer conversations at a time (``--concurrency 8``).
 """
@@ -175,7 +175,7 @@ def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: R
             if measured["complete"]:
                 print(*throughput.statements(workload, measured), sep="\n", flush=True)
 
-        throughput.Sitting(chosen, ready).measure(picked, on_round)
+        throughput.Sitting(chosen, ready, per_visit=args.per_visit).measure(picked, on_round)
 
 
 def circumstances(
@@ -186,6 +186,7 @@ def circumstances(
         **result.circumstances,
         "model": Path(args.model).name,
         "placement": args.placement,
+        "rounds_per_visit": args.per_visit if args.placement == "in-turn" else None,
         "commands": commands,
         "refused": ready.refused,
     }
@@ -214,6 +215,9 @@ def parse() -> argparse.Namespace:
         "--placement", choices=("together", "in-turn"), default="together", help="Throughput."
     )
     parser.add_argument("--rounds", type=int, help="Throughput: rounds of every load.")
+    parser.add_argument(
+        "--per-visit", type=int, default=1, help="In turn: rounds of every start of a server."
+    )
     parser.add_argument(
         "--concurrency", type=int, help="Throughput: conversations at a time, of every load."
     )

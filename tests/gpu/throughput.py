@@ -6,6 +6,7 @@ so that later sittings, of other arms or loads, add to it.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,20 @@ import numpy as np
 
 from moescope.overhead import arms, comparison, rounds
 from moescope.overhead.arms import Arm
-from moescope.overhead.hosting import SETTLE_S, Hosted
+from moescope.overhead.hosting import Hosted
 from moescope.overhead.rounds import Pass, Round
 from moescope.records import ServerInfo
-from tests.gpu.loads import Workload
+from tests.gpu.loads import ENGINE_ITL, WALL, Workload
 
 SEED = 0
-COUNTERS = ("moescope_steps_total", "moescope_hook_seconds_total")
+STEPS, HOOK_S = "moescope_steps_total", "moescope_hook_seconds_total"
+CAPTURED, LOST = "moescope_rows_captured_total", "moescope_rows_lost_total"
+ITL_S, ITLS = "vllm:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_count"
+COUNTERS = (STEPS, HOOK_S, CAPTURED, LOST, ITL_S, ITLS)
 METRICS_TIMEOUT_S = 30.0
+SETTLE_S = 0.3
+"""One process runs a model on one GPU: nothing spins on when all is answered, as it does on CPUs
+(see `moescope.overhead.hosting`); the last rows are with the collector after 0.1 s."""
 
 OnRound = Callable[[Workload, dict[str, Any]], object]
 """Takes what was measured of a workload so far, after every round."""
@@ -40,13 +47,21 @@ class Sitting:
     Args:
         chosen: The arms.
         hosted: Where they are. They get no rest but the one here, after each pass.
+        per_visit: Rounds in a visit of servers that do not stay up; see `rounds.measure`.
         settle_s: How long a server is given to come to rest before its counters are read and the
             next one's turn comes.
     """
 
-    def __init__(self, chosen: Sequence[Arm], hosted: Hosted, settle_s: float = SETTLE_S) -> None:
+    def __init__(
+        self,
+        chosen: Sequence[Arm],
+        hosted: Hosted,
+        *,
+        per_visit: int = 1,
+        settle_s: float = SETTLE_S,
+    ) -> None:
         self._arms = {arm.name: arm for arm in chosen}
-        self._hosted, self._settle_s = hosted, settle_s
+        self._hosted, self._per_visit, self._settle_s = hosted, per_visit, settle_s
         self._infos: dict[str, ServerInfo | None] = {}
 
     def measure(self, workloads: Sequence[Workload], on_round: OnRound) -> None:
@@ -74,10 +89,11 @@ class Sitting:
             self._hosted.names,
             rounds=num_rounds,
             seed=SEED,
+            per_visit=self._per_visit,
             hooks=rounds.Hooks(on_visit=self._check, counters=self._counters),
         ):
             for one, item, done in zip(workloads, items, measured, strict=True):
-                done.append(item)
+                done.append(with_engine(item))
                 on_round(one, {"complete": len(done) == num_rounds, **summarize(done)})
 
     def _check(self, name: str, url: str) -> None:
@@ -86,18 +102,34 @@ class Sitting:
 
     def _counters(self, name: str, url: str) -> dict[str, float]:
         time.sleep(self._settle_s)  # the last steps are on their way to the collector, too
-        if self._infos[name] is None:
-            return {}
         reply = httpx.get(f"{url}/metrics", timeout=METRICS_TIMEOUT_S).raise_for_status()
-        return dict(samples(reply.text))
+        return counters(reply.text)
 
 
-def samples(text: str) -> Iterator[tuple[str, float]]:
-    """Give the values of `COUNTERS` in Prometheus text."""
+def counters(text: str) -> dict[str, float]:
+    """Return the values of `COUNTERS` in Prometheus text, each the sum over its labels."""
+    values: dict[str, float] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in COUNTERS:
-            yield name, float(line.rsplit(" ", 1)[1])
+            values[name] = values.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+    return values
+
+
+def with_engine(item: Round) -> Round:
+    """Add the mean time between tokens as the engine's clock has it to a round's metrics.
+
+    vLLM stamps outputs in the engine's process: neither its HTTP server nor the client is in there.
+    """
+
+    def one(made: Pass) -> Pass:
+        if not made.counted.get(ITLS):
+            return made
+        itl_ms = 1e3 * made.counted[ITL_S] / made.counted[ITLS]
+        return dataclasses.replace(made, metrics={**made.metrics, ENGINE_ITL: itl_ms})
+
+    passes = {name: one(made) for name, made in item.passes.items()}
+    return dataclasses.replace(item, passes=passes)
 
 
 def summarize(measured: Sequence[Round]) -> dict[str, Any]:
@@ -124,16 +156,23 @@ def summarize(measured: Sequence[Round]) -> dict[str, Any]:
 
 
 def _arm(passes: Sequence[Pass]) -> dict[str, Any]:
-    steps, host_s = (sum(made.counted.get(name, 0.0) for made in passes) for name in COUNTERS)
+    counted = {name: sum(made.counted.get(name, 0.0) for made in passes) for name in COUNTERS}
+    steps, host_s = counted[STEPS], counted[HOOK_S]
     every = [
         {"wall_s": made.wall_s, "prompt_throughput": made.prompt_tokens / made.wall_s}
         | made.metrics
         for made in passes
     ]
     return {
-        "median": {key: float(np.median([one[key] for one in every])) for key in every[0]},
+        "median": {
+            key: float(np.median([one[key] for one in every]))
+            for key in every[0]
+            if all(key in one for one in every)
+        },
         "steps": int(steps),
         "host_us_per_step": 1e6 * host_s / steps if steps else None,
+        "rows_captured": int(counted[CAPTURED]),
+        "rows_lost": int(counted[LOST]),
     }
 
 
@@ -160,15 +199,17 @@ def add(values: dict[str, Any], workload: Workload, sitting: str, measured: Any)
 
 
 def statements(workload: Workload, measured: dict[str, Any]) -> Iterator[str]:
-    """Say the differences of every arm in words."""
-    metric = workload.compared
+    """Say the differences of every arm in words: as the client saw it, and as the engine did."""
     for name, by_metric in measured["differences"].items():
-        one = by_metric[metric]
-        low, high = one["interval_95_percent"]
-        difference = comparison.Difference(
-            percent=one["percent"],
-            interval_95_percent=(low, high),
-            noise_percent=one["noise_percent"],
-        )
-        said = comparison.statement(name, metric, difference, measured["rounds"])
-        yield f"{workload.name}: {said}"
+        for metric in (WALL, ENGINE_ITL):
+            if metric not in by_metric:
+                continue
+            one = by_metric[metric]
+            low, high = one["interval_95_percent"]
+            difference = comparison.Difference(
+                percent=one["percent"],
+                interval_95_percent=(low, high),
+                noise_percent=one["noise_percent"],
+            )
+            said = comparison.statement(name, metric, difference, measured["rounds"])
+            yield f"{workload.name}: {said}"

@@ -8,15 +8,15 @@ import dataclasses
 import orjson
 import pytest
 from client_fakes import INFO
-from stream_server import DONE, answer, chunk, serving, usage
+from stream_server import DONE, chunk, serving, usage
 
 from moescope import CommandError
 from moescope.overhead import comparison
 from moescope.overhead.arms import Arm
 from moescope.overhead.hosting import Hosted, InTurn, Running
 from tests.gpu import loads, throughput
-from tests.gpu.loads import Workload
-from tests.gpu.throughput import COUNTERS, Sitting
+from tests.gpu.loads import ENGINE_ITL, WALL, Workload
+from tests.gpu.throughput import COUNTERS, ITL_S, ITLS, Sitting
 
 SMALL = Workload(
     name="small", num=2, concurrency=2, input_len=3, output_len=2, rounds=2, target_percent=1.0
@@ -35,7 +35,7 @@ def by_start(start, **options):
 @pytest.mark.parametrize(
     ("start", "num", "turns", "input_len", "output_len"),
     [
-        ("batch 1", 1, 1, 128, 256),
+        ("batch 1", 4, 1, 128, 256),
         ("64 concurrent", 64, 1, 128, 256),
         ("256 concurrent", 256, 1, 128, 256),
         ("prefill 64", 64, 1, 1024, 1),
@@ -79,7 +79,8 @@ def test_every_answer_has_its_length_and_is_sampled():
 
 def test_loads_are_picked():
     every = loads.workloads(scale=0.5)
-    assert [one.rounds for one in every[:3]] == [10, 6, 4]
+    assert [one.rounds for one in every[:3]] == [6, 6, 4]
+    assert [one.concurrency for one in every[:3]] == [1, 64, 256]
     by_default = loads.pick(every, [], rounds=None, concurrency=None)
     assert [one for one in every if one.crowded] == [one for one in every if one not in by_default]
     (one,) = loads.pick(every, ["64 conv"], rounds=2, concurrency=8)
@@ -90,37 +91,52 @@ def test_loads_are_picked():
 
 
 def test_a_load_is_compared_where_more_is_slower():
-    compared = {one.compared for one in loads.workloads()}
-    assert compared == {"median_tpot_ms", "s_per_token"}
-    assert compared <= set(comparison.METRICS)
+    compared = {one.name.split()[0]: one.compared for one in loads.workloads()}
+    assert compared["batch"] == compared["256"] == ENGINE_ITL
+    assert compared["prefill"] == compared["GSM8K,"] == compared["64"] == WALL
+    assert WALL in comparison.METRICS
 
 
 # Sittings.
 
 
-@contextlib.contextmanager
-def arms(*, steps=10, output=2):
-    """A stock arm, and one that says it captures and has counters."""
-    metrics = (
-        "# TYPE moescope_steps counter\n"
-        'moescope_steps_total{model_name="demo"} %d.0\n'
-        'moescope_steps_created{model_name="demo"} 99.0\n'
-        'moescope_hook_seconds_total{model_name="demo"} %g\n'
-    )
-    passes = []
+VLLMS = """
+# TYPE vllm:inter_token_latency_seconds histogram
+vllm:inter_token_latency_seconds_sum{{model_name="demo"}} {itl_s}
+vllm:inter_token_latency_seconds_count{{model_name="demo"}} {itls}
+vllm:inter_token_latency_seconds_created{{model_name="demo"}} 99.0
+"""
+OURS = """
+moescope_steps_total{{model_name="demo"}} {steps}
+moescope_steps_created{{model_name="demo"}} 99.0
+moescope_hook_seconds_total{{model_name="demo"}} {host_s}
+moescope_rows_captured_total{{model_name="demo"}} {rows}
+moescope_rows_lost_total{{model_name="demo",reason="queue_full"}} {lost}
+moescope_rows_lost_total{{model_name="demo",reason="hook_missed"}} {lost}
+"""
+
+
+def metered(text, output, **growth):
+    """A script of a server whose counters grow with every pass of two requests."""
 
     def script(number, body):
-        if number % 2 == 0:  # two requests a pass
-            passes.append(number)
-            captured.pages["/metrics"] = (
-                metrics % (steps * len(passes), 1e-3 * len(passes))
-            ).encode()
+        if number % 2 == 0:
+            values = {name: (number // 2 + 1) * each for name, each in growth.items()}
+            script.server.pages["/metrics"] = text.format(**values).encode()
         return [(0, chunk()), (0, chunk()), (0, usage(3, output) + DONE)]
 
-    with (
-        serving(lambda number, body: answer(2)) as stock,
-        serving(script) as captured,
-    ):
+    return script
+
+
+@contextlib.contextmanager
+def arms(*, output=2):
+    """A stock arm, and one that says it captures; both have counters."""
+    scripts = (
+        metered(VLLMS, output, itl_s=0.01, itls=5),
+        metered(VLLMS + OURS, output, itl_s=0.011, itls=5, steps=10, host_s=1e-3, rows=8, lost=1),
+    )
+    with serving(scripts[0]) as stock, serving(scripts[1]) as captured:
+        scripts[0].server, scripts[1].server = stock, captured
         models = orjson.dumps({"data": [{"id": "demo"}]})
         stock.pages["/v1/models"] = captured.pages["/v1/models"] = models
         captured.pages["/moescope/info"] = orjson.dumps(INFO)
@@ -157,7 +173,7 @@ def test_what_is_measured_is_told_after_every_round():
     assert second["moescope"]["prompt_tokens"] == 6
     assert "token_ids" not in second["moescope"]
     median = measured["arms"]["stock"]["median"]
-    assert median["output_throughput"] == pytest.approx(median["prompt_throughput"] * 4 / 10)
+    assert median["output_throughput"] == pytest.approx(median["prompt_throughput"] * 4 / 6)
     orjson.dumps(written)
 
 
@@ -166,8 +182,25 @@ def test_the_work_on_the_host_is_that_of_the_rounds_that_count():
     captured = measured["arms"]["moescope"]
     assert captured["steps"] == 2 * 10  # without those of the warm-up
     assert captured["host_us_per_step"] == pytest.approx(100.0)
+    assert (captured["rows_captured"], captured["rows_lost"]) == (2 * 8, 2 * 2)
     assert measured["arms"]["stock"]["host_us_per_step"] is None
-    assert {tuple(one["moescope"]["counted"]) for one in measured["passes"]} == {COUNTERS}
+    assert {frozenset(one["moescope"]["counted"]) for one in measured["passes"]} == {
+        frozenset(COUNTERS)
+    }
+
+
+def test_the_time_between_tokens_is_that_of_the_engine():
+    measured = measure([SMALL])[-1][1]
+    assert measured["arms"]["stock"]["median"][ENGINE_ITL] == pytest.approx(2.0)
+    assert measured["differences"]["moescope"][ENGINE_ITL]["percent"] == pytest.approx(10.0)
+    assert {*measured["passes"][0]["stock"]["counted"]} == {ITL_S, ITLS}
+
+
+def test_answers_of_one_token_have_no_time_between_tokens(monkeypatch):
+    monkeypatch.setitem(globals(), "VLLMS", VLLMS.replace("{itls}", "0"))
+    measured = measure([SMALL])[-1][1]
+    assert ENGINE_ITL not in measured["differences"]["moescope"]
+    assert ENGINE_ITL not in measured["arms"]["stock"]["median"]
 
 
 def test_an_answer_of_another_length_ends_it():
@@ -213,6 +246,7 @@ def test_sittings_are_added():
 
 
 def test_differences_are_told_in_words():
-    (said,) = throughput.statements(SMALL, measure([SMALL])[-1][1])
-    assert said.startswith("small: moescope changes the wall time per token by ")
-    assert "2 paired rounds" in said
+    client, engine = throughput.statements(SMALL, measure([SMALL])[-1][1])
+    assert client.startswith("small: moescope changes the wall time per token by ")
+    assert engine.startswith("small: moescope changes the engine_itl_ms by +10.00% ")
+    assert "2 paired rounds" in client

@@ -8,7 +8,7 @@ import pytest
 from moescope.errors import FormatError
 from tests.bench import overhead_table
 from tests.bench.overhead_table import BEGIN, END, verdict
-from tests.gpu.loads import workloads
+from tests.gpu.loads import ENGINE_ITL, WALL, workloads
 
 BATCH_1, DECODE = (one.name for one in workloads()[:2])
 PREFILL = next(one.name for one in workloads() if one.name.startswith("prefill"))
@@ -24,22 +24,25 @@ def difference(percent, low, high, *, noise=0.0):
 
 
 def measured(*, rounds=5, host_us=42.3, first="stock", **by_arm):
-    """What a sitting measured: the same difference in both metrics that loads are compared in."""
+    """What a sitting measured: the same difference as the client and as the engine have it."""
     names = {name.replace("_", "-"): one for name, one in by_arm.items()}
     median = {
-        "median_tpot_ms": 2.571,
+        ENGINE_ITL: 2.571,
         "output_throughput": 6253.4,
         "prompt_throughput": 82856.9,
     }
     return {
         "rounds": rounds,
         "arms": {
-            name: {"median": median, "host_us_per_step": host_us if name != first else None}
+            name: {
+                "median": median,
+                "host_us_per_step": host_us if name != first else None,
+                "rows_captured": 1_000 if name != first else 0,
+                "rows_lost": 3 if name != first else 0,
+            }
             for name in (first, *names)
         },
-        "differences": {
-            name: {"median_tpot_ms": one, "s_per_token": one} for name, one in names.items()
-        },
+        "differences": {name: {ENGINE_ITL: one, WALL: one} for name, one in names.items()},
     }
 
 
@@ -74,12 +77,14 @@ def test_a_row_says_what_was_measured(tmp_path):
     one = measured(stock_again=AGAIN, moescope=difference(-0.5, -0.6, 0.4))
     path = result(tmp_path, **{PREFILL: {"2026-01-02": one}, BATCH_1: {"2026-01-02": one}})
     lines = table_of(path).splitlines()
-    again, ours = "+0.3% [−0.4, +0.6]", "−0.5% [−0.6, +0.4]"  # noqa: RUF001
+    plain = "+0.3% [−0.4, +0.6] | −0.5% [−0.6, +0.4]"  # noqa: RUF001
+    bold = "**+0.3%** [−0.4, +0.6] | **−0.5%** [−0.6, +0.4]"  # noqa: RUF001
     assert lines[2:4] == [
-        f"| {BATCH_1} | 2.57 ms a token | {again} | {ours} | 0.5% | within | 42 |",
-        f"| {PREFILL} | 82,857 prompt tokens/s | {again} | {ours} | 0.5% | within | 42 |",
+        f"| {BATCH_1} | 2.57 ms a token | {bold} | {plain} | 0.5% | within | 42 |",
+        f"| {PREFILL} | 82,857 prompt tokens/s | {plain} | {bold} | 0.5% | within | 42 |",
     ]
-    assert "shape on NVIDIA H200, vLLM 0.32.0, 2026-01-02." in lines
+    where = "shape on NVIDIA H200, vLLM 0.32.0, 2026-01-02."
+    assert f"{where} Rows captured meanwhile: 2,000; lost: 6." in lines
     assert "counts" not in table_of(path)
 
 
@@ -117,7 +122,8 @@ def test_the_latest_sitting_of_an_arm_counts(tmp_path):
         "2026-01-05": measured(moescope=difference(6.0, 6.0, 6.0), rounds=2),  # cut off
     }
     text = table_of(result(tmp_path, **{DECODE: sittings}))
-    assert "| 6,253 tokens/s | +2.0% [+2.0, +2.0] | +3.0% [+3.0, +3.0] | 0.5% | missed |" in text
+    engine, client = "**+2.0%** [+2.0, +2.0] | **+3.0%**", "+2.0% [+2.0, +2.0] | +3.0%"
+    assert f"| {engine} [+3.0, +3.0] | {client} [+3.0, +3.0] | 0.5% | missed |" in text
     assert f"| load | counts |\n| --- | --- |\n| {DECODE} | +4.0% [+4.0, +4.0] |" in text
 
 
@@ -132,7 +138,7 @@ def test_a_later_file_adds_to_an_earlier_one(tmp_path):
         },
     )
     text = table_of(first, other)
-    assert [line.split(" | ")[0] for line in text.splitlines() if "tokens/s" in line] == [
+    assert [line.split(" | ")[0] for line in text.splitlines() if "ms a token" in line] == [
         f"| {DECODE}",
         f"| {DECODE}, 8 at a time",
     ]

@@ -125,7 +125,7 @@ def _log(percent: float) -> float:
 def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Difference]]:
     """Compare every arm with the first in every metric.
 
-    Metrics that a round lacks, such as a TPOT of answers of one token, are left out.
+    Metrics that a pass lacks, such as a TPOT of answers of one token, are left out.
 
     Args:
         rounds: The rounds that are done, one at least.
@@ -135,7 +135,8 @@ def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Diffe
         By arm and metric, the first arm left out.
     """
     baseline, *others = rounds[0].passes
-    measured = [metric for metric in METRICS if all(_has(item, metric) for item in rounds)]
+    named = rounds[0].passes[baseline].metrics
+    measured = [metric for metric in named if all(_has(item, metric) for item in rounds)]
 
     def one(arm: str, metric: str, noise: float | None) -> Difference:
         percent, interval = _paired(rounds, arm, baseline, metric, seed)
@@ -159,7 +160,7 @@ def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Diffe
 
 
 def _has(item: Round, metric: str) -> bool:
-    return all(made.metrics[metric] > 0 for made in item.passes.values())
+    return all(made.metrics.get(metric, 0.0) > 0 for made in item.passes.values())
 
 
 def statement(what: str, metric: str, difference: Difference, num_rounds: int) -> str:
@@ -167,13 +168,13 @@ def statement(what: str, metric: str, difference: Difference, num_rounds: int) -
 
     Args:
         what: Whose it is, such as ``capture``.
-        metric: Of `METRICS`.
+        metric: Of `METRICS`; another is called by its name.
         difference: The difference.
         num_rounds: Of how many rounds.
     """
     low, high = difference.claim_percent
     text = (
-        f"{what} changes the {METRICS[metric]} by {difference.percent:+.2f}% "
+        f"{what} changes the {METRICS.get(metric, metric)} by {difference.percent:+.2f}% "
         f"(95% interval {low:+.2f}% to {high:+.2f}%, {num_rounds} paired rounds)"
     )
     if difference.noise_percent is not None:

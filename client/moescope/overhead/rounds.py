@@ -92,7 +92,7 @@ class Hooks:
     """Called with an arm's name and address before load is put on it."""
     on_pass: Callable[[], object] = lambda: None
     """Called after each pass, warm-up included: for each load ``len(names) * (rounds + 1)`` times
-    where the servers stay up, else ``2 * len(names) * rounds`` times."""
+    where the servers stay up, else ``len(names)`` times more with every visit."""
     counters: Callable[[str, str], Mapping[str, float]] = lambda name, url: {}
     """Called with an arm's name and address after each pass: reads counters of the server."""
 
@@ -104,6 +104,7 @@ def measure(
     *,
     rounds: int,
     seed: int,
+    per_visit: int = 1,
     api_key: str | None = None,
     hooks: Hooks = Hooks(),
 ) -> Iterator[list[Round]]:
@@ -119,6 +120,8 @@ def measure(
         names: The arms.
         rounds: Rounds that count.
         seed: Of the order.
+        per_visit: Rounds that a visit goes on for, where starting a server takes long. What is
+            between the arms is then longer, and fewer starts are seen.
         api_key: The key that all of them want, if any.
         hooks: What to call meanwhile.
 
@@ -129,13 +132,16 @@ def measure(
     visits = _Visits(loads, host, api_key, hooks)
     if host.stays_up:
         for name in names:
-            visits.visit(name, 0, warm_up=True)
-    for number, order in enumerate(shuffled_orders(names, rounds, seed), start=1):
-        made = {name: visits.visit(name, number, warm_up=not host.stays_up) for name in order}
-        yield [
-            Round(order=order, passes={name: made[name][place] for name in names})
-            for place in range(len(loads))
-        ]
+            visits.visit(name, (), warm_up=True)
+    numbers = range(1, rounds + 1)
+    blocks = [numbers[start:][:per_visit] for start in range(0, rounds, per_visit)]
+    for block, order in zip(blocks, shuffled_orders(names, len(blocks), seed), strict=True):
+        made = {name: visits.visit(name, block, warm_up=not host.stays_up) for name in order}
+        for at in range(len(block)):
+            yield [
+                Round(order=order, passes={name: made[name][at][place] for name in names})
+                for place in range(len(loads))
+            ]
 
 
 class _Visits:
@@ -149,18 +155,20 @@ class _Visits:
         self._models: dict[str, str] = {}
         self._counters: dict[str, Mapping[str, float]] = {}
 
-    def visit(self, name: str, number: int, *, warm_up: bool) -> list[Pass]:
-        """Put the loads of a round on an arm; number 0 is no round."""
-        passes = []
+    def visit(self, name: str, numbers: Sequence[int], *, warm_up: bool) -> list[list[Pass]]:
+        """Put the loads of rounds on an arm; returns by round and load."""
         with self._host.visit(name) as url:
             self._hooks.on_visit(name, url)
-            for place, load in enumerate(self._loads):
-                salt = f"{self._run_id}-{place}-{number}"
-                if warm_up:
-                    self._pass(name, url, load, 0, f"{salt}-warm-up")
-                if number:
-                    passes.append(self._pass(name, url, load, number, salt))
-        return passes
+            if warm_up:
+                self._round(name, url, 0)
+            return [self._round(name, url, number) for number in numbers]
+
+    def _round(self, name: str, url: str, number: int) -> list[Pass]:
+        salts = [f"{self._run_id}-{place}-{number}" for place in range(len(self._loads))]
+        return [
+            self._pass(name, url, load, number, salt)
+            for load, salt in zip(self._loads, salts, strict=True)
+        ]
 
     def _pass(self, name: str, url: str, load: Load, number: int, salt: str) -> Pass:
         target = Target(base_url=url, api_key=self._api_key)
