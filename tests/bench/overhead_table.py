@@ -1,16 +1,16 @@
-"""Makes the table and the picture of what the capture costs on a GPU.
+"""Makes the tables and the picture of what the capture costs on a GPU.
 
 ``python -m tests.bench.overhead_table RESULT.json … [--readme README.md] [--picture FILE.png]``
 
-The result files are those of ``python -m tests.gpu.measure --part throughput``. The table is
-printed, and replaces what stands between the two markers of the README; a picture is drawn.
+The result files are those of ``python -m tests.gpu.measure --part throughput``. The tables are
+printed, and replace what stands between the two markers of the README; a picture is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,29 @@ import orjson
 
 from moescope.errors import FormatError
 from moescope.overhead import plot
-from moescope.overhead.arms import BUILT_IN, DEFAULT, MOESCOPE, STOCK, STOCK_AGAIN
-from tests.gpu.loads import ENGINE_ITL, WALL, Workload, workloads
+from moescope.overhead.arms import AGAIN, BUILT_IN, MOESCOPE, STOCK
+from tests.gpu.loads import ENGINE_ITL, Workload, workloads
+from tests.gpu.one_server import DETACHED, DETACHED_AGAIN
 
 BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
 WITHIN, UNCLEAR, MISSED = "within", "not distinguishable", "missed"
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+ARMS = (DETACHED, DETACHED_AGAIN, *BUILT_IN)
+CAPTIONS = {
+    DETACHED: "One server, whose capture is taken off its worker and put back between passes:",
+    STOCK: "Servers of their own:",
+}
+"""By the arm that others are compared with."""
 MIN_ROUNDS = 3
 """Sittings that were cut off before this many rounds of a load say nothing of it."""
 NOTES = """\
-Positive is slower: *engine* is the mean time between tokens on the clock of vLLM's engine (its
-`vllm:inter_token_latency_seconds`), *client* the wall time per token as the client has it, HTTP and
-streams included. Medians of stock; 95% intervals of paired rounds, none narrower than what the two
-stock servers of the same sitting differ by. The verdict is of the bold one. *Within*: the whole
-interval is at most the target, or it excludes zero and its mean is at most the target. *Missed*: it
-excludes zero, and its mean is above the target. *Not distinguishable* from zero: all others."""
+Positive is slower. Compared is the client's median time per output token where tokens are decoded
+(batch 1, 64 and 256 concurrent), else its wall time per token; *engine* is the mean time between
+tokens on the clock of vLLM's engine (its `vllm:inter_token_latency_seconds`), with neither HTTP nor
+the client in it. 95% intervals of paired rounds, none narrower than what the same arm, measured
+again, differs by in the same sitting. *Within*: the whole interval is at most the target, or it
+excludes zero and its mean is at most the target. *Missed*: it excludes zero, and its mean is above
+the target. *Not distinguishable* from zero: all others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,11 +48,13 @@ class Row:
     """A load, and what the latest sitting with each arm measured under it."""
 
     workload: Workload
+    first: str
+    """The arm that the others are compared with."""
     by_arm: Mapping[str, Mapping[str, Any]]
     """What the file holds of that sitting, by arm."""
 
     def difference(self, arm: str, metric: str | None = None) -> Mapping[str, Any] | None:
-        """Return how an arm differs from stock, as `comparison.Difference.as_json` has it.
+        """Return how an arm differs from the first, as `comparison.Difference.as_json` has it.
 
         Args:
             arm: The arm.
@@ -63,7 +73,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
     """Read result files.
 
     Returns:
-        Rows in the order of the loads, and all sittings by name.
+        Rows by the arm that others are compared with, in the order of the loads; and all sittings
+        by name.
 
     Raises:
         FormatError: A file has no sittings, or none that tells anything, or a load is none of those
@@ -80,12 +91,17 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
             found[name] = {**found.get(name, {}), **by_sitting}
     places = {name: place_of(name) for name in found}
     rows = [
-        Row(dataclasses.replace(workloads()[places[name]], name=name), latest(found[name]))
+        Row(
+            dataclasses.replace(workloads()[places[name]], name=name),
+            first,
+            latest(found[name], first),
+        )
+        for first in CAPTIONS
         for name in sorted(found, key=lambda name: (places[name], name))
     ]
     rows = [row for row in rows if row.by_arm]
     if not rows:
-        raise FormatError(f"no sitting has {MIN_ROUNDS} rounds of stock vLLM and another arm")
+        raise FormatError(f"no sitting has {MIN_ROUNDS} rounds of two arms")
     return rows, sittings
 
 
@@ -101,21 +117,24 @@ def place_of(name: str) -> int:
     raise FormatError(f"{name!r} is none of the loads of tests.gpu.loads")
 
 
-def latest(by_sitting: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the latest sitting of each arm, by arm; of the second stock arm that of moescope.
+def latest(by_sitting: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, Mapping[str, Any]]:
+    """Return the latest sitting of each arm, by arm; of the first arm again that of moescope.
 
-    Sittings whose first arm is not stock vLLM do not count, nor those of too few rounds.
+    Args:
+        by_sitting: What the sittings measured, by their dates.
+        first: The arm that others are compared with: sittings of another do not count, nor those
+            of too few rounds.
     """
     chosen: dict[str, Mapping[str, Any]] = {}
-    for name in sorted(by_sitting):  # they are dates
-        measured = by_sitting[name]
-        if next(iter(measured["arms"])) == STOCK and measured["rounds"] >= MIN_ROUNDS:
+    for name in sorted(by_sitting):
+        measured = {**by_sitting[name], "sitting": name}
+        if next(iter(measured["arms"])) == first and measured["rounds"] >= MIN_ROUNDS:
             chosen |= dict.fromkeys(measured["differences"], measured)
     if MOESCOPE in chosen:
-        chosen.pop(STOCK_AGAIN, None)
-        if STOCK_AGAIN in chosen[MOESCOPE]["differences"]:
-            chosen[STOCK_AGAIN] = chosen[MOESCOPE]
-    return {name: chosen[name] for name in BUILT_IN if name in chosen}
+        chosen.pop(first + AGAIN, None)
+        if first + AGAIN in chosen[MOESCOPE]["differences"]:
+            chosen[first + AGAIN] = chosen[MOESCOPE]
+    return {name: chosen[name] for name in ARMS if name in chosen}
 
 
 def verdict(difference: Mapping[str, Any], target_percent: float) -> str:
@@ -128,68 +147,90 @@ def verdict(difference: Mapping[str, Any], target_percent: float) -> str:
     return WITHIN if difference["percent"] <= target_percent else MISSED
 
 
-def make_table(rows: Sequence[Row], sittings: Mapping[str, Any]) -> str:
-    """Return the table of capture, and beneath it that of other arms where there are any."""
-    lines = _table(
-        (
-            *("load", "stock", "engine: stock again", "engine: moescope"),
-            *("client: stock again", "client: moescope", "target", "verdict", "host µs a step"),
-        ),
-        [_cells(row) for row in rows if MOESCOPE in row.by_arm],
-    )
+def make_tables(rows: Sequence[Row], sittings: Mapping[str, Any]) -> str:
+    """Return the tables of capture, each with that of other arms beneath it, and what they mean."""
+    blocks = []
+    for first, caption in CAPTIONS.items():
+        of_first = [row for row in rows if row.first == first]
+        if of_first:
+            blocks += [caption, *_tables(first, of_first, sittings)]
+    return "\n\n".join([*blocks, f"{_where(sittings)} {_lost(rows)}", NOTES])
+
+
+def _tables(first: str, rows: Sequence[Row], sittings: Mapping[str, Any]) -> Iterator[str]:
+    again = first + AGAIN
+    captured = [row for row in rows if MOESCOPE in row.by_arm]
+    if captured:
+        heads = (
+            *("load", "GPU", first, again, MOESCOPE, "target", "verdict"),
+            *(f"engine: {again}", f"engine: {MOESCOPE}", "host µs a step"),
+        )
+        yield _table(heads, [_cells(row, sittings) for row in captured])
     others = [
-        arm for arm in BUILT_IN if arm not in DEFAULT and any(arm in row.by_arm for row in rows)
+        arm
+        for arm in ARMS
+        if arm not in {again, MOESCOPE} and any(arm in row.by_arm for row in rows)
     ]
     if others:
         cells = [
-            [row.workload.name, *(_change(row.difference(arm)) for arm in others)]
+            [
+                row.workload.name,
+                _gpus(row, others, sittings),
+                *(_change(row.difference(arm)) for arm in others),
+            ]
             for row in rows
             if not row.by_arm.keys().isdisjoint(others)
         ]
-        lines += ["", *_table(("load", *others), cells)]
-    return "\n".join([*lines, "", f"{_where(sittings)} {_lost(rows)}", NOTES])
+        yield _table(("load", "GPU", *others), cells)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (heads, ["---"] * len(heads), *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cells(row: Row) -> list[str]:
-    difference = row.difference(MOESCOPE)
+def _cells(row: Row, sittings: Mapping[str, Any]) -> list[str]:
+    difference, again = row.difference(MOESCOPE), row.first + AGAIN
     assert difference is not None
     host_us = row.by_arm[MOESCOPE]["arms"][MOESCOPE]["host_us_per_step"]
     target = row.workload.target_percent
     return [
         row.workload.name,
-        _stock(row),
-        *(
-            _change(row.difference(arm, metric), bold=metric == row.workload.compared)
-            for metric in (ENGINE_ITL, WALL)
-            for arm in (STOCK_AGAIN, MOESCOPE)
-        ),
+        _gpus(row, [MOESCOPE], sittings),
+        _first(row),
+        _change(row.difference(again)),
+        _change(difference),
         f"{target:g}%",
         verdict(difference, target),
+        _change(row.difference(again, ENGINE_ITL)),
+        _change(row.difference(MOESCOPE, ENGINE_ITL)),
         NONE if host_us is None else f"{host_us:.0f}",
     ]
 
 
-def _stock(row: Row) -> str:
-    value = row.by_arm[MOESCOPE]["arms"][STOCK]["median"][row.workload.shown]
+def _first(row: Row) -> str:
+    value = row.by_arm[MOESCOPE]["arms"][row.first]["median"][row.workload.shown]
     unit = {
-        "engine_itl_ms": f"{value:.2f} ms a token",
+        "median_tpot_ms": f"{value:.2f} ms a token",
         "output_throughput": f"{value:,.0f} tokens/s",
         "prompt_throughput": f"{value:,.0f} prompt tokens/s",
     }
     return unit[row.workload.shown]
 
 
-def _change(difference: Mapping[str, Any] | None, *, bold: bool = False) -> str:
+def _gpus(row: Row, arms: Iterable[str], sittings: Mapping[str, Any]) -> str:
+    """Return on what some arms were measured under a load."""
+    names = {row.by_arm[arm]["sitting"] for arm in arms if arm in row.by_arm}
+    devices = {_device(sittings[name]["hardware"]) for name in names}
+    return ", ".join(sorted(device.removeprefix("NVIDIA ") for device in devices))
+
+
+def _change(difference: Mapping[str, Any] | None) -> str:
     """Return a difference with the interval that is claimed of it."""
     if difference is None:
         return NONE
     low, high = difference["claim_percent"]
-    percent = f"{difference['percent']:+.1f}%"
-    text = f"{f'**{percent}**' if bold else percent} [{low:+.1f}, {high:+.1f}]"
+    text = f"{difference['percent']:+.2f}% [{low:+.2f}, {high:+.2f}]"
     return text.replace("-", MINUS)
 
 
@@ -214,8 +255,8 @@ def _device(hardware: Mapping[str, Any]) -> str:
     return str(hardware.get("gpu") or hardware["cpu"]).partition(",")[0]
 
 
-def replace_block(text: str, table: str) -> str:
-    """Return a text with the table between its markers.
+def replace_block(text: str, tables: str) -> str:
+    """Return a text with the tables between its markers.
 
     Raises:
         FormatError: It has not each of the markers once, in their order.
@@ -224,21 +265,23 @@ def replace_block(text: str, table: str) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in after or END in after:
         raise FormatError(f"the markers {BEGIN} and {END} are wanted, once each")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
 def draw(path: Path, rows: Sequence[Row], sittings: Mapping[str, Any]) -> None:
-    """Draw the differences of all arms, a row a load."""
+    """Draw the differences of all arms to the first of `CAPTIONS` that there is, a row a load."""
+    first = rows[0].first
+    shown = [row for row in rows if row.first == first]
     differences: dict[str, dict[str, Any]] = {}
-    for arm in BUILT_IN:
-        found = {row.workload.name: row.difference(arm) for row in rows}
+    for arm in ARMS:
+        found = {row.workload.name: row.difference(arm) for row in shown}
         if any(found.values()):
             differences[arm] = {name: one for name, one in found.items() if one}
     plot.draw_rows(
         path,
         differences,
-        {row.workload.name: row.workload.name for row in rows},
-        xlabel="slower than stock by percent, paired rounds",
+        {row.workload.name: row.workload.name for row in shown},
+        xlabel=f"slower than {first} by percent, paired rounds",
         title=_where(sittings).rstrip("."),
     )
 
@@ -251,10 +294,10 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="The PNG to write.")
     args = parser.parse_args()
     rows, sittings = read(args.results)
-    table = make_table(rows, sittings)
-    print(table)
+    tables = make_tables(rows, sittings)
+    print(tables)
     if args.readme:
-        args.readme.write_text(replace_block(args.readme.read_text(), table))
+        args.readme.write_text(replace_block(args.readme.read_text(), tables))
     if args.picture:
         draw(args.picture, rows, sittings)
 

@@ -17,9 +17,10 @@ from moescope.bench.workload import Ask, Conversation
 from moescope.errors import CommandError
 from moescope.overhead.rounds import Load
 
-ENGINE_ITL, WALL = "engine_itl_ms", "s_per_token"
-"""What differs: the time between tokens on the engine's clock, and the client's time per token."""
-Shown = Literal["engine_itl_ms", "output_throughput", "prompt_throughput"]
+TPOT, WALL, ENGINE_ITL = "median_tpot_ms", "s_per_token", "engine_itl_ms"
+"""What differs: the client's median time per output token and wall time per token, and the mean
+time between tokens on the engine's clock."""
+Shown = Literal["median_tpot_ms", "output_throughput", "prompt_throughput"]
 """What tells of a load: milliseconds, or tokens a second."""
 
 WARM_UP_TURNS = 4
@@ -47,13 +48,15 @@ class Workload:
     """Prompts to ask in place of random tokens."""
     shown: Shown = "output_throughput"
     target_percent: float = TARGET_PERCENT
+    every_arm: bool = False
+    """Whether it is put on all arms, not only on captures of every row."""
     crowded: bool = False
     """Whether three servers side by side have no room for its keys and values."""
 
     @property
     def compared(self) -> str:
         """The metric in which arms are compared: more is slower."""
-        return ENGINE_ITL if self.shown == ENGINE_ITL else WALL
+        return TPOT if self.shown == TPOT else WALL
 
     def conversations(self, number: int) -> list[Conversation]:
         """Make a round's conversations; round 0, the warm-up, has the first turns of some."""
@@ -90,18 +93,16 @@ def workloads(questions: Sequence[str] = (), scale: float = 1.0) -> list[Workloa
         scale: Shortens them: the share of the rounds.
     """
     every = [
-        _decode("batch 1", 4, concurrency=1, rounds=12),
+        _decode("batch 1", 2, concurrency=1, rounds=40),
         _decode("64 concurrent", 64, concurrency=64, rounds=12),
-        _decode("256 concurrent", 256, concurrency=256, rounds=8),
+        _decode("256 concurrent", 256, concurrency=256, rounds=6),
         _prefill(64, 1024),
         _prefill(16, 4096),
         Workload(name="GSM8K, 25 questions, 128 out", num=25, concurrency=25, output_len=128,
                  rounds=16, texts=questions),
         Workload(name="GSM8K, 1,319 questions, 128 out, 128 concurrent", num=1319,
                  concurrency=128, output_len=128, rounds=4, texts=questions),
-        Workload(name="64 conversations of 20 turns, 256 in, 128 out", num=64, concurrency=64,
-                 input_len=256, output_len=128, rounds=4, turns=20,
-                 target_percent=MULTI_TURN_TARGET_PERCENT, crowded=True),
+        *map(_multi_turn, (64, 28, 4)),
     ]  # fmt: skip
     return [dataclasses.replace(one, rounds=max(3, round(one.rounds * scale))) for one in every]
 
@@ -114,8 +115,24 @@ def _decode(name: str, num: int, *, concurrency: int, rounds: int) -> Workload:
         input_len=128,
         output_len=256,
         rounds=rounds,
-        shown=ENGINE_ITL,
+        shown=TPOT,
+        every_arm=concurrency <= 64,
         crowded=concurrency > 128,
+    )
+
+
+def _multi_turn(num: int) -> Workload:
+    """Make a load of which the keys and values take 1.5 GB a conversation in the end."""
+    return Workload(
+        name=f"{num} conversations of 20 turns, 256 in, 128 out",
+        num=num,
+        concurrency=num,
+        input_len=256,
+        output_len=128,
+        rounds=4,
+        turns=20,
+        target_percent=MULTI_TURN_TARGET_PERCENT,
+        crowded=num > 8,
     )
 
 
@@ -126,7 +143,7 @@ def _prefill(num: int, input_len: int) -> Workload:
         concurrency=num,
         input_len=input_len,
         output_len=1,
-        rounds=20,
+        rounds=16,
         shown="prompt_throughput",
     )
 

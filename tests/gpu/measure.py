@@ -8,25 +8,27 @@ On a machine with an NVIDIA GPU, vLLM 0.32.0 and moescope::
 Each part replaces its entry in the file as soon as it is done: what was measured stays where the
 run is cut off. ``--part`` runs one part, ``--scale 0.2`` a shorter version of all.
 
-The part throughput is written after every round, and each run of it adds a sitting. Three servers
-fit the 141 GB of an H200 side by side, and 8,192 tokens are enough for every load::
+The part throughput is written after every round, and each run of it adds a sitting. One server
+takes all loads of the H200's 141 GB, its capture taken off and put back in between (see
+`tests.gpu.one_server`)::
 
-    … --part throughput [--arm stock --arm counts --arm paused] [--load "batch 1" …] \
+    … --part throughput --placement one-server --kv-cache-bytes 98784247808 \
+        --load batch --load "64 con" --load 256 --load prefill --load GSM8K -- --max-model-len 8192
+
+Three servers of their own fit side by side::
+
+    … --part throughput [--arm stock --arm counts --arm routed-experts] [--load "batch 1" …] \
         -- --max-model-len 8192
 
-Loads with more keys and values than a third of the GPU holds want it for themselves: servers
-in turn, each started anew in every visit, which takes all the loads that are named::
-
-    … --part throughput --placement in-turn --per-visit 3 --rounds 3 --load "256" \
-        --load "64 conversations" --kv-cache-bytes 98784247808 -- --max-model-len 8192
-
-or side by side with fewer conversations at a time (``--concurrency 8``).
+or run in turn, each started anew in every visit, which takes all the loads that are named
+(``--placement in-turn --per-visit 3 --rounds 3``).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.metadata
 import os
 import shlex
@@ -34,7 +36,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ from moescope.overhead.hosting import Hosted, Launcher
 from moescope.run_dir import RunDir
 from moescope.servers import wait_ready
 from moescope_service.versions import versions
-from tests.gpu import fidelity, loads, tap, throughput
+from tests.gpu import fidelity, loads, one_server, tap, throughput
 from tests.gpu.throughput import now
 
 PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "throughput")
@@ -160,22 +162,38 @@ def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: R
         rounds=args.rounds,
         concurrency=args.concurrency,
     )
-    chosen = arms.parse_all(args.arm or arms.DEFAULT)
-    start = launcher(args, shared(args), {})
-    with hosting.hosted(start, chosen, args.placement) as ready:
-        sitting = str(result.circumstances["date"])
+    in_one = args.placement == "one-server"
+    names = args.arm or (one_server.ARMS if in_one else arms.DEFAULT)
+    chosen = [Arm(name=name) for name in names]
+    with sitting(args, chosen) as (start, ready):
+        name = str(result.circumstances["date"])
         result["sittings"] = {
             **result.values.get("sittings", {}),
-            sitting: circumstances(args, result, ready, start.commands(chosen)),
+            name: circumstances(args, result, ready, start.commands(chosen)),
         }
 
         def on_round(workload: loads.Workload, measured: dict[str, Any]) -> None:
             found = result.values.get("loads", {})
-            result["loads"] = throughput.add(found, workload, sitting, measured)
+            result["loads"] = throughput.add(found, workload, name, measured)
             if measured["complete"]:
                 print(*throughput.statements(workload, measured), sep="\n", flush=True)
 
         throughput.Sitting(chosen, ready, per_visit=args.per_visit).measure(picked, on_round)
+
+
+@contextlib.contextmanager
+def sitting(args: argparse.Namespace, chosen: Sequence[Arm]) -> Iterator[tuple[Launcher, Hosted]]:
+    """Start servers for a sitting, or make ready to start them; end them afterwards."""
+    if args.placement == "one-server":
+        state = args.tap_directory / "capture.state"
+        cache = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
+        start = launcher(args, [*args.vllm, *cache], tap.switching(state))
+        with one_server.hosted(start, [arm.name for arm in chosen], state) as ready:
+            yield start, ready
+    else:
+        start = launcher(args, shared(args), {})
+        with hosting.hosted(start, chosen, args.placement) as ready:
+            yield start, ready
 
 
 def circumstances(
@@ -207,12 +225,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--arm",
         action="append",
-        choices=arms.BUILT_IN,
+        choices=dict.fromkeys((*arms.BUILT_IN, *one_server.ARMS)),
         help="Throughput: repeat; the first is what the others are compared with. By default "
-        "stock, stock-again and moescope; three fit side by side.",
+        "stock, stock-again and moescope; in one server detached, detached-again, moescope and "
+        "paused.",
     )
     parser.add_argument(
-        "--placement", choices=("together", "in-turn"), default="together", help="Throughput."
+        "--placement",
+        choices=("one-server", "together", "in-turn"),
+        default="together",
+        help="Throughput: whether arms share a server, or how servers share the GPU.",
     )
     parser.add_argument("--rounds", type=int, help="Throughput: rounds of every load.")
     parser.add_argument(

@@ -6,7 +6,8 @@ replay, like any other), and after a step the logits of some rows are saved with
 and positions they belong to. So weights can be computed again from what the router was given.
 
 It can also make the gates of random weights sharper, with or without moescope: those of
-``--load-format dummy`` are so small that all experts are equally probable to five digits.
+``--load-format dummy`` are so small that all experts are equally probable to five digits. And it
+lets `tests.gpu.one_server` take the capture off.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 DIRECTORY = "TAP_DIR"
 MAX_ROWS = "TAP_ROWS"
 GATE_SCALE = "TAP_GATE_SCALE"
+STATE = "TAP_CAPTURE_STATE"
 ROWS_A_STEP = 400
 
 _METADATA = "Metadata-Version: 2.1\nName: moescope-tap\nVersion: 0\n"
@@ -49,6 +51,15 @@ def environment(directory: Path, *, gate_scale: float | None = None) -> dict[str
     return {"PYTHONPATH": path} | ({} if gate_scale is None else {GATE_SCALE: str(gate_scale)})
 
 
+def switching(state: Path) -> dict[str, str]:
+    """Return the variables of a server with moescope whose capture can be taken off.
+
+    Args:
+        state: The file that says how it stands.
+    """
+    return {STATE: str(state)}
+
+
 def saving(directory: Path, max_rows: int) -> dict[str, str]:
     """Return the variables of a server with moescope that saves rows to a directory."""
     return {DIRECTORY: str(directory), MAX_ROWS: str(max_rows)}
@@ -60,6 +71,10 @@ def register() -> None:
         _sharpen(float(os.environ[GATE_SCALE]))
     if DIRECTORY in os.environ:
         _tap_sink()
+    if STATE in os.environ:
+        from tests.gpu import one_server
+
+        one_server.make_detachable(Path(os.environ[STATE]))
 
 
 def _sharpen(scale: float) -> None:

@@ -19,8 +19,7 @@ from moescope.overhead import arms, comparison, rounds
 from moescope.overhead.arms import Arm
 from moescope.overhead.hosting import Hosted
 from moescope.overhead.rounds import Pass, Round
-from moescope.records import ServerInfo
-from tests.gpu.loads import ENGINE_ITL, WALL, Workload
+from tests.gpu.loads import ENGINE_ITL, Workload
 
 SEED = 0
 STEPS, HOOK_S = "moescope_steps_total", "moescope_hook_seconds_total"
@@ -28,9 +27,10 @@ CAPTURED, LOST = "moescope_rows_captured_total", "moescope_rows_lost_total"
 ITL_S, ITLS = "vllm:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_count"
 COUNTERS = (STEPS, HOOK_S, CAPTURED, LOST, ITL_S, ITLS)
 METRICS_TIMEOUT_S = 30.0
-SETTLE_S = 0.3
+SETTLE_S = 0.15
 """One process runs a model on one GPU: nothing spins on when all is answered, as it does on CPUs
-(see `moescope.overhead.hosting`); the last rows are with the collector after 0.1 s."""
+(see `moescope.overhead.hosting`); the last rows are with the collector after 0.1 s. Short, since
+short rounds cancel what slows a machine for seconds."""
 
 OnRound = Callable[[Workload, dict[str, Any]], object]
 """Takes what was measured of a workload so far, after every round."""
@@ -62,7 +62,6 @@ class Sitting:
     ) -> None:
         self._arms = {arm.name: arm for arm in chosen}
         self._hosted, self._per_visit, self._settle_s = hosted, per_visit, settle_s
-        self._infos: dict[str, ServerInfo | None] = {}
 
     def measure(self, workloads: Sequence[Workload], on_round: OnRound) -> None:
         """Measure all workloads.
@@ -83,10 +82,11 @@ class Sitting:
     def _measure(self, workloads: Sequence[Workload], on_round: OnRound) -> None:
         measured: list[list[Round]] = [[] for _ in workloads]
         num_rounds = min(one.rounds for one in workloads)
+        names = self._names(all(one.every_arm for one in workloads))
         for items in rounds.measure(
             [one.load() for one in workloads],
             self._hosted.host,
-            self._hosted.names,
+            names,
             rounds=num_rounds,
             seed=SEED,
             per_visit=self._per_visit,
@@ -96,9 +96,14 @@ class Sitting:
                 done.append(with_engine(item))
                 on_round(one, {"complete": len(done) == num_rounds, **summarize(done)})
 
+    def _names(self, every_arm: bool) -> list[str]:
+        first = self._hosted.names[0]
+        always = {first, first + arms.AGAIN, arms.MOESCOPE, arms.ROUTED_EXPERTS}
+        return [name for name in self._hosted.names if every_arm or name in always]
+
     def _check(self, name: str, url: str) -> None:
         arms.prepare(self._arms[name], url, None)
-        self._infos[name] = arms.check(self._arms[name], url, None)
+        arms.check(self._arms[name], url, None)
 
     def _counters(self, name: str, url: str) -> dict[str, float]:
         time.sleep(self._settle_s)  # the last steps are on their way to the collector, too
@@ -199,9 +204,9 @@ def add(values: dict[str, Any], workload: Workload, sitting: str, measured: Any)
 
 
 def statements(workload: Workload, measured: dict[str, Any]) -> Iterator[str]:
-    """Say the differences of every arm in words: as the client saw it, and as the engine did."""
+    """Say the differences of every arm in words: what is compared, and the engine's."""
     for name, by_metric in measured["differences"].items():
-        for metric in (WALL, ENGINE_ITL):
+        for metric in (workload.compared, ENGINE_ITL):
             if metric not in by_metric:
                 continue
             one = by_metric[metric]

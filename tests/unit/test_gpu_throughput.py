@@ -15,7 +15,7 @@ from moescope.overhead import comparison
 from moescope.overhead.arms import Arm
 from moescope.overhead.hosting import Hosted, InTurn, Running
 from tests.gpu import loads, throughput
-from tests.gpu.loads import ENGINE_ITL, WALL, Workload
+from tests.gpu.loads import ENGINE_ITL, TPOT, WALL, Workload
 from tests.gpu.throughput import COUNTERS, ITL_S, ITLS, Sitting
 
 SMALL = Workload(
@@ -35,7 +35,7 @@ def by_start(start, **options):
 @pytest.mark.parametrize(
     ("start", "num", "turns", "input_len", "output_len"),
     [
-        ("batch 1", 4, 1, 128, 256),
+        ("batch 1", 2, 1, 128, 256),
         ("64 concurrent", 64, 1, 128, 256),
         ("256 concurrent", 256, 1, 128, 256),
         ("prefill 64", 64, 1, 1024, 1),
@@ -79,7 +79,7 @@ def test_every_answer_has_its_length_and_is_sampled():
 
 def test_loads_are_picked():
     every = loads.workloads(scale=0.5)
-    assert [one.rounds for one in every[:3]] == [6, 6, 4]
+    assert [one.rounds for one in every[:3]] == [20, 6, 3]
     assert [one.concurrency for one in every[:3]] == [1, 64, 256]
     by_default = loads.pick(every, [], rounds=None, concurrency=None)
     assert [one for one in every if one.crowded] == [one for one in every if one not in by_default]
@@ -92,9 +92,14 @@ def test_loads_are_picked():
 
 def test_a_load_is_compared_where_more_is_slower():
     compared = {one.name.split()[0]: one.compared for one in loads.workloads()}
-    assert compared["batch"] == compared["256"] == ENGINE_ITL
+    assert compared["batch"] == compared["256"] == TPOT
     assert compared["prefill"] == compared["GSM8K,"] == compared["64"] == WALL
-    assert WALL in comparison.METRICS
+    assert {TPOT, WALL} <= set(comparison.METRICS)
+
+
+def test_arms_that_capture_less_are_measured_under_two_loads():
+    few = [one.name for one in loads.workloads() if one.every_arm]
+    assert [name.partition(",")[0] for name in few] == ["batch 1", "64 concurrent"]
 
 
 # Sittings.
@@ -152,6 +157,16 @@ def measure(workloads, **options):
             workloads, lambda one, measured: written.append((one.name, measured))
         )
     return written
+
+
+def test_every_arm_is_visited_only_where_it_says_so():
+    with arms() as (chosen, hosted):
+        urls = {**hosted.host.urls}
+        urls["counts"] = urls["stock"]
+        whole = Hosted(Running(urls), list(urls), {})
+        sitting = Sitting([*chosen, Arm(name="counts")], whole, settle_s=0.0)
+        assert sitting._names(every_arm=True) == ["stock", "moescope", "counts"]
+        assert sitting._names(every_arm=False) == ["stock", "moescope"]
 
 
 def test_what_is_measured_is_told_after_every_round():

@@ -1,4 +1,4 @@
-"""The table and the picture of what the capture costs say what the result files hold."""
+"""The tables and the picture of what the capture costs say what the result files hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from moescope.errors import FormatError
 from tests.bench import overhead_table
 from tests.bench.overhead_table import BEGIN, END, verdict
-from tests.gpu.loads import ENGINE_ITL, WALL, workloads
+from tests.gpu.loads import ENGINE_ITL, TPOT, WALL, workloads
 
 BATCH_1, DECODE = (one.name for one in workloads()[:2])
 PREFILL = next(one.name for one in workloads() if one.name.startswith("prefill"))
@@ -24,10 +24,10 @@ def difference(percent, low, high, *, noise=0.0):
 
 
 def measured(*, rounds=5, host_us=42.3, first="stock", **by_arm):
-    """What a sitting measured: the same difference as the client and as the engine have it."""
+    """What a sitting measured: the same difference in every metric that is shown."""
     names = {name.replace("_", "-"): one for name, one in by_arm.items()}
     median = {
-        ENGINE_ITL: 2.571,
+        TPOT: 2.571,
         "output_throughput": 6253.4,
         "prompt_throughput": 82856.9,
     }
@@ -42,7 +42,9 @@ def measured(*, rounds=5, host_us=42.3, first="stock", **by_arm):
             }
             for name in (first, *names)
         },
-        "differences": {name: {ENGINE_ITL: one, WALL: one} for name, one in names.items()},
+        "differences": {
+            name: dict.fromkeys((TPOT, WALL, ENGINE_ITL), one) for name, one in names.items()
+        },
     }
 
 
@@ -70,22 +72,39 @@ AGAIN = difference(0.3, -0.4, 0.6)
 
 
 def table_of(*paths):
-    return overhead_table.make_table(*overhead_table.read(paths))
+    return overhead_table.make_tables(*overhead_table.read(paths))
 
 
 def test_a_row_says_what_was_measured(tmp_path):
     one = measured(stock_again=AGAIN, moescope=difference(-0.5, -0.6, 0.4))
-    path = result(tmp_path, **{PREFILL: {"2026-01-02": one}, BATCH_1: {"2026-01-02": one}})
+    prefill = measured(stock_again=AGAIN, moescope=difference(-0.5, -0.6, 0.4))
+    for by_metric in prefill["differences"].values():
+        del by_metric[ENGINE_ITL]  # one token is not between two
+    path = result(tmp_path, **{PREFILL: {"2026-01-02": prefill}, BATCH_1: {"2026-01-02": one}})
     lines = table_of(path).splitlines()
-    plain = "+0.3% [−0.4, +0.6] | −0.5% [−0.6, +0.4]"  # noqa: RUF001
-    bold = "**+0.3%** [−0.4, +0.6] | **−0.5%** [−0.6, +0.4]"  # noqa: RUF001
-    assert lines[2:4] == [
-        f"| {BATCH_1} | 2.57 ms a token | {bold} | {plain} | 0.5% | within | 42 |",
-        f"| {PREFILL} | 82,857 prompt tokens/s | {plain} | {bold} | 0.5% | within | 42 |",
+    both = "+0.30% [−0.40, +0.60] | −0.50% [−0.60, +0.40]"  # noqa: RUF001
+    none = "\N{EN DASH} | \N{EN DASH}"
+    assert lines[0] == "Servers of their own:"
+    assert lines[4:6] == [
+        f"| {BATCH_1} | H200 | 2.57 ms a token | {both} | 0.5% | within | {both} | 42 |",
+        f"| {PREFILL} | H200 | 82,857 prompt tokens/s | {both} | 0.5% | within | {none} | 42 |",
     ]
     where = "shape on NVIDIA H200, vLLM 0.32.0, 2026-01-02."
     assert f"{where} Rows captured meanwhile: 2,000; lost: 6." in lines
     assert "counts" not in table_of(path)
+
+
+def test_arms_of_one_server_have_a_table_of_their_own(tmp_path):
+    one = measured(first="detached", detached_again=AGAIN, moescope=AGAIN, paused=AGAIN)
+    own = measured(moescope=difference(9.0, 9.0, 9.0))
+    text = table_of(result(tmp_path, **{DECODE: {"2026-01-01": one, "2026-01-02": own}}))
+    first, second = text.split("Servers of their own:")
+    assert first.startswith("One server, ")
+    assert "| load | GPU | detached | detached-again | moescope |" in first
+    assert "| load | GPU | paused |" in first
+    assert "+9.00%" not in first
+    assert "| load | GPU | stock | stock-again | moescope |" in second
+    assert f"| {DECODE} | H200 | 2.57 ms a token | \N{EN DASH} | +9.00%" in second
 
 
 @pytest.mark.parametrize(
@@ -122,9 +141,9 @@ def test_the_latest_sitting_of_an_arm_counts(tmp_path):
         "2026-01-05": measured(moescope=difference(6.0, 6.0, 6.0), rounds=2),  # cut off
     }
     text = table_of(result(tmp_path, **{DECODE: sittings}))
-    engine, client = "**+2.0%** [+2.0, +2.0] | **+3.0%**", "+2.0% [+2.0, +2.0] | +3.0%"
-    assert f"| {engine} [+3.0, +3.0] | {client} [+3.0, +3.0] | 0.5% | missed |" in text
-    assert f"| load | counts |\n| --- | --- |\n| {DECODE} | +4.0% [+4.0, +4.0] |" in text
+    both = "+2.00% [+2.00, +2.00] | +3.00% [+3.00, +3.00]"
+    assert f"| {both} | 0.5% | missed | {both} |" in text
+    assert f"\n| --- | --- | --- |\n| {DECODE} | H200 | +4.00% [+4.00, +4.00] |" in text
 
 
 def test_a_later_file_adds_to_an_earlier_one(tmp_path):
@@ -142,7 +161,7 @@ def test_a_later_file_adds_to_an_earlier_one(tmp_path):
         f"| {DECODE}",
         f"| {DECODE}, 8 at a time",
     ]
-    assert "| load | paused |" in text
+    assert "| load | GPU | paused |" in text
     assert "2026-01-01 to 2026-01-02." in text
 
 

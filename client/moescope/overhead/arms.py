@@ -14,7 +14,9 @@ from moescope._client import Client
 from moescope.errors import CommandError, FormatError, ServerError
 from moescope.records import ServerInfo
 
-STOCK, STOCK_AGAIN, MOESCOPE = "stock", "stock-again", "moescope"
+AGAIN = "-again"
+"""Ends the name of an arm that is the same as the one without it."""
+STOCK, STOCK_AGAIN, MOESCOPE = "stock", f"stock{AGAIN}", "moescope"
 COUNTS, PAUSED, INSTALLED = "counts", "paused", "installed"
 ROUTED_EXPERTS = "routed-experts"
 BUILT_IN = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moescope.overhead.arms import STOCK, STOCK_AGAIN
+from moescope.overhead.arms import AGAIN
 from moescope.overhead.rounds import Pass, Round
 
 METRICS = {
@@ -143,16 +143,16 @@ def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Diffe
         return Difference(percent=percent, interval_95_percent=interval, noise_percent=noise)
 
     noise: dict[str, float] = {}
-    if baseline == STOCK and STOCK_AGAIN in others:
+    if (again := baseline + AGAIN) in others:
         noise = {
             metric: _percent(
-                max(abs(_log(end)) for end in one(STOCK_AGAIN, metric, None).interval_95_percent)
+                max(abs(_log(end)) for end in one(again, metric, None).interval_95_percent)
             )
             for metric in measured
         }
     return {
         arm: {
-            metric: one(arm, metric, None if arm == STOCK_AGAIN else noise.get(metric))
+            metric: one(arm, metric, None if arm == again else noise.get(metric))
             for metric in measured
         }
         for arm in others

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moescope._style import BAR, DPI, GRID, INK, SOFT, STYLE, TOP
-from moescope.overhead.arms import STOCK_AGAIN
+from moescope.overhead.arms import AGAIN
 from moescope.overhead.comparison import METRICS
 
 _COLORS = (TOP, BAR, "#54a24b", "#b279a2", "#9d755d")
@@ -63,10 +63,9 @@ def draw_rows(
         title: What they are of; that the intervals are 95% is added.
     """
     arms = list(differences)
-    colors = dict(
-        zip([a for a in arms if a != STOCK_AGAIN], itertools.cycle(_COLORS), strict=False)
-    )
-    colors[STOCK_AGAIN] = SOFT
+    again = [arm for arm in arms if arm.endswith(AGAIN)]
+    colors = dict(zip([a for a in arms if a not in again], itertools.cycle(_COLORS), strict=False))
+    colors |= dict.fromkeys(again, SOFT)
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 1.7 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
@@ -85,7 +84,7 @@ def draw_rows(
         hollow = Line2D([], [], color=SOFT, marker="o", mfc="white", ls="", label="holds zero")
         axes.legend(handles=[*handles, hollow], frameon=False, loc="upper left",
                     bbox_to_anchor=(1.0, 1.0))  # fmt: skip
-        floor = ", none narrower than the stock pair's" if STOCK_AGAIN in arms else ""
+        floor = ", none narrower than those of the same again" if again else ""
         axes.set_title(f"{title}\n95% intervals{floor}", fontsize=10, color=SOFT, loc="left")
         figure.savefig(path, dpi=DPI)
 

@@ -111,8 +111,9 @@ def measure(
     """Run the warm-up and all rounds; gives each round of every load when it is done.
 
     A visit puts all loads on an arm, one after the other: starting a server for each would take
-    longer than measuring. Each round has a cache salt of its own: no prompt is answered from the
-    prefix cache that an earlier round, or an earlier run, filled. So prefill is measured as well.
+    longer than measuring. Each arm and round has a cache salt of its own: no prompt is answered
+    from the prefix cache that an earlier round or run filled, nor another arm on the same server.
+    So prefill is measured as well.
 
     Args:
         loads: What to put on the arms.
@@ -153,7 +154,7 @@ class _Visits:
         self._loads, self._host, self._api_key, self._hooks = loads, host, api_key, hooks
         self._run_id = uuid.uuid4().hex
         self._models: dict[str, str] = {}
-        self._counters: dict[str, Mapping[str, float]] = {}
+        self._counters: dict[str, Mapping[str, float]] = {}  # by address: arms may share a server
 
     def visit(self, name: str, numbers: Sequence[int], *, warm_up: bool) -> list[list[Pass]]:
         """Put the loads of rounds on an arm; returns by round and load."""
@@ -164,7 +165,7 @@ class _Visits:
             return [self._round(name, url, number) for number in numbers]
 
     def _round(self, name: str, url: str, number: int) -> list[Pass]:
-        salts = [f"{self._run_id}-{place}-{number}" for place in range(len(self._loads))]
+        salts = [f"{self._run_id}-{name}-{place}-{number}" for place in range(len(self._loads))]
         return [
             self._pass(name, url, load, number, salt)
             for load, salt in zip(self._loads, salts, strict=True)
@@ -186,8 +187,8 @@ class _Visits:
         if ask.ignore_eos:
             _require_lengths(run, conversations, url)
         self._hooks.on_pass()
-        before, now = self._counters.get(name, {}), self._hooks.counters(name, url)
-        self._counters[name] = now
+        before, now = self._counters.get(url, {}), self._hooks.counters(name, url)
+        self._counters[url] = now
         counted = {key: value - before.get(key, 0.0) for key, value in now.items()}
         return dataclasses.replace(made, counted=counted)
 

@@ -17,6 +17,7 @@ import torch
 from moescope_service.capture import kernels
 from moescope_service.capture.buffers import RoutingBuffers
 from moescope_service.capture.counting import Totals, phase_runs
+from moescope_service.capture.launch import Launcher
 from moescope_service.capture.own_rows import OwnRows
 from moescope_service.histogram import PHASES
 
@@ -50,7 +51,11 @@ class CudaCounts:
         self._shape = (len(PHASES), num_layers, num_experts)
         # Behind the selections stands the number of rows that a layer did not write.
         self._counts = torch.zeros(int(np.prod(self._shape)) + 1, dtype=torch.int64, device=device)
-        self._constants = kernels.pack_blocks(num_layers, top_k)
+        constants = kernels.pack_blocks(num_layers, top_k)
+        tensors = (self.buffers.topk_ids, self._counts)
+        self._count = Launcher(kernels.count_rows, tensors, 5, constants)
+        self._block_rows = constants["BLOCK_ROWS"]
+        self._layer_stride = len(positions) * top_k
         self._stream: torch.cuda.Stream | None = None
 
     def hook(self, column: int, router: Any) -> None:
@@ -63,7 +68,10 @@ class CudaCounts:
     def count(self, first_row: npt.NDArray[np.int32], is_decode: npt.NDArray[np.bool_]) -> None:
         """Add the step that was just launched."""
         for start, num_rows, phase in phase_runs(first_row, is_decode):
-            self._launch(start, num_rows, int(phase))
+            num_programs = -(-num_rows // self._block_rows)
+            self._count(
+                num_programs, start, num_rows, self._layer_stride, self._shape[2], int(phase)
+            )
 
     def skip(self, num_rows: int) -> None:
         """Leave out the step that was just launched, and mark its rows all the same."""
@@ -81,17 +89,3 @@ class CudaCounts:
     def _totals(self, counts: torch.Tensor) -> Totals:
         values = counts.numpy()
         return Totals(values[:-1].reshape(self._shape).copy(), int(values[-1]))
-
-    def _launch(self, first_row: int, num_rows: int, phase: int) -> None:
-        _, max_tokens, top_k = self.buffers.topk_ids.shape
-        grid = (-(-num_rows // self._constants["BLOCK_ROWS"]),)
-        kernels.count_rows[grid](
-            self.buffers.topk_ids,
-            self._counts,
-            first_row,
-            num_rows,
-            max_tokens * top_k,
-            self._shape[2],
-            phase,
-            **self._constants,
-        )

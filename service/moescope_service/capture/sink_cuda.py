@@ -13,6 +13,7 @@ import torch
 
 from moescope_service.capture import kernels
 from moescope_service.capture.buffers import RoutingBuffers
+from moescope_service.capture.launch import Launcher
 from moescope_service.capture.own_rows import OwnRows
 from moescope_service.capture.ring import ReservedRows, RowRing
 
@@ -55,7 +56,11 @@ class CudaSink:
         row_bytes = num_layers * top_k * (ids.itemsize + weights.itemsize)
         num_slots = max(queue_bytes // row_bytes, 2 * max_tokens)
         self._ring = RowRing(num_slots, num_layers, top_k, ids, weights)
-        self._pack = PackLauncher(self.buffers, positions, self._ring, num_experts)
+        constants = kernels.pack_blocks(num_layers, top_k)
+        tensors = (self.buffers.topk_ids, self.buffers.topk_weights, positions)
+        self._pack = Launcher(kernels.pack_rows, (*tensors, *self._ring.tensors), 4, constants)
+        self._block_rows = constants["BLOCK_ROWS"]
+        self._last = (max_tokens * top_k, num_experts)
 
     def hook(self, column: int, router: Any) -> None:
         """Let a router hand over its results; see `moescope_service.capture.rows.StepSink`.
@@ -76,51 +81,7 @@ class CudaSink:
         reserved = self._ring.reserve(num_rows)
         if reserved is None:
             return "queue_full"
-        self._pack(reserved)
+        num_programs = -(-num_rows // self._block_rows)
+        stream = self._pack(num_programs, reserved.offset, num_rows, *self._last)
+        reserved.event.record(stream)
         return reserved
-
-
-class PackLauncher:
-    """`kernels.pack_rows`, compiled once and launched without the JIT's work in every step.
-
-    Relies on Triton 3.6 and 3.7, ``compiler/compiler.py`` (``CompiledKernel.run``, called as
-    ``CompiledKernel.__getitem__`` calls it): pointers may be integers.
-    """
-
-    def __init__(
-        self, buffers: RoutingBuffers, positions: torch.Tensor, ring: RowRing, num_experts: int
-    ) -> None:
-        num_layers, max_tokens, top_k = buffers.topk_ids.shape
-        constants = kernels.pack_blocks(num_layers, top_k)
-        self._block_rows = constants["BLOCK_ROWS"]
-        # Their owner, the sink, keeps them alive.
-        tensors = (buffers.topk_ids, buffers.topk_weights, positions, *ring.tensors)
-        self._kernel = kernels.pack_rows.warmup(
-            *(tensor.dtype for tensor in tensors), 2, 2, 2, 2, grid=(1,), **constants
-        )
-        self._kernel._init_handles()
-        self._pointers = [tensor.data_ptr() for tensor in tensors]
-        self._last = (max_tokens * top_k, num_experts, *constants.values())
-        self._stream: torch.cuda.Stream | None = None
-
-    def __call__(self, reserved: ReservedRows) -> None:
-        """Launch behind the model's kernels, and record the event."""
-        if self._stream is None:  # the worker's thread has settled on it by the first step
-            self._stream = torch.cuda.current_stream()
-        kernel, num_rows = self._kernel, reserved.num_rows
-        kernel.run(
-            -(-num_rows // self._block_rows),
-            1,
-            1,
-            self._stream.cuda_stream,
-            kernel.function,
-            kernel.packed_metadata,
-            None,  # launch metadata and hooks, for profilers of Triton's own
-            None,
-            None,
-            *self._pointers,
-            reserved.offset,
-            num_rows,
-            *self._last,
-        )
-        reserved.event.record(self._stream)

@@ -1,0 +1,64 @@
+"""Launches a Triton kernel without the JIT's work, which takes longer than the launch itself.
+
+Relies on Triton 3.6 and 3.7, ``compiler/compiler.py``: ``CompiledKernel.run``, called as
+``CompiledKernel.__getitem__`` calls it; pointers may be integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Launcher:
+    """A kernel that is compiled once, for tensors that stay where they are.
+
+    Args:
+        kernel: The ``triton.jit`` function; it takes the tensors, then 32-bit integers that it does
+            not specialize on, then the constants.
+        tensors: Aligned to 16 bytes; their owner keeps them alive.
+        num_scalars: How many integers.
+        constants: In the kernel's order.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        tensors: Sequence[torch.Tensor],
+        num_scalars: int,
+        constants: Mapping[str, int],
+    ) -> None:
+        self._kernel = kernel.warmup(
+            *(tensor.dtype for tensor in tensors), *[2] * num_scalars, grid=(1,), **constants
+        )
+        self._kernel._init_handles()
+        self._pointers = [tensor.data_ptr() for tensor in tensors]
+        self._constants = tuple(constants.values())
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, num_programs: int, *scalars: int) -> torch.cuda.Stream:
+        """Launch behind the model's kernels.
+
+        Returns:
+            The stream of the thread that launches first: the worker's.
+        """
+        if self._stream is None:  # the worker's thread has settled on it by the first step
+            self._stream = torch.cuda.current_stream()
+        kernel = self._kernel
+        kernel.run(
+            num_programs,
+            1,
+            1,
+            self._stream.cuda_stream,
+            kernel.function,
+            kernel.packed_metadata,
+            None,  # launch metadata and hooks, for profilers of Triton's own
+            None,
+            None,
+            *self._pointers,
+            *scalars,
+            *self._constants,
+        )
+        return self._stream
