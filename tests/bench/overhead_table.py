@@ -35,7 +35,7 @@ MIN_ROUNDS = 3
 """Sittings that were cut off before this many rounds of a load say nothing of it."""
 NOTES = """\
 Positive is slower. Compared is the client's median time per output token where tokens are decoded
-(batch 1, 64 and 256 concurrent), else its wall time per token; *engine* is the mean time between
+(batch 1, 64 and 256 concurrent, GSM8K), else its wall time; *engine* is the mean time between
 tokens on the clock of vLLM's engine (its `vllm:inter_token_latency_seconds`), with neither HTTP nor
 the client in it. 95% intervals of paired rounds, none narrower than what the same arm, measured
 again, differs by in the same sitting. *Within*: the whole interval is at most the target, or it

@@ -38,8 +38,6 @@ def by_start(start, **options):
         ("batch 1", 2, 1, 128, 256),
         ("64 concurrent", 64, 1, 128, 256),
         ("256 concurrent", 256, 1, 128, 256),
-        ("prefill 64", 64, 1, 1024, 1),
-        ("prefill 16", 16, 1, 4096, 1),
         ("64 conversations", 64, 20, 256, 128),
     ],
 )
@@ -56,6 +54,17 @@ def test_random_tokens_are_fresh_in_every_round_and_alike_for_all_arms(
     assert {token in range(50, 450) for turn in every for token in turn.content} == {True}
     starts = [tuple(talk[0].content[:16]) for talk in (*first, *second)]
     assert len(set(starts)) == 2 * num
+
+
+@pytest.mark.parametrize(("num", "input_len"), [(64, 1024), (16, 4096)])
+def test_prompts_of_a_prefill_come_in_one_request(num, input_len):
+    one = by_start(f"prefill {num}")
+    ((first,),), ((second,),) = one.conversations(1), one.conversations(2)
+    assert [len(prompt) for prompt in first.content] == [input_len] * num
+    assert len({tuple(prompt) for turn in (first, second) for prompt in turn.content}) == 2 * num
+    assert (first.num_prompts, first.max_tokens) == (num, 1)
+    ((warm_up,),) = one.conversations(0)
+    assert warm_up.num_prompts == num
 
 
 def test_questions_are_asked_in_their_order():
@@ -79,7 +88,7 @@ def test_every_answer_has_its_length_and_is_sampled():
 
 def test_loads_are_picked():
     every = loads.workloads(scale=0.5)
-    assert [one.rounds for one in every[:3]] == [20, 6, 3]
+    assert [one.rounds for one in every[:3]] == [20, 5, 3]
     assert [one.concurrency for one in every[:3]] == [1, 64, 256]
     by_default = loads.pick(every, [], rounds=None, concurrency=None)
     assert [one for one in every if one.crowded] == [one for one in every if one not in by_default]
@@ -92,8 +101,8 @@ def test_loads_are_picked():
 
 def test_a_load_is_compared_where_more_is_slower():
     compared = {one.name.split()[0]: one.compared for one in loads.workloads()}
-    assert compared["batch"] == compared["256"] == TPOT
-    assert compared["prefill"] == compared["GSM8K,"] == compared["64"] == WALL
+    assert compared["batch"] == compared["256"] == compared["GSM8K,"] == TPOT
+    assert compared["prefill"] == compared["64"] == WALL
     assert {TPOT, WALL} <= set(comparison.METRICS)
 
 

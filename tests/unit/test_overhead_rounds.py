@@ -124,6 +124,15 @@ def test_a_visit_may_go_on_for_several_rounds(per_visit, blocks):
     assert [int(salt) for salt in salts if salt != "0"] == [1, 2, 3, 4, 5]
 
 
+def test_a_request_of_several_prompts_has_as_many_answers():
+    load = load_of((Turn([[1, 2], [3]], 2),))
+    servers, ((item,),) = measure_loads(("a", "b"), [load], {"a": tokens(4), "b": tokens(4)})
+    assert item.passes["a"].completion_tokens == 4
+    assert {str(seen.body["prompt"]) for seen in servers["a"].seen} == {"[[1, 2], [3]]"}
+    with pytest.raises(CommandError, match="with 2 tokens where 4 were asked for"):
+        measure_loads(("a", "b"), [load], {"a": tokens(2), "b": tokens(2)})
+
+
 def test_answers_of_another_length_are_not_the_same_work():
     load = load_of((Turn([1], 3),))
     with pytest.raises(CommandError, match="with 2 tokens where 3 were asked for"):

@@ -24,10 +24,16 @@ RANDOM_TOKENS = (50, 450)
 class Turn:
     """What a user adds to a conversation."""
 
-    content: str | list[int]
-    """Text, or token ids for ``/v1/completions``."""
+    content: str | list[int] | list[list[int]]
+    """Text; or for ``/v1/completions`` token ids, or those of several prompts in one request."""
     max_tokens: int
-    """Output tokens at most."""
+    """Output tokens at most, of each prompt."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Of how many prompts it is; conversations of several turns have one each."""
+        one = isinstance(self.content, str) or not isinstance(self.content[0], list)
+        return 1 if one else len(self.content)
 
 
 Conversation = tuple[Turn, ...]

@@ -196,7 +196,8 @@ class _Visits:
 def _require_lengths(run: Run, conversations: Sequence[Conversation], where: str) -> None:
     """Check that all answers have as many tokens as was asked for: the arms do the same work."""
     for record in run.records:
-        wanted = conversations[record.conversation][record.turn].max_tokens
+        turn = conversations[record.conversation][record.turn]
+        wanted = turn.num_prompts * turn.max_tokens
         if record.completion_tokens != wanted:
             raise CommandError(
                 f"{where} answered with {record.completion_tokens} tokens where {wanted} were "
