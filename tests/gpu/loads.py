@@ -156,7 +156,11 @@ def _prefill(num: int, input_len: int) -> Workload:
 
 
 def pick(
-    every: Sequence[Workload], starts: Sequence[str], *, rounds: int | None, concurrency: int | None
+    every: Sequence[Workload],
+    starts: Sequence[str],
+    *,
+    rounds: int | None = None,
+    concurrency: int | None = None,
 ) -> list[Workload]:
     """Choose workloads.
 

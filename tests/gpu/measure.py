@@ -50,10 +50,10 @@ from moescope.overhead.hosting import Hosted, Launcher
 from moescope.run_dir import RunDir
 from moescope.servers import wait_ready
 from moescope_service.versions import versions
-from tests.gpu import fidelity, loads, one_server, tap, throughput
+from tests.gpu import fidelity, loads, one_server, tap, throughput, timeline
 from tests.gpu.throughput import now
 
-PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "throughput")
+PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "timeline", "throughput")
 START_TIMEOUT_S = 420.0
 TAP_ROWS = 12_000
 STOCK_QUESTIONS = 50
@@ -145,13 +145,28 @@ def run_stock_routing(args: argparse.Namespace, questions: Sequence[str]) -> dic
         return fidelity.compare_stock(urls, questions)
 
 
+def run_timeline(args: argparse.Namespace) -> dict[str, Any]:
+    """Serve with moescope and look into its steps."""
+    directory = args.tap_directory / "timeline"
+    directory.mkdir()
+    picked = loads.pick(loads.workloads(), args.load or ("batch", "64 concurrent"))
+    start = launcher(args, [*args.vllm, *kv_cache(args)], tap.profiling(directory))
+    with start.server(Arm(name=arms.MOESCOPE)) as server:
+        wait_ready([server], START_TIMEOUT_S)
+        return timeline.measure(server.url, start.model.served_name, directory, picked)
+
+
+def kv_cache(args: argparse.Namespace) -> list[str]:
+    """Return vLLM's flags for a KV cache of the size that was asked for."""
+    return ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
+
+
 def shared(args: argparse.Namespace) -> list[str]:
     """Return vLLM's flags for servers that share the GPU.
 
     Their KV cache is given, not profiled: starting together, they would count each other's memory.
     """
-    cache = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
-    return [*args.vllm, *cache, "--gpu-memory-utilization", "0.2"]
+    return [*args.vllm, *kv_cache(args), "--gpu-memory-utilization", "0.2"]
 
 
 def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: Result) -> None:
@@ -186,8 +201,7 @@ def sitting(args: argparse.Namespace, chosen: Sequence[Arm]) -> Iterator[tuple[L
     """Start servers for a sitting, or make ready to start them; end them afterwards."""
     if args.placement == "one-server":
         state = args.tap_directory / "capture.state"
-        cache = ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
-        start = launcher(args, [*args.vllm, *cache], tap.switching(state))
+        start = launcher(args, [*args.vllm, *kv_cache(args)], tap.switching(state))
         with one_server.hosted(start, [arm.name for arm in chosen], state) as ready:
             yield start, ready
     else:
@@ -273,7 +287,9 @@ def run_part(part: str, args: argparse.Namespace, questions: Sequence[str], resu
     if part == "throughput":
         run_throughput(args, questions, result)
         return
-    if part == "stock_routing":
+    if part == "timeline":
+        result[part] = run_timeline(args)
+    elif part == "stock_routing":
         result[part] = run_stock_routing(args, questions[:STOCK_QUESTIONS])
     else:
         result[part] = run_fidelity(args, questions[: args.limit], part[-2:])

@@ -7,7 +7,7 @@ and positions they belong to. So weights can be computed again from what the rou
 
 It can also make the gates of random weights sharper, with or without moescope: those of
 ``--load-format dummy`` are so small that all experts are equally probable to five digits. And it
-lets `tests.gpu.one_server` take the capture off.
+lets `tests.gpu.one_server` take the capture off, and `tests.gpu.timeline` profile it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DIRECTORY = "TAP_DIR"
 MAX_ROWS = "TAP_ROWS"
 GATE_SCALE = "TAP_GATE_SCALE"
 STATE = "TAP_CAPTURE_STATE"
+TIMELINE = "TAP_TIMELINE"
 ROWS_A_STEP = 400
 
 _METADATA = "Metadata-Version: 2.1\nName: moescope-tap\nVersion: 0\n"
@@ -60,6 +61,11 @@ def switching(state: Path) -> dict[str, str]:
     return {STATE: str(state)}
 
 
+def profiling(directory: Path) -> dict[str, str]:
+    """Return the variables of a server with moescope whose steps can be profiled to a directory."""
+    return {TIMELINE: str(directory)}
+
+
 def saving(directory: Path, max_rows: int) -> dict[str, str]:
     """Return the variables of a server with moescope that saves rows to a directory."""
     return {DIRECTORY: str(directory), MAX_ROWS: str(max_rows)}
@@ -75,6 +81,10 @@ def register() -> None:
         from tests.gpu import one_server
 
         one_server.make_detachable(Path(os.environ[STATE]))
+    if TIMELINE in os.environ:
+        from tests.gpu import timeline
+
+        timeline.make_profilable(Path(os.environ[TIMELINE]))
 
 
 def _sharpen(scale: float) -> None:

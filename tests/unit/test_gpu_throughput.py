@@ -26,9 +26,7 @@ SMALL = Workload(
 
 
 def by_start(start, **options):
-    (one,) = loads.pick(
-        loads.workloads(["a", "b"], **options), [start], rounds=None, concurrency=None
-    )
+    (one,) = loads.pick(loads.workloads(["a", "b"], **options), [start])
     return one
 
 
@@ -90,13 +88,13 @@ def test_loads_are_picked():
     every = loads.workloads(scale=0.5)
     assert [one.rounds for one in every[:3]] == [20, 5, 3]
     assert [one.concurrency for one in every[:3]] == [1, 64, 256]
-    by_default = loads.pick(every, [], rounds=None, concurrency=None)
+    by_default = loads.pick(every, [])
     assert [one for one in every if one.crowded] == [one for one in every if one not in by_default]
     (one,) = loads.pick(every, ["64 conv"], rounds=2, concurrency=8)
     assert (one.concurrency, one.rounds) == (8, 2)
     assert one.name.endswith("128 out, 8 at a time")  # another load than that of 64
     with pytest.raises(CommandError, match="no load starts with 'batch 2'"):
-        loads.pick(every, ["batch 1", "batch 2"], rounds=None, concurrency=None)
+        loads.pick(every, ["batch 1", "batch 2"])
 
 
 def test_a_load_is_compared_where_more_is_slower():

@@ -32,8 +32,8 @@ class Turn:
     @property
     def num_prompts(self) -> int:
         """Of how many prompts it is; conversations of several turns have one each."""
-        one = isinstance(self.content, str) or not isinstance(self.content[0], list)
-        return 1 if one else len(self.content)
+        several = isinstance(self.content, list) and isinstance(next(iter(self.content), 0), list)
+        return len(self.content) if several else 1
 
 
 Conversation = tuple[Turn, ...]

@@ -39,8 +39,8 @@ class Difference:
     interval_95_percent: tuple[float, float]
     """Bootstrap interval of that mean."""
     noise_percent: float | None
-    """The most that the two stock servers may differ by, upwards: the far end of their own
-    interval, in whichever direction. None where there are no two, or this is the second of them."""
+    """The most that the first arm and the same again may differ by, upwards: the far end of their
+    interval, in whichever direction. None where there is no such pair, or this is its second."""
 
     @property
     def claim_percent(self) -> tuple[float, float]:
