@@ -6,7 +6,8 @@ On a machine with an NVIDIA GPU, vLLM 0.32.0 and moescope::
         --out result.json [-- VLLM FLAGS]
 
 Each part replaces its entry in the file as soon as it is done: what was measured stays where the
-run is cut off. ``--part`` runs one part, ``--scale 0.2`` a shorter version of all.
+run is cut off. ``--part`` runs one part, ``--scale 0.2`` a shorter version of all; ``timeline``
+says where the time of single steps goes.
 
 The part throughput is written after every round, and each run of it adds a sitting. One server
 takes all loads of the H200's 141 GB, its capture taken off and put back in between (see
