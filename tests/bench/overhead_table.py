@@ -37,10 +37,10 @@ NOTES = """\
 Positive is slower. Compared is the client's median time per output token where tokens are decoded
 (batch 1, 64 and 256 concurrent, GSM8K), else its wall time; *engine* is the mean time between
 tokens on the clock of vLLM's engine (its `vllm:inter_token_latency_seconds`), with neither HTTP nor
-the client in it. 95% intervals of paired rounds, none narrower than what the same arm, measured
-again, differs by in the same sitting. *Within*: the whole interval is at most the target, or it
-excludes zero and its mean is at most the target. *Missed*: it excludes zero, and its mean is above
-the target. *Not distinguishable* from zero: all others."""
+the client in it. 95% intervals of paired rounds; where the first arm was measured again in the same
+sitting, none is narrower than what the two differ by. *Within*: the whole interval is at most the
+target, or it excludes zero and its mean is at most the target. *Missed*: it excludes zero, and its
+mean is above the target. *Not distinguishable* from zero: all others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
         values = orjson.loads(path.read_bytes())
         if "loads" not in values:
             raise FormatError(f"{path} holds no loads by sitting: measure it anew")
-        sittings |= values["sittings"]
+        sittings |= _of_file(values["sittings"], path)
         for name, by_sitting in values["loads"].items():
-            found[name] = {**found.get(name, {}), **by_sitting}
+            found[name] = {**found.get(name, {}), **_of_file(by_sitting, path)}
     places = {name: place_of(name) for name in found}
     rows = [
         Row(
@@ -103,6 +103,11 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
     if not rows:
         raise FormatError(f"no sitting has {MIN_ROUNDS} rounds of two arms")
     return rows, sittings
+
+
+def _of_file(by_sitting: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return sittings by names that no other file has; they still begin with the date."""
+    return {f"{name} {path}": one for name, one in by_sitting.items()}
 
 
 def place_of(name: str) -> int:
@@ -120,13 +125,15 @@ def place_of(name: str) -> int:
 def latest(by_sitting: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, Mapping[str, Any]]:
     """Return the latest sitting of each arm, by arm; of the first arm again that of moescope.
 
+    One that was cut off counts where there is none that was not.
+
     Args:
         by_sitting: What the sittings measured, by their dates.
         first: The arm that others are compared with: sittings of another do not count, nor those
             of too few rounds.
     """
     chosen: dict[str, Mapping[str, Any]] = {}
-    for name in sorted(by_sitting):
+    for name in sorted(by_sitting, key=lambda name: (by_sitting[name]["complete"], name)):
         measured = {**by_sitting[name], "sitting": name}
         if next(iter(measured["arms"])) == first and measured["rounds"] >= MIN_ROUNDS:
             chosen |= dict.fromkeys(measured["differences"], measured)
@@ -154,7 +161,7 @@ def make_tables(rows: Sequence[Row], sittings: Mapping[str, Any]) -> str:
         of_first = [row for row in rows if row.first == first]
         if of_first:
             blocks += [caption, *_tables(first, of_first, sittings)]
-    return "\n\n".join([*blocks, f"{_where(sittings)} {_lost(rows)}", NOTES])
+    return "\n\n".join([*blocks, f"{_where(rows, sittings)} {_lost(rows)}", NOTES])
 
 
 def _tables(first: str, rows: Sequence[Row], sittings: Mapping[str, Any]) -> Iterator[str]:
@@ -234,12 +241,14 @@ def _change(difference: Mapping[str, Any] | None) -> str:
     return text.replace("-", MINUS)
 
 
-def _where(sittings: Mapping[str, Any]) -> str:
-    """Return on what and when it was measured."""
-    models = sorted({one["model"] for one in sittings.values()})
-    gpus = sorted({_device(one["hardware"]) for one in sittings.values()})
-    vllms = sorted({one["versions"]["vllm"] for one in sittings.values()})
-    dates = sorted({one["date"][:10] for one in sittings.values()})
+def _where(rows: Iterable[Row], sittings: Mapping[str, Any]) -> str:
+    """Return on what and when rows were measured."""
+    names = {measured["sitting"] for row in rows for measured in row.by_arm.values()}
+    shown = [sittings[name] for name in names]
+    models = sorted({one["model"] for one in shown})
+    gpus = sorted({_device(one["hardware"]) for one in shown})
+    vllms = sorted({one["versions"]["vllm"] for one in shown})
+    dates = sorted({one["date"][:10] for one in shown})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{', '.join(models)} on {', '.join(gpus)}, vLLM {', '.join(vllms)}, {when}."
 
@@ -282,7 +291,7 @@ def draw(path: Path, rows: Sequence[Row], sittings: Mapping[str, Any]) -> None:
         differences,
         {row.workload.name: row.workload.name for row in shown},
         xlabel=f"slower than {first} by percent, paired rounds",
-        title=_where(sittings).rstrip("."),
+        title=_where(shown, sittings).rstrip("."),
     )
 
 

@@ -21,8 +21,8 @@ Three servers of their own fit side by side::
     … --part throughput [--arm stock --arm counts --arm routed-experts] [--load "batch 1" …] \
         -- --max-model-len 8192
 
-or run in turn, each started anew in every visit, which takes all the loads that are named
-(``--placement in-turn --per-visit 3 --rounds 3``).
+or run in turn, each started anew in every round, which takes all the loads that are named
+(``--placement in-turn --rounds 3``).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def run_timeline(args: argparse.Namespace) -> dict[str, Any]:
     """Serve with moescope and look into its steps."""
     directory = args.tap_directory / "timeline"
     directory.mkdir()
-    picked = loads.pick(loads.workloads(), args.load or ("batch", "64 concurrent"))
+    picked = [one for one in loads.workloads() if one.every_arm]
     start = launcher(args, [*args.vllm, *kv_cache(args)], tap.profiling(directory))
     with start.server(Arm(name=arms.MOESCOPE)) as server:
         wait_ready([server], START_TIMEOUT_S)
@@ -194,7 +194,7 @@ def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: R
             if measured["complete"]:
                 print(*throughput.statements(workload, measured), sep="\n", flush=True)
 
-        throughput.Sitting(chosen, ready, per_visit=args.per_visit).measure(picked, on_round)
+        throughput.Sitting(chosen, ready).measure(picked, on_round)
 
 
 @contextlib.contextmanager
@@ -219,7 +219,7 @@ def circumstances(
         **result.circumstances,
         "model": Path(args.model).name,
         "placement": args.placement,
-        "rounds_per_visit": args.per_visit if args.placement == "in-turn" else None,
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "commands": commands,
         "refused": ready.refused,
     }
@@ -253,9 +253,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="Throughput: rounds of every load.")
     parser.add_argument(
-        "--per-visit", type=int, default=1, help="In turn: rounds of every start of a server."
-    )
-    parser.add_argument(
         "--concurrency", type=int, help="Throughput: conversations at a time, of every load."
     )
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
@@ -267,7 +264,11 @@ def parse() -> argparse.Namespace:
         "--gate-scale", type=float, help="For --load-format dummy: sharpens the gates; try 1e5."
     )
     parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags for every server.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    there_are = one_server.ARMS if args.placement == "one-server" else arms.BUILT_IN
+    if wrong := set(args.arm or ()) - set(there_are):
+        parser.error(f"{', '.join(sorted(wrong))}: arms of {args.placement} are {[*there_are]}")
+    return args
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """Arms that share one server: the capture is taken off its worker and put back between visits.
 
-Two starts of one and the same vLLM differ by more than a percent in the time of a small step: where
-its memory lies, for one. What capture costs beyond that shows within a single server. ``detached``
-is that server with the capture's functions around each step taken off: no kernel and no line of
-Python more than stock vLLM. What stays is that routers write to addresses of ours. Servers of their
-own show whether that costs, as far as their starts let one see.
+Two starts of one and the same vLLM can differ by a percent in the time of a small step. What a step
+of capture costs shows within a single server. ``detached`` is that server with the capture's
+functions around each step taken off. What stays, in all arms: routers write to addresses of ours
+(in steps that no CUDA graph replays, through our Python), the API server tells the collector of
+every request, and the collector waits for those of which no worker tells. Servers of their own show
+what that costs, as far as their starts let one see.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from moescope.errors import CommandError
 from moescope.overhead import arms, comparison, rounds
 from moescope.overhead.arms import Arm
 from moescope.overhead.hosting import Hosted
@@ -47,21 +48,13 @@ class Sitting:
     Args:
         chosen: The arms.
         hosted: Where they are. They get no rest but the one here, after each pass.
-        per_visit: Rounds in a visit of servers that do not stay up; see `rounds.measure`.
         settle_s: How long a server is given to come to rest before its counters are read and the
             next one's turn comes.
     """
 
-    def __init__(
-        self,
-        chosen: Sequence[Arm],
-        hosted: Hosted,
-        *,
-        per_visit: int = 1,
-        settle_s: float = SETTLE_S,
-    ) -> None:
+    def __init__(self, chosen: Sequence[Arm], hosted: Hosted, settle_s: float = SETTLE_S) -> None:
         self._arms = {arm.name: arm for arm in chosen}
-        self._hosted, self._per_visit, self._settle_s = hosted, per_visit, settle_s
+        self._hosted, self._settle_s = hosted, settle_s
 
     def measure(self, workloads: Sequence[Workload], on_round: OnRound) -> None:
         """Measure all workloads.
@@ -71,7 +64,7 @@ class Sitting:
 
         Raises:
             MoescopeError: An arm is not what it must be, or a request failed, or an answer is not
-                as long as it was asked to be.
+                as long as it was asked to be, or a load is put on less than two arms.
         """
         if self._hosted.host.stays_up:
             for one in workloads:
@@ -82,24 +75,29 @@ class Sitting:
     def _measure(self, workloads: Sequence[Workload], on_round: OnRound) -> None:
         measured: list[list[Round]] = [[] for _ in workloads]
         num_rounds = min(one.rounds for one in workloads)
-        names = self._names(all(one.every_arm for one in workloads))
+        names = self._names(workloads)
         for items in rounds.measure(
             [one.load() for one in workloads],
             self._hosted.host,
             names,
             rounds=num_rounds,
             seed=SEED,
-            per_visit=self._per_visit,
             hooks=rounds.Hooks(on_visit=self._check, counters=self._counters),
         ):
             for one, item, done in zip(workloads, items, measured, strict=True):
                 done.append(with_engine(item))
                 on_round(one, {"complete": len(done) == num_rounds, **summarize(done)})
 
-    def _names(self, every_arm: bool) -> list[str]:
+    def _names(self, workloads: Sequence[Workload]) -> list[str]:
         first = self._hosted.names[0]
         always = {first, first + arms.AGAIN, arms.MOESCOPE, arms.ROUTED_EXPERTS}
-        return [name for name in self._hosted.names if every_arm or name in always]
+        every_arm = any(one.every_arm for one in workloads)
+        names = [name for name in self._hosted.names if every_arm or name in always]
+        if len(names) < 2:
+            raise CommandError(
+                f"{workloads[0].name} is not put on {', '.join(self._hosted.names[1:])}"
+            )
+        return names
 
     def _check(self, name: str, url: str) -> None:
         arms.prepare(self._arms[name], url, None)

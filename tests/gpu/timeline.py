@@ -22,6 +22,7 @@ import orjson
 from moescope.bench.connections import Target
 from moescope.bench.driver import Run
 from moescope.errors import CommandError
+from moescope.overhead import rounds
 from tests.gpu.loads import Workload
 
 SKIPPED, STEPS = 60, 60
@@ -131,9 +132,12 @@ def measure(url: str, model: str, directory: Path, workloads: Iterable[Workload]
     for number, one in enumerate(workloads):
         load = one.load()
         ask = dataclasses.replace(load.ask, model=model)
-        asyncio.run(Run(load.conversations(0), ask, Target(base_url=url), load.pace).go())
-        os.kill(pid, signal.SIGUSR1)
-        asyncio.run(Run(load.conversations(1), ask, Target(base_url=url), load.pace).go())
+        for warmed_up in (0, 1):
+            if warmed_up:
+                os.kill(pid, signal.SIGUSR1)
+            run = Run(load.conversations(warmed_up), ask, Target(base_url=url), load.pace)
+            asyncio.run(run.go())
+            rounds.summarize(run, url)  # raises if a request failed
         times = directory / f"{number}.times"
         deadline_s = time.monotonic() + _TIMEOUT_S
         while not times.exists():
@@ -155,9 +159,9 @@ def summarize(
         events: Those of a chrome trace.
 
     Returns:
-        ``host``: by part; ``gpu``: of the packing kernel how long it runs, how long the GPU rests
-        before and after it, how long its launch takes on the host, and the time from one to the
-        next; empty where no such kernel ran.
+        ``host``: by part; ``gpu``: of the packing kernel how long it runs, how long its stream
+        rests before and after it, how long its launch takes on the host, and the time from one to
+        the next; empty where no such kernel ran.
     """
     whole = [event for event in events if event.get("ph") == "X"]
     return {
@@ -168,7 +172,11 @@ def summarize(
 
 
 def _of_kernel(events: list[Mapping[str, Any]]) -> dict[str, Any]:
-    on_gpu = sorted((e for e in events if e.get("cat") in _ON_GPU), key=lambda e: e["ts"])
+    streams = {e["args"].get("stream") for e in events if KERNEL in e["name"]}
+    on_gpu = sorted(
+        (e for e in events if e.get("cat") in _ON_GPU and e["args"].get("stream") in streams),
+        key=lambda e: e["ts"],
+    )
     calls = {e["args"]["correlation"]: e for e in events if e.get("cat") in _CALLS}
     places = [i for i, e in enumerate(on_gpu) if KERNEL in e["name"]]
     inner = [i for i in places if 0 < i < len(on_gpu) - 1]

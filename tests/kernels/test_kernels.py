@@ -157,18 +157,18 @@ def test_rows_are_counted(num_experts):
 
 
 def interpreted(kernel, tensors, num_scalars, constants):
-    """What stands in for a `Launcher` where there is no GPU: it needs the compiled kernel."""
+    """What stands in for a `KernelLauncher` where there is no GPU: it compiles."""
 
     def launch(num_programs, *scalars):
         assert len(scalars) == num_scalars
-        kernel[(num_programs,)](*tensors, *scalars, **constants)
+        kernel[(num_programs,)](*tensors, *scalars, *constants.values())
 
     return launch
 
 
 def test_counts_of_the_gpu_are_those_of_its_buffers(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(counts_cuda, "Launcher", interpreted)
+        monkeypatch.setattr(counts_cuda, "KernelLauncher", interpreted)
     counts = CudaCounts(
         positions=torch.zeros(64, dtype=torch.int64, device=DEVICE), num_layers=3, top_k=2,
         num_experts=8, index_dtype=torch.int32,

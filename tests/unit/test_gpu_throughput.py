@@ -172,8 +172,12 @@ def test_every_arm_is_visited_only_where_it_says_so():
         urls["counts"] = urls["stock"]
         whole = Hosted(Running(urls), list(urls), {})
         sitting = Sitting([*chosen, Arm(name="counts")], whole, settle_s=0.0)
-        assert sitting._names(every_arm=True) == ["stock", "moescope", "counts"]
-        assert sitting._names(every_arm=False) == ["stock", "moescope"]
+        for_all = dataclasses.replace(SMALL, every_arm=True)
+        assert sitting._names([SMALL, for_all]) == ["stock", "moescope", "counts"]
+        assert sitting._names([SMALL]) == ["stock", "moescope"]
+        few = Sitting(chosen, Hosted(Running(urls), ["stock", "counts"], {}), settle_s=0.0)
+        with pytest.raises(CommandError, match="small is not put on counts"):
+            few.measure([SMALL], print)
 
 
 def test_what_is_measured_is_told_after_every_round():

@@ -78,6 +78,21 @@ def test_noise_is_a_ratio_alike_in_both_directions():
     assert one.claim_percent == pytest.approx((0.0, 300.0))
 
 
+def test_any_arm_may_be_measured_again():
+    measured = [
+        Round(order=("a", "a-again", "b"), passes={
+            "a": made(1.0), "a-again": made(1.03), "b": made(1.02, more=5.0)})
+    ] * 3  # fmt: skip
+    by_arm = comparison.differences(measured, 0)
+    assert by_arm["b"]["s_per_token"].noise_percent == pytest.approx(3.0)
+    assert by_arm["a-again"]["s_per_token"].noise_percent is None
+    assert "more" not in by_arm["b"]  # it is not known of the others
+    lone = comparison.differences(
+        [Round(order=("b", "a-again"), passes={"b": made(1.0), "a-again": made(1.0)})], 0
+    )
+    assert lone["a-again"]["s_per_token"].noise_percent is None
+
+
 def test_a_metric_that_is_not_there_is_left_out():
     measured = [
         Round(order=(STOCK, MOESCOPE), passes={

@@ -3,14 +3,13 @@
 import dataclasses
 
 import pytest
-from overhead_fakes import OPTIONS, chunk_of, measure, measure_loads, serving_all
+from overhead_fakes import OPTIONS, chunk_of, measure, measure_loads
 from stream_server import DONE, chunk, serving, usage
 
 from moescope import CommandError
 from moescope.bench.driver import Pace
 from moescope.bench.workload import Ask, Turn
 from moescope.overhead import comparison, hosting, rounds
-from moescope.overhead.arms import Arm
 from moescope.overhead.rounds import Load
 
 
@@ -98,30 +97,6 @@ def test_a_visit_puts_every_load_on_an_arm():
     assert prompts == [*warm_up, *later, *later]
     # Neither a round nor another load finds in the prefix cache what one put there.
     assert len({body["cache_salt"] for body in bodies}) == 2 * 3
-
-
-@pytest.mark.parametrize(("per_visit", "blocks"), [(1, 5), (2, 3), (9, 1)])
-def test_a_visit_may_go_on_for_several_rounds(per_visit, blocks):
-    load = load_of((Turn([1], 2),))
-    visits = []
-    with serving_all(("a", "b"), {"a": tokens(2), "b": tokens(2)}) as (servers, urls):
-        arms = {name: Arm(name=name, url=url) for name, url in urls.items()}
-        done = [
-            item
-            for (item,) in rounds.measure(
-                [load], hosting.InTurn(None, arms), ["a", "b"], rounds=5, seed=0,
-                per_visit=per_visit, hooks=rounds.Hooks(on_visit=lambda n, _: visits.append(n)),
-            )
-        ]  # fmt: skip
-    orders = [item.order for item in done[::per_visit]]
-    assert len(done) == 5
-    assert [item.order for item in done] == [orders[at // per_visit] for at in range(5)]
-    assert visits == [name for order in orders for name in order]
-    assert len(visits) == 2 * blocks
-    for name in "ab":  # each visit's warm-up, then its rounds
-        assert len(servers[name].seen) == 5 + blocks
-    salts = [seen.body["cache_salt"].rpartition("-")[2] for seen in servers["a"].seen]
-    assert [int(salt) for salt in salts if salt != "0"] == [1, 2, 3, 4, 5]
 
 
 def test_a_request_of_several_prompts_has_as_many_answers():

@@ -19,11 +19,12 @@ def difference(percent, low, high, *, noise=0.0):
     return {
         "percent": percent,
         "claim_percent": claim,
+        "noise_percent": noise or None,
         "distinguishable": not claim[0] <= 0.0 <= claim[1],
     }
 
 
-def measured(*, rounds=5, host_us=42.3, first="stock", **by_arm):
+def measured(*, rounds=5, complete=True, host_us=42.3, first="stock", **by_arm):
     """What a sitting measured: the same difference in every metric that is shown."""
     names = {name.replace("_", "-"): one for name, one in by_arm.items()}
     median = {
@@ -33,6 +34,7 @@ def measured(*, rounds=5, host_us=42.3, first="stock", **by_arm):
     }
     return {
         "rounds": rounds,
+        "complete": complete,
         "arms": {
             name: {
                 "median": median,
@@ -138,7 +140,8 @@ def test_the_latest_sitting_of_an_arm_counts(tmp_path):
             stock_again=difference(8.0, 8.0, 8.0), counts=difference(4.0, 4.0, 4.0)
         ),
         "2026-01-04": measured(paused=difference(5.0, 5.0, 5.0), first="counts"),  # no stock
-        "2026-01-05": measured(moescope=difference(6.0, 6.0, 6.0), rounds=2),  # cut off
+        "2026-01-05": measured(moescope=difference(6.0, 6.0, 6.0), rounds=2),  # too few
+        "2026-01-06": measured(moescope=difference(7.0, 7.0, 7.0), complete=False),
     }
     text = table_of(result(tmp_path, **{DECODE: sittings}))
     both = "+2.00% [+2.00, +2.00] | +3.00% [+3.00, +3.00]"
@@ -163,6 +166,19 @@ def test_a_later_file_adds_to_an_earlier_one(tmp_path):
     ]
     assert "| load | GPU | paused |" in text
     assert "2026-01-01 to 2026-01-02." in text
+
+
+def test_sittings_of_the_same_second_are_not_confused(tmp_path):
+    first = result(tmp_path, **{DECODE: {"2026-01-01": measured(moescope=AGAIN)}})
+    values = orjson.loads(first.read_bytes())
+    values["loads"] = {BATCH_1: {"2026-01-01": measured(moescope=AGAIN)}}
+    values["sittings"]["2026-01-01"]["hardware"]["gpu"] = "NVIDIA H100, 1 MiB"
+    other = tmp_path / "other.json"
+    other.write_bytes(orjson.dumps(values))
+    text = table_of(first, other)
+    assert f"| {DECODE} | H200 |" in text
+    assert f"| {BATCH_1} | H100 |" in text
+    assert "shape on NVIDIA H100, NVIDIA H200, vLLM" in text
 
 
 def test_a_file_of_another_kind_is_told(tmp_path):

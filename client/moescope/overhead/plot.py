@@ -84,7 +84,9 @@ def draw_rows(
         hollow = Line2D([], [], color=SOFT, marker="o", mfc="white", ls="", label="holds zero")
         axes.legend(handles=[*handles, hollow], frameon=False, loc="upper left",
                     bbox_to_anchor=(1.0, 1.0))  # fmt: skip
-        floor = ", none narrower than those of the same again" if again else ""
+        every = [one for by_row in differences.values() for one in by_row.values()]
+        has_floor = any(one["noise_percent"] is not None for one in every)
+        floor = ", none narrower than those of the same again" if has_floor else ""
         axes.set_title(f"{title}\n95% intervals{floor}", fontsize=10, color=SOFT, loc="left")
         figure.savefig(path, dpi=DPI)
 

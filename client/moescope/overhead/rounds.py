@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import random
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ class Hooks:
     """Called with an arm's name and address before load is put on it."""
     on_pass: Callable[[], object] = lambda: None
     """Called after each pass, warm-up included: for each load ``len(names) * (rounds + 1)`` times
-    where the servers stay up, else ``len(names)`` times more with every visit."""
+    where the servers stay up, else ``2 * len(names) * rounds`` times."""
     counters: Callable[[str, str], Mapping[str, float]] = lambda name, url: {}
     """Called with an arm's name and address after each pass: reads counters of the server."""
 
@@ -104,16 +105,15 @@ def measure(
     *,
     rounds: int,
     seed: int,
-    per_visit: int = 1,
     api_key: str | None = None,
     hooks: Hooks = Hooks(),
 ) -> Iterator[list[Round]]:
     """Run the warm-up and all rounds; gives each round of every load when it is done.
 
     A visit puts all loads on an arm, one after the other: starting a server for each would take
-    longer than measuring. Each arm and round has a cache salt of its own: no prompt is answered
-    from the prefix cache that an earlier round or run filled, nor another arm on the same server.
-    So prefill is measured as well.
+    longer than measuring. Each pass has a cache salt of its own: no prompt is answered from the
+    prefix cache that an earlier round or run filled, or another arm on the same server. So prefill
+    is measured as well.
 
     Args:
         loads: What to put on the arms.
@@ -121,8 +121,6 @@ def measure(
         names: The arms.
         rounds: Rounds that count.
         seed: Of the order.
-        per_visit: Rounds that a visit goes on for, where starting a server takes long. What is
-            between the arms is then longer, and fewer starts are seen.
         api_key: The key that all of them want, if any.
         hooks: What to call meanwhile.
 
@@ -133,16 +131,13 @@ def measure(
     visits = _Visits(loads, host, api_key, hooks)
     if host.stays_up:
         for name in names:
-            visits.visit(name, (), warm_up=True)
-    numbers = range(1, rounds + 1)
-    blocks = [numbers[start:][:per_visit] for start in range(0, rounds, per_visit)]
-    for block, order in zip(blocks, shuffled_orders(names, len(blocks), seed), strict=True):
-        made = {name: visits.visit(name, block, warm_up=not host.stays_up) for name in order}
-        for at in range(len(block)):
-            yield [
-                Round(order=order, passes={name: made[name][at][place] for name in names})
-                for place in range(len(loads))
-            ]
+            visits.visit(name, 0, warm_up=True)
+    for number, order in enumerate(shuffled_orders(names, rounds, seed), start=1):
+        made = {name: visits.visit(name, number, warm_up=not host.stays_up) for name in order}
+        yield [
+            Round(order=order, passes={name: made[name][place] for name in names})
+            for place in range(len(loads))
+        ]
 
 
 class _Visits:
@@ -152,33 +147,31 @@ class _Visits:
         self, loads: Sequence[Load], host: Host, api_key: str | None, hooks: Hooks
     ) -> None:
         self._loads, self._host, self._api_key, self._hooks = loads, host, api_key, hooks
-        self._run_id = uuid.uuid4().hex
+        self._run_id, self._passes = uuid.uuid4().hex, itertools.count()
         self._models: dict[str, str] = {}
         self._counters: dict[str, Mapping[str, float]] = {}  # by address: arms may share a server
 
-    def visit(self, name: str, numbers: Sequence[int], *, warm_up: bool) -> list[list[Pass]]:
-        """Put the loads of rounds on an arm; returns by round and load."""
+    def visit(self, name: str, number: int, *, warm_up: bool) -> list[Pass]:
+        """Put the loads of a round on an arm; number 0 is no round."""
+        passes = []
         with self._host.visit(name) as url:
             self._hooks.on_visit(name, url)
-            if warm_up:
-                self._round(name, url, 0)
-            return [self._round(name, url, number) for number in numbers]
+            for load in self._loads:
+                if warm_up:
+                    self._pass(name, url, load, 0)
+                if number:
+                    passes.append(self._pass(name, url, load, number))
+        return passes
 
-    def _round(self, name: str, url: str, number: int) -> list[Pass]:
-        salts = [f"{self._run_id}-{name}-{place}-{number}" for place in range(len(self._loads))]
-        return [
-            self._pass(name, url, load, number, salt)
-            for load, salt in zip(self._loads, salts, strict=True)
-        ]
-
-    def _pass(self, name: str, url: str, load: Load, number: int, salt: str) -> Pass:
+    def _pass(self, name: str, url: str, load: Load, number: int) -> Pass:
         target = Target(base_url=url, api_key=self._api_key)
         if name not in self._models:
             self._models[name] = load.ask.model or session.served_model(target)
+        salt = f"{self._run_id}-{next(self._passes)}"  # servers other than vLLM ignore it
         ask = dataclasses.replace(
             load.ask,
             model=self._models[name],
-            extra_body={**load.ask.extra_body, "cache_salt": salt},  # other servers ignore it
+            extra_body={**load.ask.extra_body, "cache_salt": salt},
         )
         conversations = load.conversations(number)
         run = Run(conversations, ask, target, load.pace)

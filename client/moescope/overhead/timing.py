@@ -140,7 +140,8 @@ def summarize(measured: Sequence[Round], seed: int) -> dict[str, Any]:
 
 def statements(values: dict[str, Any]) -> list[str]:
     """Return the wall time per token of every arm beside the first, in words."""
-    unknown = "without the arms stock and stock-again the noise of the run is not known"
+    again = next(iter(values["arms"])) + arms.AGAIN
+    unknown = f"without the arm {again} the noise of the run is not known"
     said = [
         comparison.statement(
             "capture" if name == arms.MOESCOPE else name,
@@ -150,7 +151,7 @@ def statements(values: dict[str, Any]) -> list[str]:
         )
         for name, by_metric in values["differences"].items()
     ]
-    return said if arms.STOCK_AGAIN in values["differences"] else [*said, unknown]
+    return said if again in values["differences"] else [*said, unknown]
 
 
 def _difference(values: dict[str, Any]) -> comparison.Difference:

@@ -17,7 +17,7 @@ import torch
 from moescope_service.capture import kernels
 from moescope_service.capture.buffers import RoutingBuffers
 from moescope_service.capture.counting import Totals, phase_runs
-from moescope_service.capture.launch import Launcher
+from moescope_service.capture.launch import KernelLauncher
 from moescope_service.capture.own_rows import OwnRows
 from moescope_service.histogram import PHASES
 
@@ -53,7 +53,7 @@ class CudaCounts:
         self._counts = torch.zeros(int(np.prod(self._shape)) + 1, dtype=torch.int64, device=device)
         constants = kernels.pack_blocks(num_layers, top_k)
         tensors = (self.buffers.topk_ids, self._counts)
-        self._count = Launcher(kernels.count_rows, tensors, 5, constants)
+        self._count = KernelLauncher(kernels.count_rows, tensors, 5, constants)
         self._block_rows = constants["BLOCK_ROWS"]
         self._layer_stride = len(positions) * top_k
         self._stream: torch.cuda.Stream | None = None

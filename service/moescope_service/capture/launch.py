@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-class Launcher:
+class KernelLauncher:
     """A kernel that is compiled once, for tensors that stay where they are.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 
 from moescope_service.capture import kernels
 from moescope_service.capture.buffers import RoutingBuffers
-from moescope_service.capture.launch import Launcher
+from moescope_service.capture.launch import KernelLauncher
 from moescope_service.capture.own_rows import OwnRows
 from moescope_service.capture.ring import ReservedRows, RowRing
 
@@ -58,9 +58,11 @@ class CudaSink:
         self._ring = RowRing(num_slots, num_layers, top_k, ids, weights)
         constants = kernels.pack_blocks(num_layers, top_k)
         tensors = (self.buffers.topk_ids, self.buffers.topk_weights, positions)
-        self._pack = Launcher(kernels.pack_rows, (*tensors, *self._ring.tensors), 4, constants)
+        self._pack = KernelLauncher(
+            kernels.pack_rows, (*tensors, *self._ring.tensors), 4, constants
+        )
         self._block_rows = constants["BLOCK_ROWS"]
-        self._last = (max_tokens * top_k, num_experts)
+        self._layer_stride, self._num_experts = max_tokens * top_k, num_experts
 
     def hook(self, column: int, router: Any) -> None:
         """Let a router hand over its results; see `moescope_service.capture.rows.StepSink`.
@@ -82,6 +84,8 @@ class CudaSink:
         if reserved is None:
             return "queue_full"
         num_programs = -(-num_rows // self._block_rows)
-        stream = self._pack(num_programs, reserved.offset, num_rows, *self._last)
+        stream = self._pack(
+            num_programs, reserved.offset, num_rows, self._layer_stride, self._num_experts
+        )
         reserved.event.record(stream)
         return reserved
