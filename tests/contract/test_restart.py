@@ -168,6 +168,26 @@ def test_what_happens_while_it_is_away(fresh):
     assert trace_of(fresh, "begun")[1] == "MMMMMC"
 
 
+def test_a_choice_that_ended_before_is_not_left_out(fresh):
+    names = fresh.frontend.add("two", n=2)
+    first, second = (fresh.engine.start(name) for name in names)
+    fresh.engine.step([(first, 1), (second, 1)])
+    fresh.frontend.put(names[0], [1, 1], FinishReason.STOP)
+    fresh.engine.step([(second, 1)], finished=[first])
+    restart(fresh)
+    fresh.engine.step([(second, 1)])
+    fresh.frontend.put(names[1], [1] * 4, FinishReason.LENGTH)
+    fresh.engine.step(finished=[second])
+    answer = get(fresh, "two")
+    assert answer.status_code == 200
+    gone, kept = formats.load_npz(answer.content)
+    assert (gone.index, gone.num_tokens, gone.finish_reason) == (0, len(PROMPT) + 2, "stop")
+    assert (gone.complete, gone.coverage) == (False, 0.0)
+    assert (kept.index, kept.coverage) == (1, 1 / 8)
+    journal = fresh.app.state.moescope_collector._journal
+    wait_until(lambda: len(journal) == 0, "the API server forgets it")
+
+
 def test_a_pause_outlives_it_and_so_does_an_alias(fresh):
     assert fresh.http.post("/routes/pause").status_code == 200
     recorder = fresh.engine.recorder

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moescope.trace import RouteTrace, Source
-from moescope_service.api.journal import Journal
+from moescope_service.api.journal import Journal, RequestKey
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, StepRows
 from moescope_service.collector.core import Collector
@@ -320,7 +320,10 @@ class Deployment:
         return pack_all([self.encoder.encode(message)], self._message_bytes)
 
     def _encode_told(self, told: Told) -> list[Frames]:
-        self.journal.note(told.kind, [told.name], told.frames)
+        if told.kind == "register":
+            self.journal.register(told.name, RequestKey(told.name, 0.0), told.frames)
+        else:
+            self.journal.note(told.kind, [told.name], told.frames)
         return [told.frames]
 
     def _message(self, output: Output, rows: Any) -> StepMessage:

@@ -9,7 +9,7 @@ import pytest
 from builders import API, WORKER, Bench, admit, make_hello, make_register
 
 from moescope.trace import Source
-from moescope_service.api.journal import Journal
+from moescope_service.api.journal import Journal, RequestKey
 from moescope_service.collector.core import Collector
 from moescope_service.messages import Ongoing, Snapshot, pack, pack_hello, unpack
 from moescope_service.settings import Settings
@@ -158,19 +158,68 @@ def test_who_has_not_said_who_it_is_is_not_listened_to():
     assert len(list(collector.sequences)) == len(collector.sequences.find("a")) == 1
 
 
+def note_register(journal, name, request="", created_s=1.0):
+    """Note that a sequence was registered; returns the message."""
+    frames = pack("register", **dataclasses.asdict(make_register(name)))
+    journal.register(f"{name}-i", RequestKey(request or name, created_s), frames)
+    return frames
+
+
+def note_finish(journal, name):
+    frames = pack("finish", internal_id=f"{name}-i")
+    journal.note("finish", [f"{name}-i"], frames)
+    return frames
+
+
 def test_the_journal_tells_of_what_runs_and_of_nothing_else():
-    journal, told = Journal(), {}
-    for name in ("runs", "over", "deleted"):
-        register = dataclasses.asdict(make_register(name))
-        told[name] = pack("register", [np.zeros(4, np.int32)], **register)
-        journal.note("register", [f"{name}-i"], told[name])
+    journal = Journal()
+    told = {name: note_register(journal, name) for name in ("runs", "over", "deleted")}
     alias = pack("alias", internal_ids=["runs-i", "over-i"], alias="other")
     journal.note("alias", ["runs-i", "over-i"], alias)
-    journal.note("finish", ["over-i"], pack("finish", internal_id="over-i"))
-    journal.note("query", [""], pack("query"))
+    note_finish(journal, "over")
+    journal.note("query", (), pack("query"))
     journal.forget(["deleted-i", "unknown"])
     assert [*journal.introduce()] == [pack("server"), told["runs"], alias]
-    assert len(journal) == 1
+    assert [name in journal for name in ("runs-i", "over-i", "deleted-i")] == [True, False, False]
+    note_finish(journal, "runs")
+    assert len(journal) == 0
+
+
+def test_the_journal_tells_of_ended_choices_of_a_request_that_runs():
+    journal = Journal()
+    told = [note_register(journal, name, "r") for name in ("a", "b", "c")]
+    # The same id, but another request: it does not hold the first.
+    note_register(journal, "later", "r", created_s=2.0)
+    told.insert(1, note_finish(journal, "a"))
+    note_finish(journal, "later")
+    assert [*journal.introduce()] == [pack("server"), *told]
+    journal.forget(["b-i"])
+    note_finish(journal, "c")
+    assert len(journal) == 0
+    assert "a-i" not in journal
+
+
+def test_a_choice_that_ended_before_is_missing_not_left_out(bench):
+    journal = Journal()
+    for index, name in enumerate(("a", "b")):
+        register = dataclasses.asdict(dataclasses.replace(make_register(name), index=index))
+        register["ids"] = ["r", f"{name}-i"]
+        register["request_id"] = "r"
+        frames = pack("register", [np.zeros(4, np.int32)], **register)
+        journal.register(f"{name}-i", RequestKey("r", 1.0), frames)
+    output = np.ones(3, np.int32)
+    finish = pack("finish", [output], internal_id="a-i", reason="stop")
+    journal.note("finish", ["a-i"], finish)
+    for frames in journal.introduce():
+        bench.collector.handle(API, frames)
+    introduce(bench, ongoing=[Ongoing(admit(3, "b-i", 4, [5, 6]), 5)], ended=["a-i"])
+    (gone,) = bench.collector.store
+    assert gone.trace.index == 0
+    assert gone.trace.num_rows == 4 + 3 - 1
+    assert set(gone.trace.source) == {Source.MISSING}
+    for frames in journal.introduce():  # its connection broke off, and the collector is the same
+        bench.collector.handle(API, frames)
+    assert [s.register.internal_id for s in bench.collector.sequences] == ["b-i"]
 
 
 def test_a_deleted_request_is_forgotten_by_every_server(bench):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moescope_service.api.journal import Journal
+from moescope_service.api.journal import Journal, RequestKey
 from moescope_service.errors import CollectorGoneError, RefusedError
 from moescope_service.link import Link
 from moescope_service.messages import Frames, pack, unpack
@@ -33,7 +33,10 @@ class Message:
 
     frames: Frames
     kind: str
-    internal_ids: Sequence[str]
+    internal_ids: Sequence[str] = ()
+    """The sequences that it is about, if any."""
+    request: RequestKey | None = None
+    """Of ``register``: to which request its sequence belongs."""
 
     @property
     def size_bytes(self) -> int:
@@ -75,8 +78,11 @@ class CollectorClient:
 
     def tell(self, kind: str, arrays: Frames = (), **values: Any) -> None:
         """Send a message that has no answer; never blocks."""
-        about = values.get("internal_ids") or [values.get("internal_id", "")]
-        self._link.put(Message(pack(kind, arrays, **values), kind, about))
+        about = values.get("internal_ids") or [values["internal_id"]]
+        request = None
+        if kind == "register":
+            request = RequestKey(values["request_id"], values["created_s"])
+        self._link.put(Message(pack(kind, arrays, **values), kind, about, request))
 
     async def ask(self, op: str, *, timeout_s: float = QUERY_TIMEOUT_S, **values: Any) -> Reply:
         """Ask a question.
@@ -148,12 +154,16 @@ class CollectorClient:
         frames = pack("query", number=number, op=op, **values)
         future = self._open[number] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()  # from here on only the answer settles it
-        self._link.put(Message(frames, "query", ()))
+        self._link.put(Message(frames, "query"))
         return number, future
 
     def _encode(self, messages: list[Message]) -> list[Frames]:
         for message in messages:  # sent or not: a new collector is told of it
-            self._journal.note(message.kind, message.internal_ids, message.frames)
+            if message.request is not None:
+                (internal_id,) = message.internal_ids
+                self._journal.register(internal_id, message.request, message.frames)
+            else:
+                self._journal.note(message.kind, message.internal_ids, message.frames)
         return [message.frames for message in messages]
 
     def _on_message(self, frames: Frames) -> None:

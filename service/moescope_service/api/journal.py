@@ -6,43 +6,94 @@ with what follows, is neither one message too few nor one too many.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from moescope_service.messages import Frames, pack
 
 
+class RequestKey(NamedTuple):
+    """What all sequences of one request share, and no other request has."""
+
+    request_id: str
+    created_s: float
+
+
+@dataclasses.dataclass(slots=True)
+class _Told:
+    """What was told of one request, by sequence, and which of those still run."""
+
+    messages: dict[str, list[Frames]] = dataclasses.field(default_factory=dict)
+    running: set[str] = dataclasses.field(default_factory=set)
+
+
 class Journal:
-    """Keeps what was told of every running sequence until its finish is told."""
+    """Keeps what was told of every running request until the finish of all of it is told.
+
+    A new collector is told of a request as a whole, with the sequences that have ended: their rows
+    went with the old one, and an answer without them would look like one that never had them.
+    """
 
     def __init__(self) -> None:
-        self._told: dict[str, list[Frames]] = {}
+        self._told: dict[RequestKey, _Told] = {}
+        self._request: dict[str, RequestKey] = {}  # by sequence
+
+    def __contains__(self, internal_id: str) -> bool:
+        return internal_id in self._request
 
     def __len__(self) -> int:
         return len(self._told)
 
-    def note(self, kind: str, internal_ids: Iterable[str], frames: Frames) -> None:
-        """Take in a message that goes to the collector.
+    def register(self, internal_id: str, request: RequestKey, frames: Frames) -> None:
+        """Take in that the collector is told of a sequence.
 
         Args:
-            kind: ``register``, ``alias`` or ``finish``.
+            internal_id: The sequence.
+            request: What it belongs to.
+            frames: The message.
+        """
+        self._request[internal_id] = request
+        told = self._told.setdefault(request, _Told())
+        told.messages[internal_id] = [frames]
+        told.running.add(internal_id)
+
+    def note(self, kind: str, internal_ids: Iterable[str], frames: Frames) -> None:
+        """Take in another message that goes to the collector.
+
+        Args:
+            kind: ``alias`` or ``finish``; what else there is is nothing to keep.
             internal_ids: The sequences that it is about.
             frames: The message.
         """
         for internal_id in internal_ids:
-            if kind == "register":
-                self._told[internal_id] = [frames]
-            elif kind == "alias" and internal_id in self._told:
-                self._told[internal_id].append(frames)
-            elif kind == "finish":
-                self._told.pop(internal_id, None)
+            if internal_id in self._request:
+                told = self._told[self._request[internal_id]]
+                told.messages[internal_id].append(frames)
+                if kind == "finish":
+                    self._end(internal_id)
 
     def forget(self, internal_ids: Sequence[str]) -> None:
         """Tell no new collector of sequences whose routes somebody deleted."""
         for internal_id in internal_ids:
-            self._told.pop(internal_id, None)
+            if internal_id in self._request:
+                del self._told[self._request[internal_id]].messages[internal_id]
+                self._end(internal_id)
+                self._request.pop(internal_id, None)
 
     def introduce(self) -> Iterator[Frames]:
         """Yield the messages that begin a connection."""
         yield pack("server")
-        for messages in self._told.values():
-            yield from messages
+        for told in self._told.values():
+            for messages in told.messages.values():
+                yield from messages
+
+    def _end(self, internal_id: str) -> None:
+        """Take in that a sequence does not run any more, and let go of a request that is over."""
+        request = self._request[internal_id]
+        told = self._told[request]
+        told.running.discard(internal_id)
+        if not told.running:
+            del self._told[request]
+            for sibling in (internal_id, *told.messages):
+                self._request.pop(sibling, None)

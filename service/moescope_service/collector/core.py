@@ -103,7 +103,7 @@ class Collector:
 
     def _on_sequence(self, kind: str, values: dict[str, Any], frames: Frames) -> None:
         match kind:
-            case "register":
+            case "register" if not self.store.find(values["internal_id"]):
                 prompt_ids = np.frombuffer(frames[1], np.int32) if len(frames) > 1 else None
                 self._settle(self.sequences.register(Register(**values), prompt_ids))
             case "finish":

@@ -121,7 +121,10 @@ class Sequences:
         return iter(self._open.values())
 
     def register(self, register: Register, prompt_ids: Tokens | None) -> Sequence | None:
-        """Take in who a sequence is; None where it was told already, on another connection."""
+        """Take in who a sequence is; None where it was told already, on another connection.
+
+        One that has its trace already is not to be told of again.
+        """
         if register.internal_id in self._open:
             return None
         sequence = Sequence(
