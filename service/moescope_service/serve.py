@@ -99,12 +99,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _export_ours(argv: list[str]) -> settings.Settings:
     """Export our flags alone; vLLM's, and what is wrong with them, are left to `parse`.
 
+    As in vLLM's parser they may be written with underscores.
+
     Raises:
         ValueError: A value is not allowed; the message names the flag.
     """
     parser = argparse.ArgumentParser(prog="moescope serve", add_help=False, allow_abbrev=False)
     settings.add_arguments(parser)
-    return settings.export(parser.parse_known_args(argv)[0])
+    dashed = [re.sub("^--routes_[^=]*", lambda m: m[0].replace("_", "-"), arg) for arg in argv]
+    return settings.export(parser.parse_known_args(dashed)[0])
 
 
 def _check_log(path: Path | None) -> None:
