@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -157,6 +157,16 @@ class Step:
                 topk_ids=self.topk_ids[first:last],
                 topk_weights=self.topk_weights[first:last],
             )
+
+
+class RequestKey(NamedTuple):
+    """What all choices of all prompts of one request share, and no other request has.
+
+    The id alone is not enough: a client may give several requests the same ``X-Request-Id``.
+    """
+
+    request_id: str
+    created_s: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,9 +178,7 @@ def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: R
         rounds=args.rounds,
         concurrency=args.concurrency,
     )
-    in_one = args.placement == "one-server"
-    names = args.arm or (one_server.ARMS if in_one else arms.DEFAULT)
-    chosen = [Arm(name=name) for name in names]
+    chosen = [Arm(name=name) for name in args.arm]
     with sitting(args, chosen) as (start, ready):
         name = str(result.circumstances["date"])
         result["sittings"] = {
@@ -265,9 +263,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags for every server.")
     args = parser.parse_args()
-    there_are = one_server.ARMS if args.placement == "one-server" else arms.BUILT_IN
-    if wrong := set(args.arm or ()) - set(there_are):
-        parser.error(f"{', '.join(sorted(wrong))}: arms of {args.placement} are {[*there_are]}")
+    in_one = args.placement == "one-server"
+    there_are, default = (
+        (one_server.ARMS, one_server.ARMS) if in_one else (tuple(arms.BUILT_IN), arms.DEFAULT)
+    )
+    args.arm = args.arm or default
+    if not set(args.arm) <= set(there_are) or not 2 <= len(args.arm) == len(set(args.arm)):
+        parser.error(f"--arm: two or more of {', '.join(there_are)} are wanted, each once")
     return args
 
 

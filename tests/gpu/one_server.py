@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 
 from moescope import Client
 from moescope.errors import CommandError
-from moescope.overhead.arms import MOESCOPE, PAUSED, Arm
+from moescope.overhead.arms import AGAIN, MOESCOPE, PAUSED, Arm
 from moescope.overhead.hosting import Hosted, Launcher
 from moescope.servers import wait_ready
 
-DETACHED, DETACHED_AGAIN = "detached", "detached-again"
+DETACHED = "detached"
+DETACHED_AGAIN = DETACHED + AGAIN
 ARMS = (DETACHED, DETACHED_AGAIN, MOESCOPE, PAUSED)
 
 _ATTACHED = "attached"

@@ -207,12 +207,6 @@ def statements(workload: Workload, measured: dict[str, Any]) -> Iterator[str]:
         for metric in (workload.compared, ENGINE_ITL):
             if metric not in by_metric:
                 continue
-            one = by_metric[metric]
-            low, high = one["interval_95_percent"]
-            difference = comparison.Difference(
-                percent=one["percent"],
-                interval_95_percent=(low, high),
-                noise_percent=one["noise_percent"],
-            )
+            difference = comparison.Difference.from_json(by_metric[metric])
             said = comparison.statement(name, metric, difference, measured["rounds"])
             yield f"{workload.name}: {said}"

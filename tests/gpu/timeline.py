@@ -22,7 +22,7 @@ import orjson
 from moescope.bench.connections import Target
 from moescope.bench.driver import Run
 from moescope.errors import CommandError
-from moescope.overhead import rounds
+from moescope.overhead import rounds, timing
 from tests.gpu.loads import Workload
 
 SKIPPED, STEPS = 60, 60
@@ -42,14 +42,7 @@ def make_profilable(directory: Path) -> None:
     """
     from moescope_service.capture.install import WorkerCapture
 
-    record = WorkerCapture._record
-
-    @functools.wraps(record)
-    def record_profilably(self: Any) -> None:
-        record(self)
-        Steps(directory).wrap(self)
-
-    WorkerCapture._record = record_profilably
+    WorkerCapture._wrap(WorkerCapture, "_record", after=Steps(directory).wrap)
 
 
 class Steps:
@@ -111,9 +104,7 @@ class Steps:
             self._profiler.stop()
             number = next(self._numbers)
             self._profiler.export_chrome_trace(str(self._directory / f"{number}.trace"))
-            new = self._directory / "times.new"
-            new.write_bytes(orjson.dumps(self._times_us))
-            new.replace(self._directory / f"{number}.times")
+            timing.write(self._directory / f"{number}.times", self._times_us)
 
 
 def measure(url: str, model: str, directory: Path, workloads: Iterable[Workload]) -> dict[str, Any]:

@@ -159,9 +159,10 @@ def test_rows_are_counted(num_experts):
 def interpreted(kernel, tensors, num_scalars, constants):
     """What stands in for a `KernelLauncher` where there is no GPU: it compiles."""
 
-    def launch(num_programs, *scalars):
-        assert len(scalars) == num_scalars
-        kernel[(num_programs,)](*tensors, *scalars, *constants.values())
+    def launch(first, num_rows, *more):
+        assert 2 + len(more) == num_scalars
+        grid = (-(-num_rows // constants["BLOCK_ROWS"]),)
+        kernel[grid](*tensors, first, num_rows, *more, *constants.values())
 
     return launch
 

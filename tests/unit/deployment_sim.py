@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moescope.trace import RouteTrace, Source
-from moescope_service.api.journal import Journal, RequestKey
+from moescope_service.api.journal import Journal
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, StepRows
 from moescope_service.collector.core import Collector
@@ -25,6 +25,7 @@ from moescope_service.collector.sequences import WORKER_TIMEOUT_S
 from moescope_service.messages import (
     Frames,
     Register,
+    RequestKey,
     pack,
     pack_all,
     pack_hello,

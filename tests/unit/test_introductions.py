@@ -9,9 +9,9 @@ import pytest
 from builders import API, WORKER, Bench, admit, make_hello, make_register
 
 from moescope.trace import Source
-from moescope_service.api.journal import Journal, RequestKey
+from moescope_service.api.journal import Journal
 from moescope_service.collector.core import Collector
-from moescope_service.messages import Ongoing, Snapshot, pack, pack_hello, unpack
+from moescope_service.messages import Ongoing, RequestKey, Snapshot, pack, pack_hello, unpack
 from moescope_service.settings import Settings
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -54,6 +54,16 @@ class Difference:
         """Whether the interval that is claimed excludes zero."""
         low, high = self.claim_percent
         return not low <= 0.0 <= high
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `as_json` returned."""
+        low, high = values["interval_95_percent"]
+        return cls(
+            percent=values["percent"],
+            interval_95_percent=(low, high),
+            noise_percent=values["noise_percent"],
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return it as the file has it."""

@@ -68,7 +68,7 @@ class Load:
     conversations: Callable[[int], Sequence[Conversation]]
     """Makes those of a round by its number, from 1; those of number 0 warm the servers up."""
     ask: Ask
-    """How to ask: a server's first model where it names none. Each round adds a cache salt."""
+    """How to ask: a server's first model where it names none. Each pass adds a cache salt."""
     pace: Pace
 
     @classmethod

@@ -146,21 +146,12 @@ def statements(values: dict[str, Any]) -> list[str]:
         comparison.statement(
             "capture" if name == arms.MOESCOPE else name,
             "s_per_token",
-            _difference(by_metric["s_per_token"]),
+            comparison.Difference.from_json(by_metric["s_per_token"]),
             len(values["rounds"]),
         )
         for name, by_metric in values["differences"].items()
     ]
     return said if again in values["differences"] else [*said, unknown]
-
-
-def _difference(values: dict[str, Any]) -> comparison.Difference:
-    low, high = values["interval_95_percent"]
-    return comparison.Difference(
-        percent=values["percent"],
-        interval_95_percent=(low, high),
-        noise_percent=values["noise_percent"],
-    )
 
 
 def _overhead(

@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moescope_service.api.journal import Journal, RequestKey
+from moescope_service.api.journal import Journal
 from moescope_service.errors import CollectorGoneError, RefusedError
 from moescope_service.link import Link
-from moescope_service.messages import Frames, pack, unpack
+from moescope_service.messages import Frames, RequestKey, pack, unpack
 
 QUERY_TIMEOUT_S = 2.0
 HELLO_TIMEOUT_S = 30.0

@@ -8,16 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
-from moescope_service.messages import Frames, pack
-
-
-class RequestKey(NamedTuple):
-    """What all sequences of one request share, and no other request has."""
-
-    request_id: str
-    created_s: float
+from moescope_service.messages import Frames, RequestKey, pack
 
 
 @dataclasses.dataclass(slots=True)

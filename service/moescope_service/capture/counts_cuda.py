@@ -54,7 +54,6 @@ class CudaCounts:
         constants = kernels.pack_blocks(num_layers, top_k)
         tensors = (self.buffers.topk_ids, self._counts)
         self._count = KernelLauncher(kernels.count_rows, tensors, 5, constants)
-        self._block_rows = constants["BLOCK_ROWS"]
         self._layer_stride = len(positions) * top_k
         self._stream: torch.cuda.Stream | None = None
 
@@ -68,10 +67,7 @@ class CudaCounts:
     def count(self, first_row: npt.NDArray[np.int32], is_decode: npt.NDArray[np.bool_]) -> None:
         """Add the step that was just launched."""
         for start, num_rows, phase in phase_runs(first_row, is_decode):
-            num_programs = -(-num_rows // self._block_rows)
-            self._count(
-                num_programs, start, num_rows, self._layer_stride, self._shape[2], int(phase)
-            )
+            self._count(start, num_rows, self._layer_stride, self._shape[2], int(phase))
 
     def skip(self, num_rows: int) -> None:
         """Leave out the step that was just launched, and mark its rows all the same."""

@@ -13,14 +13,14 @@ import torch
 
 
 class KernelLauncher:
-    """A kernel that is compiled once, for tensors that stay where they are.
+    """A kernel over rows that is compiled once, for tensors that stay where they are.
 
     Args:
         kernel: The ``triton.jit`` function; it takes the tensors, then 32-bit integers that it does
-            not specialize on, then the constants.
+            not specialize on, the second of them the number of rows, then the constants.
         tensors: Aligned to 16 bytes; their owner keeps them alive.
         num_scalars: How many integers.
-        constants: In the kernel's order.
+        constants: In the kernel's order; see `kernels.pack_blocks`.
     """
 
     def __init__(
@@ -36,10 +36,16 @@ class KernelLauncher:
         self._kernel._init_handles()
         self._pointers = [tensor.data_ptr() for tensor in tensors]
         self._constants = tuple(constants.values())
+        self._block_rows = constants["BLOCK_ROWS"]
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(self, num_programs: int, *scalars: int) -> torch.cuda.Stream:
+    def __call__(self, first: int, num_rows: int, *more: int) -> torch.cuda.Stream:
         """Launch behind the model's kernels.
+
+        Args:
+            first: The kernel's first integer.
+            num_rows: Its second.
+            more: The others.
 
         Returns:
             The stream of the thread that launches first: the worker's.
@@ -48,7 +54,7 @@ class KernelLauncher:
             self._stream = torch.cuda.current_stream()
         kernel = self._kernel
         kernel.run(
-            num_programs,
+            -(-num_rows // self._block_rows),
             1,
             1,
             self._stream.cuda_stream,
@@ -58,7 +64,9 @@ class KernelLauncher:
             None,
             None,
             *self._pointers,
-            *scalars,
+            first,
+            num_rows,
+            *more,
             *self._constants,
         )
         return self._stream

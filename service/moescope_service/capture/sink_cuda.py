@@ -61,7 +61,6 @@ class CudaSink:
         self._pack = KernelLauncher(
             kernels.pack_rows, (*tensors, *self._ring.tensors), 4, constants
         )
-        self._block_rows = constants["BLOCK_ROWS"]
         self._layer_stride, self._num_experts = max_tokens * top_k, num_experts
 
     def hook(self, column: int, router: Any) -> None:
@@ -83,9 +82,6 @@ class CudaSink:
         reserved = self._ring.reserve(num_rows)
         if reserved is None:
             return "queue_full"
-        num_programs = -(-num_rows // self._block_rows)
-        stream = self._pack(
-            num_programs, reserved.offset, num_rows, self._layer_stride, self._num_experts
-        )
+        stream = self._pack(reserved.offset, num_rows, self._layer_stride, self._num_experts)
         reserved.event.record(stream)
         return reserved

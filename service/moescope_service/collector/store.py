@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from moescope.trace import RouteTrace
+from moescope_service.messages import RequestKey
 
 OVERHEAD_BYTES = 2048
 """What a kept trace costs beside its arrays: objects, ids, index entries."""
@@ -25,12 +26,9 @@ class Kept:
     ids: tuple[str, ...]
 
     @property
-    def request(self) -> tuple[str, float]:
-        """What all choices of all prompts of one request share, and no other request has.
-
-        The id alone is not enough: a client may give several requests the same ``X-Request-Id``.
-        """
-        return self.trace.request_id, self.trace.created_s
+    def request(self) -> RequestKey:
+        """Which request it belongs to."""
+        return RequestKey(self.trace.request_id, self.trace.created_s)
 
     @property
     def size_bytes(self) -> int:
@@ -56,9 +54,7 @@ class TraceStore:
         self._kept: dict[int, Kept] = {}
         self._uids: dict[str, list[int]] = {}
         # The traces of each request; the request whose newest trace is the oldest comes first.
-        self._requests: collections.OrderedDict[tuple[str, float], list[int]] = (
-            collections.OrderedDict()
-        )
+        self._requests: collections.OrderedDict[RequestKey, list[int]] = collections.OrderedDict()
         self._evicted: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -113,7 +109,7 @@ class TraceStore:
         """Whether a trace with this id was evicted, as far as that is still known."""
         return hash(request_id) in self._evicted
 
-    def _evict(self, request: tuple[str, float]) -> None:
+    def _evict(self, request: RequestKey) -> None:
         for kept in [self._kept[uid] for uid in self._requests[request]]:
             self.remove(kept)
             self.num_evicted += 1
