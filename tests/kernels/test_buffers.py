@@ -79,6 +79,18 @@ def test_fused_topk_writes_in_place(scoring_func, renormalize, index_dtype):
     assert weights.data_ptr() == buffers.topk_weights[1].data_ptr()
 
 
+def test_padded_logits_which_vllm_misreads_are_told_of_once(caplog):
+    router, buffers = make_router(), make_buffers()
+    buffers.hook(0, router)
+    route(router)
+    assert not caplog.records
+    logits = torch.zeros(5, EXPERTS + 4, device=DEVICE)[:, :EXPERTS]
+    for _ in range(2):
+        router._compute_routing(torch.zeros(5, 4, device=DEVICE), logits, None)
+    (record,) = caplog.records
+    assert "8 experts, to rows of 12" in record.getMessage()
+
+
 def test_another_index_dtype_than_expected_is_copied():
     router, buffers = make_router(), make_buffers(None)
     want = route(router, indices_type=torch.int64)

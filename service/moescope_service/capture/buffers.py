@@ -15,6 +15,7 @@ kernel behind a router writes to ``topk_ids`` or ``topk_weights``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 
 from moescope_service.capture import kernels
 from moescope_service.capture.own_rows import OwnRows
+
+logger = logging.getLogger("moescope.capture")
 
 ComputeRouting = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -53,6 +56,7 @@ class RoutingBuffers:
         self.topk_weights = torch.zeros(shape, dtype=torch.float32, device=device)
         self._index_dtype = index_dtype
         self._own_rows = own_rows
+        self._has_warned = False
         # An output of the routing kernels that nobody reads: one for all layers.
         self._token_expert = torch.empty(shape[1:], dtype=torch.int32, device=device)
 
@@ -97,6 +101,8 @@ class RoutingBuffers:
         def compute_in_place(
             hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
         ) -> tuple[torch.Tensor, torch.Tensor]:
+            if not router_logits.is_contiguous():
+                self._warn_of_padding(router_logits)
             num_tokens = len(hidden_states)
             if (
                 num_tokens > self.max_tokens
@@ -116,6 +122,19 @@ class RoutingBuffers:
             return weights, ids
 
         return compute_in_place
+
+    def _warn_of_padding(self, router_logits: torch.Tensor) -> None:
+        """Say, once, that vLLM misreads its router logits; see vLLM's issue 56900."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "torch.compile padded the router logits, %d experts, to rows of %d, and vLLM's "
+                "top-k kernel reads them as if it had not (vLLM issue 56900): with moescope or "
+                "without, this server takes wrong experts for all but a step's first token. Start "
+                "it with TORCHINDUCTOR_SHAPE_PADDING=0",
+                router_logits.shape[1],
+                router_logits.stride(0),
+            )
 
     def _are_own(self, num_rows: int) -> bool:
         return self._own_rows is None or self._own_rows.span(num_rows) == slice(0, num_rows)
