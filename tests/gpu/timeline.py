@@ -32,6 +32,9 @@ KERNEL = "pack_rows"
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _CALLS = ("cuda_runtime", "cuda_driver")
 _TIMEOUT_S = 120.0
+_CLOCKS = {"": time.perf_counter_ns, "_on_core": time.thread_time_ns}
+"""What a part takes, and how much of that its thread runs: the rest it waits, most likely for the
+interpreter."""
 
 
 def make_profilable(directory: Path) -> None:
@@ -57,15 +60,17 @@ class Steps:
 
     def wrap(self, capture: Any) -> None:
         """Follow the steps of a `moescope_service.capture.install.WorkerCapture`."""
-        recorder, runner = capture._recorder, capture._runner
+        recorder, sink, runner = capture._recorder, capture._sink, capture._runner
         parts = {
             "whole": (recorder, "record_step"),
             "read_batch": (recorder, "_read_batch"),
-            "pack": (capture._sink, "take"),
+            "pack": (sink, "take"),
+            "pack_launch": (sink, "_pack"),
             "put": (recorder._link, "put"),
         }
         for name, (target, attribute) in parts.items():
-            setattr(target, attribute, self._timed(name, getattr(target, attribute)))
+            if hasattr(target, attribute):  # no kernel is launched on the CPU
+                setattr(target, attribute, self._timed(name, getattr(target, attribute)))
         execute_model = runner.execute_model
 
         @functools.wraps(execute_model)
@@ -84,11 +89,11 @@ class Steps:
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started_ns = time.perf_counter_ns()
+            started_ns = [clock() for clock in _CLOCKS.values()]
             result = function(*args, **kwargs)
             if STEPS < self._left <= 2 * STEPS:
-                taken_us = (time.perf_counter_ns() - started_ns) / 1e3
-                self._times_us.setdefault(name, []).append(taken_us)
+                for (kind, clock), started in zip(_CLOCKS.items(), started_ns, strict=True):
+                    self._times_us.setdefault(name + kind, []).append((clock() - started) / 1e3)
             return result
 
         return timed

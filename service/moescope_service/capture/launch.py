@@ -30,10 +30,13 @@ class KernelLauncher:
         num_scalars: int,
         constants: Mapping[str, int],
     ) -> None:
-        self._kernel = kernel.warmup(
+        compiled = kernel.warmup(
             *(tensor.dtype for tensor in tensors), *[2] * num_scalars, grid=(1,), **constants
         )
-        self._kernel._init_handles()
+        compiled._init_handles()
+        # Launch metadata and hooks, for profilers of Triton's own, are None.
+        self._run = compiled.run
+        self._compiled = (compiled.function, compiled.packed_metadata, None, None, None)
         self._pointers = [tensor.data_ptr() for tensor in tensors]
         self._constants = tuple(constants.values())
         self._block_rows = constants["BLOCK_ROWS"]
@@ -52,17 +55,12 @@ class KernelLauncher:
         """
         if self._stream is None:  # the worker's thread has settled on it by the first step
             self._stream = torch.cuda.current_stream()
-        kernel = self._kernel
-        kernel.run(
+        self._run(
             -(-num_rows // self._block_rows),
             1,
             1,
             self._stream.cuda_stream,
-            kernel.function,
-            kernel.packed_metadata,
-            None,  # launch metadata and hooks, for profilers of Triton's own
-            None,
-            None,
+            *self._compiled,
             *self._pointers,
             first,
             num_rows,
