@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -41,3 +42,19 @@ def test_a_kernel_is_launched(num_rows, num_programs, monkeypatch):
     pointers = [tensor.data_ptr() for tensor in tensors]
     grid, context = (num_programs, 1, 1), (77, "function", "metadata", None, None, None)
     assert kernel.launched == (*grid, *context, *pointers, 30, num_rows, 500, 4, 96, 8, 128)
+
+
+def test_the_compiled_kernel_lives_as_long_as_its_launcher():
+    class Compiled:
+        function, packed_metadata, run = "function", "metadata", staticmethod(lambda *_: None)
+
+        def _init_handles(self):
+            pass
+
+    compiled = [Compiled()]
+    alive = weakref.ref(compiled[0])
+    kernel = SimpleNamespace(warmup=lambda *_, **__: compiled.pop())
+    launcher = KernelLauncher(kernel, (), 2, CONSTANTS)
+    assert alive() is not None
+    del launcher
+    assert alive() is None

@@ -30,13 +30,14 @@ class KernelLauncher:
         num_scalars: int,
         constants: Mapping[str, int],
     ) -> None:
-        compiled = kernel.warmup(
+        # Held: Triton 3.7 unloads a kernel's code with its last reference.
+        self._kernel = compiled = kernel.warmup(
             *(tensor.dtype for tensor in tensors), *[2] * num_scalars, grid=(1,), **constants
         )
         compiled._init_handles()
-        # Launch metadata and hooks, for profilers of Triton's own, are None.
         self._run = compiled.run
-        self._compiled = (compiled.function, compiled.packed_metadata, None, None, None)
+        # Launch metadata and hooks, for profilers of Triton's own, are None.
+        self._handles = (compiled.function, compiled.packed_metadata, None, None, None)
         self._pointers = [tensor.data_ptr() for tensor in tensors]
         self._constants = tuple(constants.values())
         self._block_rows = constants["BLOCK_ROWS"]
@@ -60,7 +61,7 @@ class KernelLauncher:
             1,
             1,
             self._stream.cuda_stream,
-            *self._compiled,
+            *self._handles,
             *self._pointers,
             first,
             num_rows,
