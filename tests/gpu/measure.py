@@ -60,7 +60,8 @@ TAP_ROWS = 12_000
 STOCK_QUESTIONS = 50
 UNPADDED = {"TORCHINDUCTOR_SHAPE_PADDING": "0"}
 """Whether a router's logits of 60 columns are padded to 64 is decided by a stopwatch in every
-compilation, and vLLM misreads padded ones (its issue 56900): equal servers would route unlike."""
+compilation, and vLLM misreads padded ones (its issue 56900): equal servers would route unlike. What
+the environment says of it counts."""
 
 
 class Result:
