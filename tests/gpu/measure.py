@@ -99,6 +99,11 @@ def packages() -> dict[str, str]:
         return versions()
 
 
+def unpadded() -> dict[str, str]:
+    """Return `UNPADDED`, or what the environment says in its place."""
+    return {name: os.environ.get(name, value) for name, value in UNPADDED.items()}
+
+
 def launcher(args: argparse.Namespace, flags: Sequence[str], env: dict[str, str]) -> Launcher:
     """Return what starts the servers: with these flags of vLLM and more of the environment."""
     return Launcher(
@@ -108,8 +113,8 @@ def launcher(args: argparse.Namespace, flags: Sequence[str], env: dict[str, str]
         tell=lambda text: print(text, flush=True),
         settle_s=0.0,  # see throughput.Sitting
         env={
-            **UNPADDED,
             **os.environ,
+            **unpadded(),
             **tap.environment(args.tap_directory, gate_scale=args.gate_scale),
             **env,
         },
@@ -223,6 +228,7 @@ def circumstances(
         "model": Path(args.model).name,
         "placement": args.placement,
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "environment": unpadded(),
         "commands": commands,
         "refused": ready.refused,
     }
