@@ -7,14 +7,17 @@ the same prompts then cost up to 70% more on one than on the other, with or with
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import Literal, cast
 
 from moescope.bench import workload
-from moescope.bench.driver import Pace
+from moescope.bench.connections import Target
+from moescope.bench.driver import Pace, Run
 from moescope.bench.workload import Ask, Conversation, Turn
 from moescope.errors import CommandError
+from moescope.overhead import rounds
 from moescope.overhead.rounds import Load
 
 TPOT, WALL, ENGINE_ITL = "median_tpot_ms", "s_per_token", "engine_itl_ms"
@@ -89,6 +92,18 @@ class Workload:
             ask=Ask(model="", endpoint="completions", temperature=1.0, ignore_eos=True),
             pace=Pace(max_concurrency=self.concurrency),
         )
+
+    def put(self, number: int, url: str, model: str) -> None:
+        """Ask a server for all of one round.
+
+        Raises:
+            MoescopeError: A request failed.
+        """
+        load = self.load()
+        ask = dataclasses.replace(load.ask, model=model)
+        run = Run(load.conversations(number), ask, Target(base_url=url), load.pace)
+        asyncio.run(run.go())
+        rounds.summarize(run, url)
 
 
 def workloads(questions: Sequence[str] = (), scale: float = 1.0) -> list[Workload]:

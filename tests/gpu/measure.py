@@ -7,7 +7,7 @@ On a machine with an NVIDIA GPU, vLLM 0.32.0 and moescope::
 
 Each part replaces its entry in the file as soon as it is done: what was measured stays where the
 run is cut off. ``--part`` runs one part, ``--scale 0.2`` a shorter version of all; ``timeline``
-says where the time of single steps goes.
+says where the capture's time goes in single steps, ``kernels`` the GPU's in servers of their own.
 
 The part throughput is written after every round, and each run of it adds a sitting. One server
 takes all loads of the H200's 141 GB, its capture taken off and put back in between (see
@@ -51,10 +51,10 @@ from moescope.overhead.hosting import Hosted, Launcher
 from moescope.run_dir import RunDir
 from moescope.servers import wait_ready
 from moescope_service.versions import versions
-from tests.gpu import fidelity, loads, one_server, tap, throughput, timeline
+from tests.gpu import fidelity, kernels, loads, one_server, tap, throughput, timeline
 from tests.gpu.throughput import now
 
-PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "timeline", "throughput")
+PARTS = ("fidelity_v2", "fidelity_v1", "stock_routing", "timeline", "kernels", "throughput")
 START_TIMEOUT_S = 420.0
 TAP_ROWS = 12_000
 STOCK_QUESTIONS = 50
@@ -167,6 +167,23 @@ def run_timeline(args: argparse.Namespace) -> dict[str, Any]:
         return timeline.measure(server.url, start.model.served_name, directory, picked)
 
 
+def run_kernels(args: argparse.Namespace) -> dict[str, Any]:
+    """Profile steps of servers of their own."""
+    directory = args.tap_directory / "kernels"
+    directory.mkdir()
+    start = launcher(args, [*shared(args), *kernels.flags(directory)], {})
+    chosen = [Arm(name=name) for name in args.arm]
+    with hosting.hosted(start, chosen, "together") as ready:
+        for arm in chosen:
+            with ready.host.visit(arm.name) as url:
+                arms.prepare(arm, url, None)
+                arms.check(arm, url, None)
+        first = loads.workloads()[0]
+        found = kernels.measure(ready, start.model.served_name, directory, first)
+    print(*kernels.statements(found), sep="\n", flush=True)
+    return {first.name: found}
+
+
 def kv_cache(args: argparse.Namespace) -> list[str]:
     """Return vLLM's flags for a KV cache of the size that was asked for."""
     return ["--kv-cache-memory-bytes", str(args.kv_cache_bytes)]
@@ -250,9 +267,9 @@ def parse() -> argparse.Namespace:
         "--arm",
         action="append",
         choices=dict.fromkeys((*arms.BUILT_IN, *one_server.ARMS)),
-        help="Throughput: repeat; the first is what the others are compared with. By default "
-        "stock, stock-again and moescope; in one server detached, detached-again, moescope and "
-        "paused.",
+        help="Throughput, kernels: repeat; the first is what the others are compared with. By "
+        "default stock, stock-again and moescope; in one server detached, detached-again, moescope "
+        "and paused, or counts in place of the last two.",
     )
     parser.add_argument(
         "--placement",
@@ -276,11 +293,13 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     in_one = args.placement == "one-server"
     there_are, default = (
-        (one_server.ARMS, one_server.ARMS) if in_one else (tuple(arms.BUILT_IN), arms.DEFAULT)
+        (one_server.ARMS, one_server.DEFAULT) if in_one else (tuple(arms.BUILT_IN), arms.DEFAULT)
     )
     args.arm = args.arm or default
     if not set(args.arm) <= set(there_are) or not 2 <= len(args.arm) == len(set(args.arm)):
         parser.error(f"--arm: two or more of {', '.join(there_are)} are wanted, each once")
+    if in_one and arms.COUNTS in args.arm and {arms.MOESCOPE, arms.PAUSED} & set(args.arm):
+        parser.error("--arm: one server captures rows or counts them: take counts without the rest")
     return args
 
 
@@ -304,6 +323,8 @@ def run_part(part: str, args: argparse.Namespace, questions: Sequence[str], resu
         return
     if part == "timeline":
         result[part] = run_timeline(args)
+    elif part == "kernels":
+        result[part] = run_kernels(args)
     elif part == "stock_routing":
         result[part] = run_stock_routing(args, questions[:STOCK_QUESTIONS])
     else:

@@ -21,13 +21,15 @@ from typing import Any, ClassVar
 
 from moescope import Client
 from moescope.errors import CommandError
-from moescope.overhead.arms import AGAIN, MOESCOPE, PAUSED, Arm
+from moescope.overhead.arms import AGAIN, COUNTS, MOESCOPE, PAUSED, Arm
 from moescope.overhead.hosting import Hosted, Launcher
 from moescope.servers import wait_ready
 
 DETACHED = "detached"
 DETACHED_AGAIN = DETACHED + AGAIN
-ARMS = (DETACHED, DETACHED_AGAIN, MOESCOPE, PAUSED)
+DEFAULT = (DETACHED, DETACHED_AGAIN, MOESCOPE, PAUSED)
+ARMS = (*DEFAULT, COUNTS)
+"""A server captures rows or counts them: `COUNTS` goes with detached ones alone."""
 
 _ATTACHED = "attached"
 _SIGNALS = {DETACHED: signal.SIGUSR1, _ATTACHED: signal.SIGUSR2}
@@ -112,6 +114,6 @@ def hosted(launcher: Launcher, names: Sequence[str], state: Path) -> Iterator[Ho
     Raises:
         CommandError: It does not start.
     """
-    with launcher.server(Arm(name=MOESCOPE)) as server:
+    with launcher.server(Arm(name=COUNTS if COUNTS in names else MOESCOPE)) as server:
         wait_ready([server], launcher.timeout_s)
         yield Hosted(OneServer(server.url, state), list(names), {})

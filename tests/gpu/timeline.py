@@ -5,8 +5,6 @@ A signal makes the server take the time of some steps' parts, then torch's profi
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import functools
 import itertools
 import os
@@ -19,10 +17,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from moescope.bench.connections import Target
-from moescope.bench.driver import Run
 from moescope.errors import CommandError
-from moescope.overhead import rounds, timing
+from moescope.overhead import timing
 from tests.gpu.loads import Workload
 
 SKIPPED, STEPS = 60, 60
@@ -126,14 +122,9 @@ def measure(url: str, model: str, directory: Path, workloads: Iterable[Workload]
     """
     pid, found = int((directory / "pid").read_text()), {}
     for number, one in enumerate(workloads):
-        load = one.load()
-        ask = dataclasses.replace(load.ask, model=model)
-        for warmed_up in (0, 1):
-            if warmed_up:
-                os.kill(pid, signal.SIGUSR1)
-            run = Run(load.conversations(warmed_up), ask, Target(base_url=url), load.pace)
-            asyncio.run(run.go())
-            rounds.summarize(run, url)  # raises if a request failed
+        one.put(0, url, model)
+        os.kill(pid, signal.SIGUSR1)
+        one.put(1, url, model)
         times = directory / f"{number}.times"
         deadline_s = time.monotonic() + _TIMEOUT_S
         while not times.exists():
