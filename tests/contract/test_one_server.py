@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from moescope import CommandError
-from moescope.overhead.arms import MOESCOPE, PAUSED
+from moescope.overhead.arms import COUNTS, MOESCOPE, PAUSED, STOCK
 from moescope_service.capture.install import WorkerCapture
-from tests.gpu import one_server
+from tests.gpu import measure, one_server
 from tests.gpu.one_server import DETACHED, DETACHED_AGAIN, OneServer
 
 NUMBERS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -61,3 +63,40 @@ def test_a_server_that_does_not_obey_ends_it(handlers, tmp_path, monkeypatch):
     visit = OneServer("http://127.0.0.1:1", state).visit(DETACHED)
     with pytest.raises(CommandError, match=r"not detached after 0\.05 s"):
         visit.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("names", "started"), [(one_server.DEFAULT, MOESCOPE), ((DETACHED, COUNTS), COUNTS)]
+)
+def test_the_server_captures_what_its_arms_want(names, started, tmp_path, monkeypatch):
+    monkeypatch.setattr(one_server, "wait_ready", lambda servers, timeout_s: None)
+    asked = []
+
+    @contextlib.contextmanager
+    def server(arm):
+        asked.append(arm.name)
+        yield SimpleNamespace(url="http://127.0.0.1:1")
+
+    launcher = SimpleNamespace(server=server, timeout_s=1.0)
+    with one_server.hosted(launcher, names, tmp_path / "state") as ready:
+        assert ready.names == list(names)
+    assert asked == [started]
+
+
+def parse(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["measure", "--model", "m", "--out", "o.json", *flags])
+    return measure.parse()
+
+
+def test_one_server_has_arms_of_its_own(monkeypatch):
+    in_one = ("--placement", "one-server", "--arm", DETACHED, "--arm")
+    assert parse(monkeypatch, *in_one[:2]).arm == one_server.DEFAULT
+    assert parse(monkeypatch, *in_one, COUNTS).arm == [DETACHED, COUNTS]
+    assert parse(monkeypatch, "--arm", STOCK, "--arm", COUNTS).arm == [STOCK, COUNTS]
+
+
+@pytest.mark.parametrize("more", [(STOCK,), (DETACHED,), (COUNTS, "--arm", MOESCOPE)])
+def test_arms_that_no_server_can_have_are_refused(more, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--placement", "one-server", "--arm", DETACHED, "--arm", *more)
+    assert "--arm: " in capsys.readouterr().err

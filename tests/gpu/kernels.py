@@ -6,8 +6,11 @@ profiler, in each server, shows which kernels a difference lies in.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +61,26 @@ def measure(hosted: Hosted, model: str, directory: Path, workload: Workload) -> 
     Returns:
         By arm: what `summarize` found in each pass.
     """
+    for name in hosted.names:
+        with hosted.host.visit(name) as url:
+            workload.put(0, url, model)  # warms up
     found: dict[str, Any] = {name: [] for name in hosted.names}
-    for number in range(PASSES + 1):  # the first one warms up
+    for number in range(1, PASSES + 1):
         for name in hosted.names:
             prefix = f"{name}-{number}"
-            with hosted.host.visit(name) as url:
-                if not number:
-                    workload.put(number, url, model)
-                    continue
-                body = {
-                    "profile_prefix": prefix,
-                    "delay_iterations": SKIPPED,
-                    "max_iterations": STEPS,
-                }
-                _post(f"{url}/start_profile", body)
+            with hosted.host.visit(name) as url, _profiled(url, prefix):
                 workload.put(number, url, model)
-                _post(f"{url}/stop_profile", {})
             (trace,) = directory.glob(f"{prefix}_*.json")
             found[name].append(summarize(orjson.loads(trace.read_bytes())["traceEvents"]))
     return found
+
+
+@contextlib.contextmanager
+def _profiled(url: str, prefix: str) -> Iterator[None]:
+    steps = {"delay_iterations": SKIPPED, "max_iterations": STEPS}
+    _post(f"{url}/start_profile", {"profile_prefix": prefix, **steps})
+    yield
+    _post(f"{url}/stop_profile", {})
 
 
 def _post(url: str, body: Mapping[str, Any]) -> None:
@@ -90,29 +94,32 @@ def summarize(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         events: Those of a chrome trace.
 
     Returns:
-        The number of whole steps, their mean ``period``, how long no kernel of the model's stream
-        runs in it (``rest``), and the time of each kernel, the longest first.
+        The number of whole steps, their mean ``period``, how long no kernel runs in it (``rest``),
+        and the time of each kernel, the longest first. Kernels of several streams run at once.
 
     Raises:
         FormatError: There are less than two steps.
     """
-    kernels = [event for event in events if event.get("cat") == "kernel"]
-    first = [event for event in kernels if STEP_KERNEL in event["name"]]
-    starts = sorted(event["ts"] for event in first)
+    kernels = sorted((one for one in events if one.get("cat") == "kernel"), key=itemgetter("ts"))
+    starts = [one["ts"] for one in kernels if STEP_KERNEL in one["name"]]
     if len(starts) < 2:
         raise FormatError(f"{STEP_KERNEL} ran {len(starts)} times: no step can be told")
-    num_steps, streams = len(starts) - 1, {event["args"]["stream"] for event in first}
-    by_name: dict[str, float] = {}
-    for event in kernels:
-        if event["args"]["stream"] in streams and starts[0] <= event["ts"] < starts[-1]:
-            name = short(event["name"])
-            by_name[name] = by_name.get(name, 0.0) + event["dur"] / num_steps
-    period = (starts[-1] - starts[0]) / num_steps
+    by_name: dict[str, float] = collections.defaultdict(float)
+    busy_us, busy_until = 0.0, starts[0]
+    for one in kernels:
+        if starts[0] <= one["ts"] < starts[-1]:
+            by_name[short(one["name"])] += one["dur"]
+            end = one["ts"] + one["dur"]
+            busy_us += max(0.0, end - max(one["ts"], busy_until))
+            busy_until = max(busy_until, end)
+    num_steps, whole_us = len(starts) - 1, starts[-1] - starts[0]
     return {
         "steps": num_steps,
-        "period": period,
-        "rest": period - sum(by_name.values()),
-        "kernels": dict(sorted(by_name.items(), key=lambda item: -item[1])),
+        "period": whole_us / num_steps,
+        "rest": (whole_us - busy_us) / num_steps,
+        "kernels": {
+            name: us / num_steps for name, us in sorted(by_name.items(), key=lambda item: -item[1])
+        },
     }
 
 
@@ -132,8 +139,8 @@ def statements(found: Mapping[str, Any]) -> Iterator[str]:
         differences = {
             key: medians.get(key, 0.0) - base.get(key, 0.0) for key in medians.keys() | base
         }
-        largest = sorted(differences.items(), key=lambda item: -abs(item[1]))[:_SHOWN]
-        yield f"{name}: " + ", ".join(f"{key} {us:+.2f} us" for key, us in largest)
+        largest = sorted(differences.items(), key=lambda item: (-abs(item[1]), item[0]))
+        yield f"{name}: " + ", ".join(f"{key} {us:+.2f} us" for key, us in largest[:_SHOWN])
 
 
 def _medians(passes: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -6,6 +6,9 @@ functions around each step taken off. What stays, in all arms: routers write to 
 (in steps that no CUDA graph replays, through our Python), the API server tells the collector of
 every request, and the collector waits for those of which no worker tells. Servers of their own show
 what that costs, as far as their starts let one see.
+
+Where routes are counted, the worker tells of its steps once a second: some are booked with the arm
+that comes next. That moves no time that is compared.
 """
 
 from __future__ import annotations
