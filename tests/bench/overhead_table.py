@@ -28,8 +28,8 @@ NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 ARMS = (DETACHED, DETACHED_AGAIN, *BUILT_IN)
 CAPTIONS = {
     DETACHED: "One server, whose capture is taken off its worker and put back between passes:",
-    STOCK: "Servers of their own, of one start each; starts of equal servers can differ by more than "
-    "these intervals:",
+    STOCK: "Servers of their own, of one start each; starts of equal servers can differ by more "
+    "than these intervals:",
 }
 """By the arm that others are compared with."""
 MIN_ROUNDS = 3
