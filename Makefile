@@ -11,13 +11,26 @@ DEMO_DIR ?= runs/demo
 
 FIDELITY_DIR ?= runs/fidelity
 BENCH_DIR ?= runs/bench
+GPU_DIR ?= runs/gpu
+GPU_MODEL ?= Qwen/Qwen1.5-MoE-A2.7B-Chat
+GPU_FLAGS ?= --max-model-len 8192
+# Of tests.gpu.measure: --gsm8k FILE where no hub is reached, --gate-scale where weights are random.
+GPU_OPTIONS ?=
+MEASURE := $(PYTHON) -m tests.gpu.measure --model $(GPU_MODEL) $(GPU_OPTIONS)
+# KV caches that leave room for the weights, once or four times, in 141 GB.
+ONE_SERVER := $(MEASURE) --part throughput --placement one-server --kv-cache-bytes 98784247808 \
+	--out $(GPU_DIR)/one_server.json
+SIDE_BY_SIDE := $(MEASURE) --kv-cache-bytes 4939212390
+OWN_SERVERS := $(SIDE_BY_SIDE) --part throughput --out $(GPU_DIR)/own_servers.json --arm stock \
+	--arm stock-again
+OWN_FLAGS := $(GPU_FLAGS) --max-num-seqs 256 --max-num-batched-tokens 2048
 OVERHEAD := VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/moescope overhead --prompts $(BENCH_DIR)/prompts.txt
 
 .PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e \
-	test-fidelity fidelity bench dashboards lint format lock image clean
+	test-fidelity fidelity bench bench-gpu dashboards lint format lock image clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 # The CPU build's list leaves out packages whose only published builds want CUDA, hence --no-deps.
 $(VENV)/.done: requirements/cpu.txt requirements/dev.txt pyproject.toml
@@ -78,6 +91,22 @@ bench: setup ## Measure again all that needs no GPU and an idle machine: about a
 	$(BIN)/python -m tests.bench.cpu_model $(BENCH_DIR)/24_layers/model
 	$(OVERHEAD) --run-dir $(BENCH_DIR)/24_layers --model $(BENCH_DIR)/24_layers/model --rounds 30 \
 		--max-tokens 16 -- --load-format dummy --enforce-eager --max-model-len 1024
+
+bench-gpu: ## Measure again all that needs a GPU of 141 GB, where .[cuda] is installed
+	mkdir -p $(GPU_DIR)
+	$(MEASURE) --part fidelity_v2 --part fidelity_v1 --out $(GPU_DIR)/fidelity.json -- $(GPU_FLAGS)
+	$(SIDE_BY_SIDE) --part stock_routing --out $(GPU_DIR)/stock_routing.json -- $(GPU_FLAGS)
+	$(MEASURE) --part timeline --out $(GPU_DIR)/timeline.json -- $(GPU_FLAGS)
+	$(SIDE_BY_SIDE) --part kernels --out $(GPU_DIR)/kernels.json --arm stock --arm stock-again \
+		--arm moescope --arm counts -- $(OWN_FLAGS)
+	$(ONE_SERVER) --load batch --load 64 --load 256 --load prefill --load GSM8K -- $(GPU_FLAGS)
+	$(ONE_SERVER) --load batch --load "64 concurrent" --arm detached --arm detached-again \
+		--arm counts -- $(GPU_FLAGS)
+	$(OWN_SERVERS) --load batch --load "64 concurrent" --load "4 conv" --arm moescope \
+		--arm routed-experts -- $(OWN_FLAGS)
+	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm counts --arm installed -- $(OWN_FLAGS)
+	$(PYTHON) -m tests.bench.overhead_table $(GPU_DIR)/o*.json \
+		--picture $(GPU_DIR)/overhead.png
 
 lint: setup ## Format check, lint, types, container files
 	$(BIN)/ruff format --check .
