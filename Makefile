@@ -17,7 +17,7 @@ GPU_FLAGS ?= --max-model-len 8192
 # Of tests.gpu.measure: --gsm8k FILE where no hub is reached, --gate-scale where weights are random.
 GPU_OPTIONS ?=
 MEASURE := $(PYTHON) -m tests.gpu.measure --model $(GPU_MODEL) $(GPU_OPTIONS)
-# KV caches that leave room for the weights, once or four times, in 141 GB.
+# KV caches that leave room for the weights, once or four times, in 141 GB; by default three times.
 ONE_SERVER := $(MEASURE) --part throughput --placement one-server --kv-cache-bytes 98784247808 \
 	--out $(GPU_DIR)/one_server.json
 SIDE_BY_SIDE := $(MEASURE) --kv-cache-bytes 4939212390
@@ -102,9 +102,11 @@ bench-gpu: ## Measure again all that needs a GPU of 141 GB, where .[cuda] is ins
 	$(ONE_SERVER) --load batch --load 64 --load 256 --load prefill --load GSM8K -- $(GPU_FLAGS)
 	$(ONE_SERVER) --load batch --load "64 concurrent" --arm detached --arm detached-again \
 		--arm counts -- $(GPU_FLAGS)
-	$(OWN_SERVERS) --load batch --load "64 concurrent" --load "4 conv" --arm moescope \
-		--arm routed-experts -- $(OWN_FLAGS)
+	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm moescope --arm routed-experts \
+		-- $(OWN_FLAGS)
 	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm counts --arm installed -- $(OWN_FLAGS)
+	$(MEASURE) --part throughput --out $(GPU_DIR)/own_servers_turns.json --load "4 conv" \
+		--arm stock --arm stock-again --arm routed-experts -- $(OWN_FLAGS)
 	$(PYTHON) -m tests.bench.overhead_table $(GPU_DIR)/o*.json \
 		--picture $(GPU_DIR)/overhead.png
 

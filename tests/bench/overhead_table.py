@@ -23,7 +23,7 @@ from tests.gpu.loads import ENGINE_ITL, Workload, workloads
 from tests.gpu.one_server import DETACHED, DETACHED_AGAIN
 
 BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
-WITHIN, UNCLEAR, MISSED = "within", "not distinguishable", "missed"
+WITHIN, OPEN, MISSED = "within", "open", "missed"
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 ARMS = (DETACHED, DETACHED_AGAIN, *BUILT_IN)
 CAPTIONS = {
@@ -39,9 +39,9 @@ Positive is slower. Compared is the client's median time per output token where 
 (batch 1, 64 and 256 concurrent, GSM8K), else its wall time; *engine* is the mean time between
 tokens on the clock of vLLM's engine (its `vllm:inter_token_latency_seconds`), with neither HTTP nor
 the client in it. 95% intervals of paired rounds; where the first arm was measured again in the same
-sitting, none is narrower than what the two differ by. *Within*: the whole interval is at most the
-target, or it excludes zero and its mean is at most the target. *Missed*: it excludes zero, and its
-mean is above the target. *Not distinguishable* from zero: all others."""
+sitting, none is narrower than what the two differ by. A target is met (*within*) or *missed* where
+the whole interval says so, else it is *open*. Of sittings with the same arms the latest complete
+one is shown; the files have all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,9 +150,7 @@ def verdict(difference: Mapping[str, Any], target_percent: float) -> str:
     low, high = difference["claim_percent"]
     if high <= target_percent:
         return WITHIN
-    if low <= 0.0 <= high:
-        return UNCLEAR
-    return WITHIN if difference["percent"] <= target_percent else MISSED
+    return MISSED if low > target_percent else OPEN
 
 
 def make_tables(rows: Sequence[Row], sittings: Mapping[str, Any]) -> str:
@@ -170,7 +168,7 @@ def _tables(first: str, rows: Sequence[Row], sittings: Mapping[str, Any]) -> Ite
     captured = [row for row in rows if MOESCOPE in row.by_arm]
     if captured:
         heads = (
-            *("load", "GPU", first, again, MOESCOPE, "target", "verdict"),
+            *("load", "GPU", "rounds", first, again, MOESCOPE, "target", "verdict"),
             *(f"engine: {again}", f"engine: {MOESCOPE}", "host µs a step"),
         )
         yield _table(heads, [_cells(row, sittings) for row in captured])
@@ -184,7 +182,7 @@ def _tables(first: str, rows: Sequence[Row], sittings: Mapping[str, Any]) -> Ite
             [
                 row.workload.name,
                 _gpus(row, others, sittings),
-                *(_change(row.difference(arm)) for arm in others),
+                *(_with_rounds(row, arm) for arm in others),
             ]
             for row in rows
             if not row.by_arm.keys().isdisjoint(others)
@@ -205,6 +203,7 @@ def _cells(row: Row, sittings: Mapping[str, Any]) -> list[str]:
     return [
         row.workload.name,
         _gpus(row, [MOESCOPE], sittings),
+        str(row.by_arm[MOESCOPE]["rounds"]),
         _first(row),
         _change(row.difference(again)),
         _change(difference),
@@ -240,6 +239,12 @@ def _change(difference: Mapping[str, Any] | None) -> str:
     low, high = difference["claim_percent"]
     text = f"{difference['percent']:+.2f}% [{low:+.2f}, {high:+.2f}]"
     return text.replace("-", MINUS)
+
+
+def _with_rounds(row: Row, arm: str) -> str:
+    """Return how an arm differs, and in how many rounds; other arms' may be of other sittings."""
+    change = _change(row.difference(arm))
+    return change if change == NONE else f"{change}, {row.by_arm[arm]['rounds']} rounds"
 
 
 def _where(rows: Iterable[Row], sittings: Mapping[str, Any]) -> str:
@@ -292,7 +297,7 @@ def draw(path: Path, rows: Sequence[Row], sittings: Mapping[str, Any]) -> None:
         differences,
         {row.workload.name: row.workload.name for row in shown},
         xlabel=f"slower than {first} by percent, paired rounds",
-        title=_where(shown, sittings).rstrip("."),
+        title=f"{CAPTIONS[first].partition(',')[0]}: {_where(shown, sittings).rstrip('.')}",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def summarize(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         The number of whole steps, their mean ``period``, how long no kernel runs in it (``rest``),
-        and the time of each kernel, the longest first. Kernels of several streams run at once.
+        and of each kernel how often it runs (``runs``) and how long in all (``us``), the longest
+        first. Kernels of several streams run at once.
 
     Raises:
         FormatError: There are less than two steps.
@@ -104,11 +105,11 @@ def summarize(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     starts = [one["ts"] for one in kernels if STEP_KERNEL in one["name"]]
     if len(starts) < 2:
         raise FormatError(f"{STEP_KERNEL} ran {len(starts)} times: no step can be told")
-    by_name: dict[str, float] = collections.defaultdict(float)
+    by_name: dict[str, list[float]] = collections.defaultdict(list)
     busy_us, busy_until = 0.0, starts[0]
     for one in kernels:
         if starts[0] <= one["ts"] < starts[-1]:
-            by_name[short(one["name"])] += one["dur"]
+            by_name[short(one["name"])].append(one["dur"])
             end = one["ts"] + one["dur"]
             busy_us += max(0.0, end - max(one["ts"], busy_until))
             busy_until = max(busy_until, end)
@@ -118,7 +119,8 @@ def summarize(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "period": whole_us / num_steps,
         "rest": (whole_us - busy_us) / num_steps,
         "kernels": {
-            name: us / num_steps for name, us in sorted(by_name.items(), key=lambda item: -item[1])
+            name: {"runs": len(durations) / num_steps, "us": sum(durations) / num_steps}
+            for name, durations in sorted(by_name.items(), key=lambda item: -sum(item[1]))
         },
     }
 
@@ -143,9 +145,13 @@ def statements(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: " + ", ".join(f"{key} {us:+.2f} us" for key, us in largest[:_SHOWN])
 
 
-def _medians(passes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for one in passes:
-        for key, us in {"period": one["period"], "rest": one["rest"], **one["kernels"]}.items():
-            values.setdefault(key, []).append(us)
-    return {key: float(np.median(us)) for key, us in values.items()}
+def _medians(passes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    every = [
+        {"period": one["period"], "rest": one["rest"]}
+        | {name: kernel["us"] for name, kernel in one["kernels"].items()}
+        for one in passes
+    ]
+    return {
+        key: float(np.median([one.get(key, 0.0) for one in every]))
+        for key in {key for one in every for key in one}
+    }

@@ -75,6 +75,7 @@ class Result:
             "command": shlex.join(["python", "-m", "tests.gpu.measure", *sys.argv[1:]]),
             "hardware": {**environment.hardware(), "gpu": gpu()},
             "versions": {**environment.system(), **packages()},
+            "environment": unpadded(),
         }
         self.values |= self.circumstances
 
@@ -174,14 +175,14 @@ def run_kernels(args: argparse.Namespace) -> dict[str, Any]:
     start = launcher(args, [*shared(args), *kernels.flags(directory)], {})
     chosen = [Arm(name=name) for name in args.arm]
     with hosting.hosted(start, chosen, "together") as ready:
-        for arm in chosen:
-            with ready.host.visit(arm.name) as url:
-                arms.prepare(arm, url, None)
-                arms.check(arm, url, None)
+        for name in ready.names:
+            with ready.host.visit(name) as url:
+                arms.prepare(Arm(name=name), url, None)
+                arms.check(Arm(name=name), url, None)
         first = loads.workloads()[0]
         found = kernels.measure(ready, start.model.served_name, directory, first)
     print(*kernels.statements(found), sep="\n", flush=True)
-    return {first.name: found}
+    return {first.name: found, "refused": ready.refused}
 
 
 def kv_cache(args: argparse.Namespace) -> list[str]:
@@ -245,7 +246,6 @@ def circumstances(
         "model": Path(args.model).name,
         "placement": args.placement,
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "environment": unpadded(),
         "commands": commands,
         "refused": ready.refused,
     }
@@ -298,6 +298,8 @@ def parse() -> argparse.Namespace:
     args.arm = args.arm or default
     if not set(args.arm) <= set(there_are) or not 2 <= len(args.arm) == len(set(args.arm)):
         parser.error(f"--arm: two or more of {', '.join(there_are)} are wanted, each once")
+    if in_one and args.part != ["throughput"]:
+        parser.error("--placement one-server is one of --part throughput alone")
     if in_one and arms.COUNTS in args.arm and {arms.MOESCOPE, arms.PAUSED} & set(args.arm):
         parser.error("--arm: one server captures rows or counts them: take counts without the rest")
     return args

@@ -40,6 +40,8 @@ def test_the_gpu_measurement_consists_of_what_there_is(monkeypatch):
     for args in parsed:
         assert loads.pick(loads.workloads(), args.load or ())
         assert args.vllm[:2] == ["--max-model-len", "8192"]
+        assert args.gate_scale == 1e5
+        assert args.part != ["throughput"] or args.out.match("runs/gpu/o*.json")  # in the tables
     names = [
         (args.placement, arm) for args in parsed if "throughput" in args.part for arm in args.arm
     ]

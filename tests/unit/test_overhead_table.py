@@ -88,8 +88,8 @@ def test_a_row_says_what_was_measured(tmp_path):
     none = "\N{EN DASH} | \N{EN DASH}"
     assert lines[0].startswith("Servers of their own, ")
     assert lines[4:6] == [
-        f"| {BATCH_1} | H200 | 2.57 ms a token | {both} | 0.5% | within | {both} | 42 |",
-        f"| {PREFILL} | H200 | 82,857 prompt tokens/s | {both} | 0.5% | within | {none} | 42 |",
+        f"| {BATCH_1} | H200 | 5 | 2.57 ms a token | {both} | 0.5% | within | {both} | 42 |",
+        f"| {PREFILL} | H200 | 5 | 82,857 prompt tokens/s | {both} | 0.5% | within | {none} | 42 |",
     ]
     where = "shape on NVIDIA H200, vLLM 0.32.0, 2026-01-02."
     assert f"{where} Rows captured meanwhile: 2,000; lost: 6." in lines
@@ -102,11 +102,11 @@ def test_arms_of_one_server_have_a_table_of_their_own(tmp_path):
     text = table_of(result(tmp_path, **{DECODE: {"2026-01-01": one, "2026-01-02": own}}))
     first, second = text.split("Servers of their own, ")
     assert first.startswith("One server, ")
-    assert "| load | GPU | detached | detached-again | moescope |" in first
+    assert "| load | GPU | rounds | detached | detached-again | moescope |" in first
     assert "| load | GPU | paused |" in first
     assert "+9.00%" not in first
-    assert "| load | GPU | stock | stock-again | moescope |" in second
-    assert f"| {DECODE} | H200 | 2.57 ms a token | \N{EN DASH} | +9.00%" in second
+    assert "| load | GPU | rounds | stock | stock-again | moescope |" in second
+    assert f"| {DECODE} | H200 | 5 | 2.57 ms a token | \N{EN DASH} | +9.00%" in second
 
 
 @pytest.mark.parametrize(
@@ -114,20 +114,22 @@ def test_arms_of_one_server_have_a_table_of_their_own(tmp_path):
     [
         (0.2, -0.3, 0.9, "within"),
         (-3.0, -4.0, -2.0, "within"),
-        (0.9, 0.5, 1.3, "within"),
-        (1.1, 0.5, 1.7, "missed"),
+        (1.0, 0.9, 1.0, "within"),
+        (0.9, 0.5, 1.3, "open"),
+        (1.1, 0.5, 1.7, "open"),
+        (1.5, 1.1, 1.9, "missed"),
         (5.0, 4.0, 6.0, "missed"),
-        (0.5, -1.0, 2.0, "not distinguishable"),
-        (4.0, -1.0, 9.0, "not distinguishable"),
+        (0.5, -1.0, 2.0, "open"),
+        (4.0, -1.0, 9.0, "open"),
     ],
 )
 def test_a_verdict_follows_the_interval_that_is_claimed(percent, low, high, wanted):
     assert verdict(difference(percent, low, high), 1.0) == wanted
 
 
-def test_noise_makes_a_verdict_unclear():
+def test_noise_leaves_a_verdict_open():
     assert verdict(difference(1.5, 1.4, 1.6), 1.0) == "missed"
-    assert verdict(difference(1.5, 1.4, 1.6, noise=2.0), 1.0) == "not distinguishable"
+    assert verdict(difference(1.5, 1.4, 1.6, noise=2.0), 1.0) == "open"
 
 
 def test_the_latest_sitting_of_an_arm_counts(tmp_path):
@@ -146,7 +148,7 @@ def test_the_latest_sitting_of_an_arm_counts(tmp_path):
     text = table_of(result(tmp_path, **{DECODE: sittings}))
     both = "+2.00% [+2.00, +2.00] | +3.00% [+3.00, +3.00]"
     assert f"| {both} | 0.5% | missed | {both} |" in text
-    assert f"\n| --- | --- | --- |\n| {DECODE} | H200 | +4.00% [+4.00, +4.00] |" in text
+    assert f"\n| --- | --- | --- |\n| {DECODE} | H200 | +4.00% [+4.00, +4.00], 5 rounds |" in text
 
 
 def test_a_later_file_adds_to_an_earlier_one(tmp_path):

@@ -71,3 +71,18 @@ def test_any_number_of_arms_is_drawn(tmp_path):
         tmp_path / "o.png", differences, rows=comparison.METRICS, xlabel="percent", title="many"
     )
     assert (tmp_path / "o.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("widest", "is_cut"), [(2.0, False), (90.0, True)])
+def test_a_picture_says_that_it_cuts_lines_off(widest, is_cut, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(plot.Axes, "set_title", lambda axes, title, **_: titles.append(title))
+    ends = dict(zip(comparison.METRICS, (1.0, 1.0, widest), strict=False))
+    by_row = {
+        row: {"percent": 0.0, "claim_percent": [-end, end], "noise_percent": None,
+              "distinguishable": False}
+        for row, end in ends.items()
+    }  # fmt: skip
+    rows = {row: row for row in ends}
+    plot.draw_rows(tmp_path / "o.png", {"one": by_row}, rows, xlabel="percent", title="some")
+    assert ("beyond" in titles[0]) is is_cut

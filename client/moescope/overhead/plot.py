@@ -72,7 +72,7 @@ def draw_rows(
         for place, arm in enumerate(arms):
             offset = (place - (len(arms) - 1) / 2) * 0.8 / max(2, len(arms))
             _draw_arm(axes, differences[arm], list(rows), offset, colors[arm])
-        _limit(axes, differences)
+        is_cut = _limit(axes, differences)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(rows)), list(rows.values()))
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -87,12 +87,13 @@ def draw_rows(
         every = [one for by_row in differences.values() for one in by_row.values()]
         has_floor = any(one["noise_percent"] is not None for one in every)
         floor = ", none narrower than those of the same again" if has_floor else ""
-        axes.set_title(f"{title}\n95% intervals{floor}", fontsize=10, color=SOFT, loc="left")
+        cut = "; what reaches the edge goes on beyond it" if is_cut else ""
+        axes.set_title(f"{title}\n95% intervals{floor}{cut}", fontsize=10, color=SOFT, loc="left")
         figure.savefig(path, dpi=DPI)
 
 
-def _limit(axes: Axes, differences: Mapping[str, Mapping[str, Any]]) -> None:
-    """Cut off what would make all else invisible; the figure in the file says it."""
+def _limit(axes: Axes, differences: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Cut off what would make all else invisible; return whether there is any of that."""
     ends = [
         max(map(abs, one["claim_percent"]))
         for by_row in differences.values()
@@ -100,6 +101,7 @@ def _limit(axes: Axes, differences: Mapping[str, Mapping[str, Any]]) -> None:
     ]
     limit = 1.1 * min(max(ends), 3.0 * float(np.median(ends)))
     axes.set_xlim(-limit, limit)
+    return limit < max(ends)
 
 
 def _draw_arm(
