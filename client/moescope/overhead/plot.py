@@ -94,7 +94,7 @@ def draw_rows(
 
 def _limit(axes: Axes, differences: Mapping[str, Mapping[str, Any]]) -> bool:
     """Cut off what would make all else invisible; return whether there is any of that."""
-    ends = [
+    ends: list[float] = [
         max(map(abs, one["claim_percent"]))
         for by_row in differences.values()
         for one in by_row.values()
