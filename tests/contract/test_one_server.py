@@ -124,7 +124,14 @@ def test_an_arm_that_does_not_start_is_not_profiled(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(measure.arms, "prepare", lambda arm, url, key: visited.append(arm.name))
     monkeypatch.setattr(measure.arms, "check", lambda arm, url, key: None)
-    monkeypatch.setattr(measure.kernels, "measure", lambda *_: {STOCK: [], MOESCOPE: []})
+
+    def visit_each(loads, host, names, *, hooks, **_):
+        for name in names:
+            with host.visit(name) as url:
+                hooks.on_visit(name, url)
+        return ()
+
+    monkeypatch.setattr(measure.kernels.rounds, "measure", visit_each)
     monkeypatch.setattr(measure.kernels, "statements", lambda found: ())
     args = parse(monkeypatch, "--arm", STOCK, "--arm", MOESCOPE, "--arm", COUNTS)
     args.tap_directory = tmp_path

@@ -12,15 +12,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import orjson
 
 from moescope.errors import FormatError
-from moescope.overhead.hosting import Hosted
+from moescope.overhead import rounds
+from moescope.overhead.arms import Arm
+from moescope.overhead.hosting import Host, Hosted
 from tests.gpu.loads import Workload
+from tests.gpu.throughput import SEED, bring_up
 
 SKIPPED, STEPS, PASSES = 60, 60, 3
 """Steps after a start that are left alone: prompts arrive; then how many are profiled, how often in
@@ -49,38 +52,63 @@ def flags(directory: Path) -> list[str]:
     return ["--profiler-config", orjson.dumps(config).decode()]
 
 
-def measure(hosted: Hosted, model: str, directory: Path, workload: Workload) -> dict[str, Any]:
+class Profiled:
+    """A host whose visits are profiled, but for the first of each server, which warms it up.
+
+    Args:
+        host: Where the servers are, started with `flags`.
+        directory: What `flags` was given.
+    """
+
+    stays_up: ClassVar[bool] = True
+
+    def __init__(self, host: Host, directory: Path) -> None:
+        self._host, self._directory = host, directory
+        self.found: dict[str, list[dict[str, Any]]] = {}
+        """By arm: what `summarize` found in each visit that was profiled."""
+
+    @contextlib.contextmanager
+    def visit(self, name: str) -> Iterator[str]:
+        """Give an arm's address; profile what is asked there meanwhile."""
+        with self._host.visit(name) as url:
+            if name not in self.found:
+                self.found[name] = []
+                yield url
+                return
+            prefix = f"{name}-{len(self.found[name]) + 1}"
+            steps = {"delay_iterations": SKIPPED, "max_iterations": STEPS}
+            _post(f"{url}/start_profile", {"profile_prefix": prefix, **steps})
+            yield url
+            _post(f"{url}/stop_profile", {})
+        (trace,) = self._directory.glob(f"{prefix}_*.json")
+        self.found[name].append(summarize(orjson.loads(trace.read_bytes())["traceEvents"]))
+
+
+def measure(hosted: Hosted, directory: Path, workload: Workload) -> dict[str, Any]:
     """Profile steps of each server under a load.
 
     Args:
         hosted: The servers; started with `flags`.
-        model: The name that they serve.
         directory: What `flags` was given.
         workload: A load of more than ``SKIPPED + STEPS`` steps.
 
     Returns:
         By arm: what `summarize` found in each pass.
+
+    Raises:
+        MoescopeError: An arm is not what it must be, or a request failed.
     """
-    for name in hosted.names:
-        with hosted.host.visit(name) as url:
-            workload.put(0, url, model)  # warms up
-    found: dict[str, Any] = {name: [] for name in hosted.names}
-    for number in range(1, PASSES + 1):
-        for name in hosted.names:
-            prefix = f"{name}-{number}"
-            with hosted.host.visit(name) as url, _profiled(url, prefix):
-                workload.put(number, url, model)
-            (trace,) = directory.glob(f"{prefix}_*.json")
-            found[name].append(summarize(orjson.loads(trace.read_bytes())["traceEvents"]))
-    return found
-
-
-@contextlib.contextmanager
-def _profiled(url: str, prefix: str) -> Iterator[None]:
-    steps = {"delay_iterations": SKIPPED, "max_iterations": STEPS}
-    _post(f"{url}/start_profile", {"profile_prefix": prefix, **steps})
-    yield
-    _post(f"{url}/stop_profile", {})
+    profiled = Profiled(hosted.host, directory)
+    for _ in rounds.measure(
+        [workload.load()],
+        profiled,
+        hosted.names,
+        rounds=PASSES,
+        seed=SEED,
+        hooks=rounds.Hooks(on_visit=lambda name, url: bring_up(Arm(name=name), url)),
+    ):
+        pass  # the traces tell
+    return {name: profiled.found[name] for name in hosted.names}
 
 
 def _post(url: str, body: Mapping[str, Any]) -> None:

@@ -175,12 +175,8 @@ def run_kernels(args: argparse.Namespace) -> dict[str, Any]:
     start = launcher(args, [*shared(args), *kernels.flags(directory)], {})
     chosen = [Arm(name=name) for name in args.arm]
     with hosting.hosted(start, chosen, "together") as ready:
-        for name in ready.names:
-            with ready.host.visit(name) as url:
-                arms.prepare(Arm(name=name), url, None)
-                arms.check(Arm(name=name), url, None)
         first = loads.workloads()[0]
-        found = kernels.measure(ready, start.model.served_name, directory, first)
+        found = kernels.measure(ready, directory, first)
     print(*kernels.statements(found), sep="\n", flush=True)
     return {first.name: found, "refused": ready.refused}
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import orjson
 import pytest
 from stream_server import DONE, chunk, serving, usage
 
-from moescope import FormatError
+from moescope import CommandError, FormatError
+from moescope.overhead import rounds
 from moescope.overhead.hosting import Hosted, Running
 from tests.gpu import kernels
 from tests.gpu.loads import Workload
+from tests.gpu.throughput import SEED
 
 SMALL = Workload(name="small", num=1, concurrency=1, input_len=3, output_len=1, rounds=1)
 TOPK = "void vllm::moe::topkGating<4, (int)60>(float const*, bool)"
@@ -90,10 +94,20 @@ def test_every_server_is_profiled_in_turn(tmp_path):
     scripts = {"stock": server("stock", 100.0), "stock-again": server("stock-again", 110.0)}
     with serving(scripts["stock"]) as one, serving(scripts["stock-again"]) as two:
         scripts["stock"].server, scripts["stock-again"].server = one, two
+        one.pages["/v1/models"] = two.pages["/v1/models"] = orjson.dumps({"data": [{"id": "demo"}]})
         hosted = Hosted(Running({"stock": one.url, "stock-again": two.url}), list(scripts), {})
-        measured = kernels.measure(hosted, "demo", tmp_path, SMALL)
+        measured = kernels.measure(hosted, tmp_path, SMALL)
     periods = {name: [one["period"] for one in passes] for name, passes in measured.items()}
     assert periods == {"stock": [100.0] * 3, "stock-again": [110.0] * 3}
     profiled = ["/start_profile", "/v1/completions", "/stop_profile"]
     assert [path for name, path in asked if name == "stock"] == ["/v1/completions", *profiled * 3]
-    assert [name for name, path in asked if path == "/start_profile"] == [*scripts] * 3
+    orders = rounds.shuffled_orders([*scripts], 3, SEED)
+    assert [name for name, path in asked if path == "/start_profile"] == [*itertools.chain(*orders)]
+
+
+def test_a_server_that_is_not_its_arm_is_not_profiled(tmp_path):
+    with serving(lambda *_: [(0, b"{}")]) as server:
+        hosted = Hosted(Running({"moescope": server.url}), ["moescope"], {})
+        with pytest.raises(CommandError, match=r"moescope at .* is not what it should be"):
+            kernels.measure(hosted, tmp_path, SMALL)
+    assert not server.seen
