@@ -116,13 +116,13 @@ def workloads(questions: Sequence[str] = (), scale: float = 1.0) -> list[Workloa
     every = [
         _decode("batch 1", 2, concurrency=1, rounds=40),
         _decode("64 concurrent", 64, concurrency=64, rounds=10),
-        _decode("256 concurrent", 256, concurrency=256, rounds=6),
+        _decode("256 concurrent", 256, concurrency=256, rounds=12),
         _prefill(64, 1024),
         _prefill(16, 4096),
         Workload(name="GSM8K, 25 questions, 128 out", num=25, concurrency=25, output_len=128,
-                 rounds=12, texts=questions, shown=TPOT),
+                 rounds=24, texts=questions, shown=TPOT),
         Workload(name="GSM8K, 1,319 questions, 128 out, 128 concurrent", num=1319,
-                 concurrency=128, output_len=128, rounds=3, texts=questions, shown=TPOT),
+                 concurrency=128, output_len=128, rounds=6, texts=questions, shown=TPOT),
         *map(_multi_turn, (64, 28, 4)),
     ]  # fmt: skip
     return [dataclasses.replace(one, rounds=max(3, round(one.rounds * scale))) for one in every]
@@ -164,7 +164,7 @@ def _prefill(num: int, input_len: int) -> Workload:
         concurrency=1,
         input_len=input_len,
         output_len=1,
-        rounds=16,
+        rounds=48,
         shown="prompt_throughput",
         in_one=True,
     )

@@ -2,7 +2,7 @@
 
 The routers write static buffers (`RoutingBuffers`). After each step one kernel packs the rows into
 pinned host memory (`RowRing`), which the GPU writes over PCIe: there is no device-to-host copy to
-order, and the worker's thread launches that kernel, records one event and goes on.
+order, and the worker's thread launches that kernel and goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moescope_service.capture import kernels
 from moescope_service.capture.buffers import RoutingBuffers
 from moescope_service.capture.launch import KernelLauncher
 from moescope_service.capture.own_rows import OwnRows
-from moescope_service.capture.ring import ReservedRows, RowRing
+from moescope_service.capture.ring import ReservedRows, RowRing, row_tensors
 
 
 class CudaSink:
@@ -55,12 +55,11 @@ class CudaSink:
         ids, weights = getattr(torch, id_dtype), getattr(torch, weights_dtype)
         row_bytes = num_layers * top_k * (ids.itemsize + weights.itemsize)
         num_slots = max(queue_bytes // row_bytes, 2 * max_tokens)
-        self._ring = RowRing(num_slots, num_layers, top_k, ids, weights)
+        filled = row_tensors(num_slots, num_layers, top_k, ids, weights)
+        tensors = (self.buffers.topk_ids, self.buffers.topk_weights, positions, *filled)
         constants = kernels.pack_blocks(num_layers, top_k)
-        tensors = (self.buffers.topk_ids, self.buffers.topk_weights, positions)
-        self._pack = KernelLauncher(
-            kernels.pack_rows, (*tensors, *self._ring.tensors), 4, constants
-        )
+        self._pack = launcher = KernelLauncher(kernels.pack_rows, tensors, 4, constants)
+        self._ring = RowRing(filled, launcher.wait)
         self._layer_stride, self._num_experts = max_tokens * top_k, num_experts
 
     def hook(self, column: int, router: Any) -> None:
@@ -82,6 +81,5 @@ class CudaSink:
         reserved = self._ring.reserve(num_rows)
         if reserved is None:
             return "queue_full"
-        stream = self._pack(reserved.offset, num_rows, self._layer_stride, self._num_experts)
-        reserved.event.record(stream)
+        self._pack(reserved.offset, num_rows, self._layer_stride, self._num_experts)
         return reserved
