@@ -100,6 +100,7 @@ bench-gpu: ## Measure again all that needs a GPU of 141 GB, where .[cuda] is ins
 	$(SIDE_BY_SIDE) --part kernels --out $(GPU_DIR)/kernels.json --arm stock --arm stock-again \
 		--arm moescope --arm counts -- $(OWN_FLAGS)
 	$(ONE_SERVER) --load batch --load 64 --load 256 --load prefill --load GSM8K -- $(GPU_FLAGS)
+	$(ONE_SERVER) --load 256 --stream-interval 10 -- $(GPU_FLAGS)
 	$(ONE_SERVER) --load batch --load "64 concurrent" --arm detached --arm detached-again \
 		--arm counts -- $(GPU_FLAGS)
 	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm moescope --arm routed-experts \

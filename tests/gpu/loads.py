@@ -176,6 +176,7 @@ def pick(
     *,
     rounds: int | None = None,
     concurrency: int | None = None,
+    stream_interval: int | None = None,
 ) -> list[Workload]:
     """Choose workloads.
 
@@ -184,6 +185,7 @@ def pick(
         starts: How their names start; where none is given, all that are not crowded.
         rounds: Rounds of each, in place of its own.
         concurrency: Conversations at a time, in place of its own; the name then says so.
+        stream_interval: Tokens that the servers send at a time, if not each; names then say so.
 
     Raises:
         CommandError: One start is that of no name.
@@ -202,6 +204,11 @@ def pick(
             dataclasses.replace(
                 one, concurrency=concurrency, name=f"{one.name}, {concurrency} at a time"
             )
+            for one in picked
+        ]
+    if stream_interval:
+        picked = [
+            dataclasses.replace(one, name=f"{one.name}, {stream_interval} tokens a chunk")
             for one in picked
         ]
     return picked

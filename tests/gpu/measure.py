@@ -201,6 +201,7 @@ def run_throughput(args: argparse.Namespace, questions: Sequence[str], result: R
         args.load or (),
         rounds=args.rounds,
         concurrency=args.concurrency,
+        stream_interval=args.stream_interval,
     )
     chosen = [Arm(name=name) for name in args.arm]
     with sitting(args, chosen) as (start, ready):
@@ -277,6 +278,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--concurrency", type=int, help="Throughput: conversations at a time, of every load."
     )
+    parser.add_argument(
+        "--stream-interval",
+        type=int,
+        help="Throughput: tokens that servers send at a time. Some ten thousand chunks a second "
+        "keep client and API server busier than the GPU.",
+    )
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")
     parser.add_argument(
@@ -294,6 +301,8 @@ def parse() -> argparse.Namespace:
     args.arm = args.arm or default
     if not set(args.arm) <= set(there_are) or not 2 <= len(args.arm) == len(set(args.arm)):
         parser.error(f"--arm: two or more of {', '.join(there_are)} are wanted, each once")
+    if args.stream_interval:
+        args.vllm = [*args.vllm, "--stream-interval", str(args.stream_interval)]
     if in_one and args.part != ["throughput"]:
         parser.error("--placement one-server is one of --part throughput alone")
     if in_one and arms.COUNTS in args.arm and {arms.MOESCOPE, arms.PAUSED} & set(args.arm):

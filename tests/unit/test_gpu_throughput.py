@@ -86,13 +86,15 @@ def test_every_answer_has_its_length_and_is_sampled():
 
 def test_loads_are_picked():
     every = loads.workloads(scale=0.5)
-    assert [one.rounds for one in every[:3]] == [20, 5, 3]
+    assert [one.rounds for one in every[:3]] == [20, 5, 6]
     assert [one.concurrency for one in every[:3]] == [1, 64, 256]
     by_default = loads.pick(every, [])
     assert [one for one in every if one.crowded] == [one for one in every if one not in by_default]
     (one,) = loads.pick(every, ["64 conv"], rounds=2, concurrency=8)
     assert (one.concurrency, one.rounds) == (8, 2)
     assert one.name.endswith("128 out, 8 at a time")  # another load than that of 64
+    (one,) = loads.pick(every, ["256"], stream_interval=10)
+    assert one.name == "256 concurrent, 128 in, 256 out, 10 tokens a chunk"
     with pytest.raises(CommandError, match="no load starts with 'batch 2'"):
         loads.pick(every, ["batch 1", "batch 2"])
 
