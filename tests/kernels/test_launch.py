@@ -38,37 +38,10 @@ def test_a_kernel_is_launched(num_rows, num_programs, monkeypatch):
     kernel = Kernel()
     launcher = KernelLauncher(kernel, tensors, 3, CONSTANTS)
     assert kernel.compiled_for == ((torch.int32, torch.float32, 2, 2, 2), CONSTANTS)
-    launcher(30, num_rows, 500)
+    assert launcher(30, num_rows, 500) is stream
     pointers = [tensor.data_ptr() for tensor in tensors]
     grid, context = (num_programs, 1, 1), (77, "function", "metadata", None, None, None)
     assert kernel.launched == (*grid, *context, *pointers, 30, num_rows, 500, 4, 96, 8, 128)
-
-
-class Event:
-    """What stands in for a ``torch.cuda.Event``; a stream lists the kernels that it has not run."""
-
-    def __init__(self, *, blocking):
-        assert blocking, "waiting spins"
-
-    def record(self, stream):
-        self.stream = stream
-
-    def synchronize(self):
-        self.stream.launched.clear()
-
-
-def test_what_was_launched_is_waited_for(monkeypatch):
-    stream = SimpleNamespace(cuda_stream=77, launched=[])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    kernel = Kernel()
-    launcher = KernelLauncher(kernel, (), 2, CONSTANTS)
-    launcher.wait()  # nothing was launched
-    for number in range(3):
-        launcher(number, 1)
-        stream.launched.append(kernel.launched)
-        launcher.wait()
-        assert not stream.launched
 
 
 def test_the_compiled_kernel_lives_as_long_as_its_launcher():

@@ -8,26 +8,40 @@ import numpy as np
 import pytest
 import torch
 
-from moescope_service.capture.ring import RowRing, row_tensors
+from moescope_service.capture.ring import RowRing
 
 
-def make_ring(num_slots=10, id_dtype=torch.uint8, wait=lambda: None):
-    return RowRing(row_tensors(num_slots, 3, 2, id_dtype, torch.float16, pin=False), wait)
+class Event:
+    """One that has always happened."""
+
+    waited = 0
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        Event.waited += 1
+
+
+def make_ring(num_slots=10, id_dtype=torch.uint8):
+    return RowRing(num_slots, 3, 2, id_dtype, torch.float16, pin=False, make_event=Event)
 
 
 def fill(ring, reserved, number):
     """What the GPU does."""
-    rows = ring.view(reserved)
-    for array in (rows.topk_ids, rows.topk_weights, rows.positions):
-        array[:] = number
+    for tensor in ring.tensors:
+        tensor[reserved.offset : reserved.offset + reserved.num_rows] = number
 
 
 @pytest.mark.parametrize("id_dtype", [torch.uint8, torch.uint16])
 def test_rows_come_back(id_dtype):
-    ring = make_ring(id_dtype=id_dtype, wait=lambda: fill(ring, reserved, 7))
+    ring = make_ring(id_dtype=id_dtype)
     reserved = ring.reserve(4)
+    fill(ring, reserved, 7)
     assert reserved.size_bytes == 4 * ring.row_bytes == 4 * 6 * (id_dtype.itemsize + 2)
+    waited = Event.waited
     reserved.wait()
+    assert Event.waited == waited + 1
     rows = reserved.read()
     for array in (rows.topk_ids, rows.topk_weights, rows.positions):
         assert len(array) == 4
@@ -40,7 +54,7 @@ def test_a_row_without_a_position_spoils_the_step():
     ring = make_ring()
     reserved = ring.reserve(4)
     fill(ring, reserved, 7)
-    ring.view(reserved).positions[2] = -1
+    ring.tensors[2][2] = -1
     assert reserved.read() is None
 
 

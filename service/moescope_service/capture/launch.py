@@ -42,15 +42,17 @@ class KernelLauncher:
         self._constants = tuple(constants.values())
         self._block_rows = constants["BLOCK_ROWS"]
         self._stream: torch.cuda.Stream | None = None
-        self._event: torch.cuda.Event | None = None
 
-    def __call__(self, first: int, num_rows: int, *more: int) -> None:
+    def __call__(self, first: int, num_rows: int, *more: int) -> torch.cuda.Stream:
         """Launch behind the model's kernels.
 
         Args:
             first: The kernel's first integer.
             num_rows: Its second.
             more: The others.
+
+        Returns:
+            The stream of the thread that launches first: the worker's.
         """
         if self._stream is None:  # the worker's thread has settled on it by the first step
             self._stream = torch.cuda.current_stream()
@@ -66,16 +68,4 @@ class KernelLauncher:
             *more,
             *self._constants,
         )
-
-    def wait(self) -> None:
-        """Wait until the GPU has run what was launched so far; for one thread, of any other.
-
-        An event for every launch would be a call more on the worker's thread. This one also waits
-        for what the worker has launched behind them meanwhile, a step or two.
-        """
-        if self._stream is None:
-            return
-        if self._event is None:
-            self._event = torch.cuda.Event(blocking=True)  # no spinning: the model needs the cores
-        self._event.record(self._stream)
-        self._event.synchronize()
+        return self._stream

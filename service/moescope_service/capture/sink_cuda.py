@@ -2,7 +2,7 @@
 
 The routers write static buffers (`RoutingBuffers`). After each step one kernel packs the rows into
 pinned host memory (`RowRing`), which the GPU writes over PCIe: there is no device-to-host copy to
-order, and the worker's thread launches that kernel and goes on.
+order, and the worker's thread launches that kernel, records one event and goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moescope_service.capture import kernels
 from moescope_service.capture.buffers import RoutingBuffers
 from moescope_service.capture.launch import KernelLauncher
 from moescope_service.capture.own_rows import OwnRows
-from moescope_service.capture.ring import ReservedRows, RowRing, row_tensors
+from moescope_service.capture.ring import ReservedRows, RowRing
 
 
 class CudaSink:
@@ -55,11 +55,12 @@ class CudaSink:
         ids, weights = getattr(torch, id_dtype), getattr(torch, weights_dtype)
         row_bytes = num_layers * top_k * (ids.itemsize + weights.itemsize)
         num_slots = max(queue_bytes // row_bytes, 2 * max_tokens)
-        filled = row_tensors(num_slots, num_layers, top_k, ids, weights)
-        tensors = (self.buffers.topk_ids, self.buffers.topk_weights, positions, *filled)
+        self._ring = RowRing(num_slots, num_layers, top_k, ids, weights)
         constants = kernels.pack_blocks(num_layers, top_k)
-        self._pack = launcher = KernelLauncher(kernels.pack_rows, tensors, 4, constants)
-        self._ring = RowRing(filled, launcher.wait)
+        tensors = (self.buffers.topk_ids, self.buffers.topk_weights, positions)
+        self._pack = KernelLauncher(
+            kernels.pack_rows, (*tensors, *self._ring.tensors), 4, constants
+        )
         self._layer_stride, self._num_experts = max_tokens * top_k, num_experts
 
     def hook(self, column: int, router: Any) -> None:
@@ -81,5 +82,9 @@ class CudaSink:
         reserved = self._ring.reserve(num_rows)
         if reserved is None:
             return "queue_full"
-        self._pack(reserved.offset, num_rows, self._layer_stride, self._num_experts)
+        stream = self._pack(reserved.offset, num_rows, self._layer_stride, self._num_experts)
+        # Here, before the sampler's kernels: the link's thread has done its work when the worker's
+        # wakes with their tokens. One event recorded later, by the link's thread itself, made the
+        # 99th percentile between tokens of batch 1 longer by 0.3 ms on an H200, and saved nothing.
+        reserved.event.record(stream)
         return reserved
