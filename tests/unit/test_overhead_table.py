@@ -144,7 +144,9 @@ def test_the_longest_sitting_of_an_arm_counts_and_of_equals_the_latest(tmp_path)
         "2026-01-05": measured(moescope=difference(6.0, 6.0, 6.0), rounds=2),  # too few
         "2026-01-06": measured(moescope=difference(7.0, 7.0, 7.0), rounds=4),
     }
-    assert "+7.00%" in table_of(result(tmp_path, **{DECODE: {"2026-01-06": sittings["2026-01-06"]}}))
+    assert "+7.00%" in table_of(
+        result(tmp_path, **{DECODE: {"2026-01-06": sittings["2026-01-06"]}})
+    )
     text = table_of(result(tmp_path, **{DECODE: sittings}))
     both = "+2.00% [+2.00, +2.00] | +3.00% [+3.00, +3.00]"
     assert f"| {both} | 0.5% | missed | {both} |" in text
