@@ -281,8 +281,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--stream-interval",
         type=int,
-        help="Throughput: tokens that servers send at a time. Some ten thousand chunks a second "
-        "keep client and API server busier than the GPU.",
+        help="Throughput: tokens that servers send at a time. At ten thousand chunks a second client "
+        "and API server lag behind the GPU.",
     )
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")

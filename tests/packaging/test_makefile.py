@@ -41,7 +41,10 @@ def test_the_gpu_measurement_consists_of_what_there_is(monkeypatch):
         assert loads.pick(loads.workloads(), args.load or ())
         assert args.vllm[:2] == ["--max-model-len", "8192"]
         assert args.gate_scale == 1e5
+        if args.stream_interval:
+            assert args.vllm[-2:] == ["--stream-interval", str(args.stream_interval)]
         assert args.part != ["throughput"] or args.out.match("runs/gpu/o*.json")  # in the tables
+    assert any(args.stream_interval for args in parsed)
     names = [
         (args.placement, arm) for args in parsed if "throughput" in args.part for arm in args.arm
     ]
