@@ -23,6 +23,8 @@ ONE_SERVER := $(MEASURE) --part throughput --placement one-server --kv-cache-byt
 SIDE_BY_SIDE := $(MEASURE) --kv-cache-bytes 4939212390
 OWN_SERVERS := $(SIDE_BY_SIDE) --part throughput --out $(GPU_DIR)/own_servers.json --arm stock \
 	--arm stock-again
+OWN_TURNS := $(MEASURE) --part throughput --out $(GPU_DIR)/own_servers_turns.json \
+	--load "4 conv" --rounds 4 --arm stock --arm stock-again
 OWN_FLAGS := $(GPU_FLAGS) --max-num-seqs 256 --max-num-batched-tokens 2048
 OVERHEAD := VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/moescope overhead --prompts $(BENCH_DIR)/prompts.txt
 
@@ -106,8 +108,8 @@ bench-gpu: ## Measure again all that needs a GPU of 141 GB, where .[cuda] is ins
 	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm moescope --arm routed-experts \
 		-- $(OWN_FLAGS)
 	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm counts --arm installed -- $(OWN_FLAGS)
-	$(MEASURE) --part throughput --out $(GPU_DIR)/own_servers_turns.json --load "4 conv" \
-		--arm stock --arm stock-again --arm routed-experts -- $(OWN_FLAGS)
+	$(OWN_TURNS) --arm moescope -- $(GPU_FLAGS)
+	$(OWN_TURNS) --arm routed-experts -- $(GPU_FLAGS)
 	$(PYTHON) -m tests.bench.overhead_table $(GPU_DIR)/o*.json \
 		--picture $(GPU_DIR)/overhead.png
 

@@ -40,13 +40,13 @@ Positive is slower. Compared is the client's median time per output token where 
 tokens on the clock of vLLM's engine (its `vllm:inter_token_latency_seconds`), with neither HTTP nor
 the client in it. 95% intervals of paired rounds; where the first arm was measured again in the same
 sitting, none is narrower than what the two differ by. A target is met (*within*) or *missed* where
-the whole interval says so, else it is *open*. Of sittings with the same arms that of most rounds is
-shown, of equals the latest; the files have all."""
+the whole interval says so, else it is *open*. Of sittings with the same arms the latest complete
+one is shown; the files have all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """A load, and what the longest sitting with each arm measured under it."""
+    """A load, and what the latest sitting with each arm measured under it."""
 
     workload: Workload
     first: str
@@ -95,7 +95,7 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any]]:
         Row(
             dataclasses.replace(workloads()[places[name]], name=name),
             first,
-            longest(found[name], first),
+            latest(found[name], first),
         )
         for first in CAPTIONS
         for name in sorted(found, key=lambda name: (places[name], name))
@@ -123,18 +123,18 @@ def place_of(name: str) -> int:
     raise FormatError(f"{name!r} is none of the loads of tests.gpu.loads")
 
 
-def longest(
-    by_sitting: Mapping[str, Mapping[str, Any]], first: str
-) -> dict[str, Mapping[str, Any]]:
-    """Return the sitting of most rounds of each arm, by arm; of the first again that of moescope.
+def latest(by_sitting: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, Mapping[str, Any]]:
+    """Return the latest sitting of each arm, by arm; of the first arm again that of moescope.
+
+    One that was cut off counts where there is none that was not.
 
     Args:
-        by_sitting: What the sittings measured, by their dates: of equals the latest counts.
+        by_sitting: What the sittings measured, by their dates.
         first: The arm that others are compared with: sittings of another do not count, nor those
             of too few rounds.
     """
     chosen: dict[str, Mapping[str, Any]] = {}
-    for name in sorted(by_sitting, key=lambda name: (by_sitting[name]["rounds"], name)):
+    for name in sorted(by_sitting, key=lambda name: (by_sitting[name]["complete"], name)):
         measured = {**by_sitting[name], "sitting": name}
         if next(iter(measured["arms"])) == first and measured["rounds"] >= MIN_ROUNDS:
             chosen |= dict.fromkeys(measured["differences"], measured)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.gpu import loads, measure
+from tests.gpu import measure
 
 ROOT = Path(__file__).parents[2]
 MEASURE = "-m tests.gpu.measure "
@@ -38,13 +38,14 @@ def test_the_gpu_measurement_consists_of_what_there_is(monkeypatch):
             parsed.append(measure.parse())
     assert {part for args in parsed for part in args.part} == set(measure.PARTS)
     for args in parsed:
-        assert loads.pick(loads.workloads(), args.load or ())
+        picked = measure.pick(args, ())
         assert args.vllm[:2] == ["--max-model-len", "8192"]
         assert args.gate_scale == 1e5
-        if args.stream_interval:
-            assert args.vllm[-2:] == ["--stream-interval", str(args.stream_interval)]
+        assert {one.name.endswith("a chunk") for one in picked} == {
+            "--stream-interval" in args.vllm
+        }
         assert args.part != ["throughput"] or args.out.match("runs/gpu/o*.json")  # in the tables
-    assert any(args.stream_interval for args in parsed)
+    assert sum("--stream-interval" in args.vllm for args in parsed) == 1
     names = [
         (args.placement, arm) for args in parsed if "throughput" in args.part for arm in args.arm
     ]

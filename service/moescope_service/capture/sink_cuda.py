@@ -83,7 +83,5 @@ class CudaSink:
         if reserved is None:
             return "queue_full"
         stream = self._pack(reserved.offset, num_rows, self._layer_stride, self._num_experts)
-        # Here, before the sampler's kernels: one event that the link's thread recorded later made
-        # tokens at batch 1 come later (README, On a GPU), likely by waking both threads at once.
         reserved.event.record(stream)
         return reserved
