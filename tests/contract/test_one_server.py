@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from types import SimpleNamespace
 
 import pytest
 
 from moescope import CommandError
-from moescope.overhead.arms import COUNTS, MOESCOPE, PAUSED, STOCK, Model
-from moescope.overhead.hosting import Hosted
+from moescope.overhead.arms import COUNTS, MOESCOPE, PAUSED
 from moescope_service.capture.install import WorkerCapture
-from tests.gpu import measure, one_server
+from tests.gpu import one_server
 from tests.gpu.one_server import DETACHED, DETACHED_AGAIN, OneServer
 
 NUMBERS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -82,59 +80,3 @@ def test_the_server_captures_what_its_arms_want(names, started, tmp_path, monkey
     with one_server.hosted(launcher, names, tmp_path / "state") as ready:
         assert ready.names == list(names)
     assert asked == [started]
-
-
-IN_ONE = ("--part", "throughput", "--placement", "one-server")
-
-
-def parse(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["measure", "--model", "m", "--out", "o.json", *flags])
-    return measure.parse()
-
-
-def test_one_server_has_arms_of_its_own(monkeypatch):
-    assert parse(monkeypatch, *IN_ONE).arm == one_server.DEFAULT
-    assert parse(monkeypatch, *IN_ONE, "--arm", DETACHED, "--arm", COUNTS).arm == [DETACHED, COUNTS]
-    assert parse(monkeypatch, "--arm", STOCK, "--arm", COUNTS).arm == [STOCK, COUNTS]
-
-
-@pytest.mark.parametrize("more", [(STOCK,), (DETACHED,), (COUNTS, "--arm", MOESCOPE)])
-def test_arms_that_no_server_can_have_are_refused(more, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        parse(monkeypatch, *IN_ONE, "--arm", DETACHED, "--arm", *more)
-    assert "--arm: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("parts", [(), ("--part", "kernels"), ("--part", "stock_routing")])
-def test_other_parts_have_servers_of_their_own(parts, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        parse(monkeypatch, *IN_ONE[2:], *parts)
-    assert "--part throughput alone" in capsys.readouterr().err
-
-
-def test_an_arm_that_does_not_start_is_not_profiled(tmp_path, monkeypatch):
-    visited = []
-    host = SimpleNamespace(visit=contextlib.nullcontext)
-    ready = Hosted(host, [STOCK, MOESCOPE], {COUNTS: "no room"})
-    monkeypatch.setattr(
-        measure.hosting, "hosted", lambda start, chosen, placement: contextlib.nullcontext(ready)
-    )
-    monkeypatch.setattr(
-        measure, "launcher", lambda *_: SimpleNamespace(model=Model(path="m", served_name="m"))
-    )
-    monkeypatch.setattr(measure.arms, "prepare", lambda arm, url, key: visited.append(arm.name))
-    monkeypatch.setattr(measure.arms, "check", lambda arm, url, key: None)
-
-    def visit_each(loads, host, names, *, hooks, **_):
-        for name in names:
-            with host.visit(name) as url:
-                hooks.on_visit(name, url)
-        return ()
-
-    monkeypatch.setattr(measure.kernels.rounds, "measure", visit_each)
-    monkeypatch.setattr(measure.kernels, "statements", lambda found: ())
-    args = parse(monkeypatch, "--arm", STOCK, "--arm", MOESCOPE, "--arm", COUNTS)
-    args.tap_directory = tmp_path
-    found = measure.run_kernels(args)
-    assert visited == [STOCK, MOESCOPE]
-    assert found["refused"] == {COUNTS: "no room"}

@@ -19,11 +19,11 @@ import numpy as np
 import orjson
 
 from moescope.errors import FormatError
-from moescope.overhead import rounds
+from moescope.overhead import arms, rounds
 from moescope.overhead.arms import Arm
 from moescope.overhead.hosting import Host, Hosted
 from tests.gpu.loads import Workload
-from tests.gpu.throughput import SEED, bring_up
+from tests.gpu.throughput import SEED
 
 SKIPPED, STEPS, PASSES = 60, 60, 3
 """Steps after a start that are left alone: prompts arrive; then how many are profiled, how often in
@@ -105,7 +105,7 @@ def measure(hosted: Hosted, directory: Path, workload: Workload) -> dict[str, An
         hosted.names,
         rounds=PASSES,
         seed=SEED,
-        hooks=rounds.Hooks(on_visit=lambda name, url: bring_up(Arm(name=name), url)),
+        hooks=rounds.Hooks(on_visit=lambda name, url: arms.bring_up(Arm(name=name), url)),
     ):
         pass  # the traces tell
     return {name: profiled.found[name] for name in hosted.names}

@@ -194,21 +194,16 @@ def pick(
         if not any(one.name.startswith(start) for one in every):
             names = "; ".join(one.name for one in every)
             raise CommandError(f"no load starts with {start!r}: they are {names}")
-    picked = [
-        one for one in every if (one.name.startswith(tuple(starts)) if starts else not one.crowded)
-    ]
-    if rounds:
-        picked = [dataclasses.replace(one, rounds=rounds) for one in picked]
-    if concurrency:
-        picked = [
-            dataclasses.replace(
-                one, concurrency=concurrency, name=f"{one.name}, {concurrency} at a time"
-            )
-            for one in picked
-        ]
+    suffixes = [f"{concurrency} at a time"] if concurrency else []
     if stream_interval:
-        picked = [
-            dataclasses.replace(one, name=f"{one.name}, {stream_interval} tokens a chunk")
-            for one in picked
-        ]
-    return picked
+        suffixes.append(f"{stream_interval} tokens a chunk")
+    return [
+        dataclasses.replace(
+            one,
+            name=", ".join([one.name, *suffixes]),
+            rounds=rounds or one.rounds,
+            concurrency=concurrency or one.concurrency,
+        )
+        for one in every
+        if (one.name.startswith(tuple(starts)) if starts else not one.crowded)
+    ]

@@ -253,8 +253,7 @@ def circumstances(
     }
 
 
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
+def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="The model's directory or name.")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's test.jsonl; the hub by default.")
@@ -298,6 +297,12 @@ def parse() -> argparse.Namespace:
         "--gate-scale", type=float, help="For --load-format dummy: sharpens the gates; try 1e5."
     )
     parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags for every server.")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line; refuse what cannot be measured."""
+    parser = _options()
     args = parser.parse_args()
     in_one = args.placement == "one-server"
     there_are, default = (

@@ -100,22 +100,12 @@ class Sitting:
         return names
 
     def _check(self, name: str, url: str) -> None:
-        bring_up(self._arms[name], url)
+        arms.bring_up(self._arms[name], url)
 
     def _counters(self, name: str, url: str) -> dict[str, float]:
         time.sleep(self._settle_s)  # the last steps are on their way to the collector, too
         reply = httpx.get(f"{url}/metrics", timeout=METRICS_TIMEOUT_S).raise_for_status()
         return counters(reply.text)
-
-
-def bring_up(arm: Arm, url: str) -> None:
-    """Bring a server into the state that its arm names, and check that it is in it.
-
-    Raises:
-        MoescopeError: It is not.
-    """
-    arms.prepare(arm, url, None)
-    arms.check(arm, url, None)
 
 
 def counters(text: str) -> dict[str, float]:

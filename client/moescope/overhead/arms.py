@@ -118,6 +118,19 @@ def parse_all(texts: Sequence[str]) -> list[Arm]:
     return parsed
 
 
+def bring_up(arm: Arm, url: str, api_key: str | None = None) -> ServerInfo | None:
+    """Bring a server into the state that its arm names, and check that it is in it.
+
+    Returns:
+        As `check`.
+
+    Raises:
+        MoescopeError: It is not.
+    """
+    prepare(arm, url, api_key)
+    return check(arm, url, api_key)
+
+
 def prepare(
     arm: Arm, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None
 ) -> None:

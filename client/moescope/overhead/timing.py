@@ -59,8 +59,7 @@ def run(
     infos: dict[str, ServerInfo | None] = {}
 
     def on_visit(name: str, url: str) -> None:
-        arms.prepare(by_name[name], url, setting.api_key)
-        infos[name] = arms.check(by_name[name], url, setting.api_key)
+        infos[name] = arms.bring_up(by_name[name], url, setting.api_key)
 
     measured: list[Round] = []
     values: dict[str, Any] = {}
