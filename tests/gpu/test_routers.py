@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.router import router_factory
 
-from moescope_service.capture.sink_cuda import CudaSink
+from moescope_service.capture.cuda.sink import CudaSink
 
 HIDDEN, LAYERS, MAX_TOKENS, TOP_K = 64, 3, 256, 6
 

@@ -1,0 +1,1 @@
+"""Everything that measures and is no test; see benchmarks/README.md."""

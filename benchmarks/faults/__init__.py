@@ -1,0 +1,1 @@
+"""Faults in the transport: ``python -m benchmarks.faults`` shows that no trace lies."""

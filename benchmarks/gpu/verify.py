@@ -1,0 +1,99 @@
+"""Shows that `moescope verify` passes a server that is right, and no other.
+
+It writes a checkpoint of random weights, serves it in each dtype, and verifies it as it is and with
+each of `benchmarks.fidelity.planted.FAULTS`. It exits with 1 where one exit status is another than
+it must be::
+
+    python -m benchmarks.gpu.verify --shape DIRECTORY --out runs/verify --device cuda \
+        -- --gpu-memory-utilization 0.25
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.fidelity.planted import FAULTS, planted
+from benchmarks.gpu import random_checkpoint
+from moescope.servers import (
+    Server,
+    captured_command,
+    end_servers_on_signals,
+    free_ports,
+    wait_ready,
+)
+
+DTYPES = ("bfloat16", "float16", "float32")
+_START_TIMEOUT_S = 900.0
+
+
+def verify_all(url: str, model: Path, options: Sequence[str], faults: Sequence[str]) -> bool:
+    """Verify a server, as it is and with each fault; return whether all came out as they must."""
+    outcomes = {"as it is": (0, _verify(url, model, options))}
+    for fault in faults:
+        with planted(url, fault) as faulty:
+            outcomes[fault] = (1, _verify(faulty, model, options))
+    for name, (wanted, got) in outcomes.items():
+        print(f"{'ok' if got == wanted else 'WRONG'}: {name}: exit {got}, wanted {wanted}")
+    return all(got == wanted for wanted, got in outcomes.values())
+
+
+def _verify(url: str, model: Path, options: Sequence[str]) -> int:
+    command = [
+        *(sys.executable, "-P", "-m", "moescope", "verify"),
+        "--url",
+        url,
+        "--model",
+        str(model),
+    ]
+    command += options
+    print(f"$ {' '.join(command[2:])}", flush=True)
+    started_s = time.monotonic()
+    done = subprocess.run(command, stderr=subprocess.STDOUT, check=False)
+    print(f"exit {done.returncode}, {time.monotonic() - started_s:.0f} s\n", flush=True)
+    return done.returncode
+
+
+def serve_and_verify(args: argparse.Namespace, model: Path, dtype: str) -> bool:
+    """Serve the model in a dtype, and verify it."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    flags = [str(model), "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), *args.vllm]
+    log = args.out / f"{dtype}.log"
+    with Server(dtype, captured_command(flags), url, log, dict(os.environ)) as server:
+        wait_ready([server], _START_TIMEOUT_S)
+        print(f"== {dtype}", flush=True)
+        options = ["--dtype", dtype, "--device", args.device, "--limit", str(args.limit)]
+        options += ["--max-tokens", str(args.max_tokens)]
+        return verify_all(url, model, options, args.fault or list(FAULTS))
+
+
+def main() -> int:
+    """Do what the command line says; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=Path, required=True, help="config.json and a tokenizer.")
+    parser.add_argument("--out", type=Path, required=True, help="The checkpoint and the logs.")
+    parser.add_argument("--layers", type=int, default=8, help="Of the shape, the first ones.")
+    parser.add_argument("--device", default="cpu", help="Where the references run.")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="Repeat; bfloat16 else.")
+    parser.add_argument("--fault", choices=FAULTS, action="append", help="Repeat; all else.")
+    parser.add_argument("--limit", type=int, default=8, help="Prompts.")
+    parser.add_argument("--max-tokens", type=int, default=32, help="Output tokens at most.")
+    parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags.")
+    args = parser.parse_args()
+    end_servers_on_signals()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = args.out / "model"
+    if not model.exists():
+        random_checkpoint.write(args.shape, model, layers=args.layers, device=args.device)
+    outcomes = [serve_and_verify(args, model, dtype) for dtype in args.dtype or ["bfloat16"]]
+    return 0 if all(outcomes) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

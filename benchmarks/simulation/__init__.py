@@ -1,0 +1,1 @@
+"""A simulated engine and what stands around it, for benchmarks and tests."""
