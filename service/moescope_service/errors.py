@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 class RefusedError(RuntimeError):
-    """moescope will not capture here; the message says why and what to do.
+    """moescope cannot capture with this vLLM, model or configuration, and so does not start.
 
-    Raised before the server accepts requests: a clear refusal beats silent wrong data.
+    Raised before the server accepts requests, since wrong data would not be noticed later. The
+    message says the reason and what to do.
     """
 
 

@@ -1,8 +1,7 @@
 """``moescope serve``: vLLM's own server with moescope switched on.
 
 The command line is vLLM's, with the ``--routes-…`` flags in a group of their own.
-Source: vLLM 0.32.0, ``entrypoints/cli/serve.py`` (``ServeSubcommand.cmd``, ``validate``) and
-``entrypoints/launchers/cli_args.py`` (``make_arg_parser``).
+Source: vLLM 0.32.0, ``entrypoints/cli/serve.py`` (``ServeSubcommand.cmd``, ``validate``).
 """
 
 from __future__ import annotations
@@ -18,15 +17,22 @@ from typing import Any
 
 from moescope import servers
 from moescope_service import bundled_model, plugin, runtime, settings
+from moescope_service.collector.log_file import check_log
 from moescope_service.errors import RefusedError
-from moescope_service.versions import check_vllm
+from moescope_service.imports import check_imports
+from moescope_service.vllm_contract.guard import check_vllm
 
 DEMO_MODEL_NAME = "moescope-demo"
 _DEMO_KV_CACHE_BYTES = 256 * 2**20
 
+USAGE = "moescope serve [model] [vLLM's flags] [--routes-… flags]"
 DESCRIPTION = """vLLM's OpenAI-compatible server, with the routing of every token at
 /routes/{request_id}, /experts and /metrics. Takes every flag of `vllm serve`; without a model it
 serves the small mixture-of-experts model that comes with moescope."""
+EPILOG = """vLLM's flags:
+  --help=all             all of them
+  --help=ModelConfig     a group of them, such as ParallelConfig, CacheConfig or Frontend
+  --help=max-model-len   those with this in their name"""
 
 
 def main(argv: list[str]) -> int:
@@ -38,10 +44,14 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code: 0, or 1 after one clear line on standard error.
     """
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(_help())
+        return 0
     os.environ.pop(settings.RUNTIME_DIR, None)  # another deployment's, if this is its child
     os.environ[settings.ENABLE] = "1"
     os.environ["VLLM_PLUGINS"] = plugin_names(os.environ.get("VLLM_PLUGINS"))
     try:
+        check_imports(with_endpoints=True)
         check_vllm(_export_ours(argv))  # before any import from a vLLM that may be another one
         args = parse(argv)
         _serve(args)
@@ -72,28 +82,45 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse vLLM's flags and ours, and export ours to the environment.
 
     Raises:
-        RefusedError: A value is not allowed, or the model's directory is missing.
+        RefusedError: A value is not allowed, values do not go together, or the model's directory is
+            missing.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    from moescope_service.api.auth import check_private
+    from moescope_service.vllm_contract import compat
+
+    compat.cli_env_setup()
     parser = FlexibleArgumentParser(
         prog="moescope serve",
-        usage="moescope serve [model] [vLLM's flags] [--routes-… flags]",
+        usage=USAGE,
         description=DESCRIPTION,
     )
     settings.add_arguments(parser)
-    args = make_arg_parser(parser).parse_args(argv)
+    compat.add_serve_arguments(parser)
+    args = parser.parse_args(argv)
     try:
         exported = settings.export(args)
     except ValueError as error:
         raise RefusedError(str(error)) from None
+    check_private(args, exported)
     _check_front_end(args)
-    _check_log(exported.log)
+    _check_log(exported)
     _choose_model(args, argv)
     return args
+
+
+def _help() -> str:
+    """Return the help that needs no import of vLLM; ``--help=…`` is answered by its own parser."""
+    parser = argparse.ArgumentParser(
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    settings.add_arguments(parser)
+    return parser.format_help()
 
 
 def _export_ours(argv: list[str]) -> settings.Settings:
@@ -110,13 +137,13 @@ def _export_ours(argv: list[str]) -> settings.Settings:
     return settings.export(parser.parse_known_args(dashed)[0])
 
 
-def _check_log(path: Path | None) -> None:
-    if path is not None:
+def _check_log(exported: settings.Settings) -> None:
+    if exported.log is not None:
         try:
-            path.open("ab").close()
+            check_log(exported.log, exported.log_max_bytes)
         except OSError as error:
             raise RefusedError(
-                f"{settings.flag('log')}: cannot write {path}: {error.strerror}"
+                f"{settings.flag('log')}: cannot write {error.filename}: {error.strerror}"
             ) from None
 
 
@@ -152,9 +179,10 @@ def _check_front_end(args: argparse.Namespace) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.logger import configure_logging_from_args
 
-    configure_logging_from_args(args)
+    from moescope_service.vllm_contract import compat
+
+    compat.configure_logging(args)
     command: Any = ServeSubcommand()
     command.validate(args)
     plugin.register()
