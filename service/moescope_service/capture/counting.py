@@ -1,9 +1,9 @@
 """Counts-only mode: selections of experts leave the worker, routes do not.
 
 Each step is added to a histogram where its routing is: in host memory on the CPU, in the GPU's
-memory by one kernel. Once a second a thread sends all that was counted so far. Totals, not
-differences: a message that is lost costs nothing. Every connection begins with the newest totals:
-a collector that was started again counts what is added to them, and not the whole past.
+memory by one kernel. Once a second a thread sends the totals so far, not what was added since: the
+next message makes up for one that is lost. Every connection begins with the newest totals: a
+collector that was started again subtracts them, and so counts only what is added afterwards.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import numpy.typing as npt
 from moescope_service.capture.rows import Batch
 from moescope_service.histogram import PHASES
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Hello, pack, pack_hello, unpack
+from moescope_service.messages import CaptureSpec, Frames, pack, pack_introduction, unpack
+from moescope_service.processes import Process
 
 REPORT_S = 1.0
-"""How often totals are sent, in seconds, where there was a step."""
+"""Seconds between two messages with totals; none is sent where no step ran in between."""
 _MAX_BYTES = 16 * 2**20
 
 
@@ -33,7 +34,7 @@ class Totals(NamedTuple):
     selections: npt.NDArray[np.int64]
     """``[num_phases, num_layers, num_experts]``."""
     rows_missed: int
-    """Rows that a layer did not hand over: they are in no count."""
+    """Rows that a layer did not hand over; they are not in ``selections``."""
 
 
 class CountSink(Protocol):
@@ -65,9 +66,9 @@ class CountRecorder:
 
     Args:
         address: Where the collector is bound.
-        hello: What this worker captures.
+        spec: What this worker captures.
         sink: Counts.
-        read_batch: Says which rows are whose, right after a step; None where no model ran.
+        read_batch: Returns, right after a step, which sequence has which rows; None: no model ran.
         report_s: How often to report, in seconds.
         cores: Where the link's thread may run; see `Link`.
     """
@@ -75,24 +76,25 @@ class CountRecorder:
     def __init__(
         self,
         address: str,
-        hello: Hello,
+        spec: CaptureSpec,
         *,
         sink: CountSink,
         read_batch: Callable[[], Batch | None],
         report_s: float = REPORT_S,
         cores: Collection[int] | None = None,
     ) -> None:
-        self._hello = hello
+        self._spec = spec
         self._sink = sink
         self._read_batch = read_batch
         self._report_s = report_s
         self._is_capturing = True
+        self._process = str(Process.current())
         self._prompt_len: dict[str, int] = {}
         self._last_ids: list[str] = []
         self._last_prompt_len = np.empty(0, np.int32)
         self._steps = self._reported_steps = self._rows_paused = 0
-        self._host_s = 0.0
-        shape = (len(PHASES), len(hello.layers), hello.num_experts)
+        self._hook_s = 0.0
+        shape = (len(PHASES), len(spec.layers), spec.num_experts)
         self._newest = self._made_report(Totals(np.zeros(shape, np.int64), 0)).frames
         self._link = Link(
             address,
@@ -113,9 +115,9 @@ class CountRecorder:
         """Prepare for a step; called on the worker's thread before the model runs."""
         started_s = time.perf_counter()
         self._sink.start_step()
-        for request_id in scheduler_output.finished_req_ids:
-            self._prompt_len.pop(request_id, None)
-        self._host_s += time.perf_counter() - started_s
+        for internal_id in scheduler_output.finished_req_ids:
+            self._prompt_len.pop(internal_id, None)
+        self._hook_s += time.perf_counter() - started_s
 
     def record_step(self, scheduler_output: Any) -> None:
         """Count the step that just ran; called on the worker's thread."""
@@ -131,7 +133,7 @@ class CountRecorder:
                 self._sink.skip(num_rows)
                 self._rows_paused += num_rows
             self._steps += 1
-        self._host_s += time.perf_counter() - started_s
+        self._hook_s += time.perf_counter() - started_s
 
     def close(self) -> None:
         """Report what was counted since, and stop."""
@@ -140,9 +142,9 @@ class CountRecorder:
         self._link.close()
 
     def _is_decode(self, batch: Batch) -> npt.NDArray[np.bool_]:
-        if batch.request_ids != self._last_ids:  # most steps have the sequences of the one before
-            self._last_ids = list(batch.request_ids)
-            lengths = [self._prompt_len.get(request_id, 0) for request_id in self._last_ids]
+        if batch.internal_ids != self._last_ids:  # most steps have the sequences of the one before
+            self._last_ids = list(batch.internal_ids)
+            lengths = [self._prompt_len.get(internal_id, 0) for internal_id in self._last_ids]
             self._last_prompt_len = np.array(lengths, np.int32)
         return batch.scheduled_position >= self._last_prompt_len
 
@@ -158,15 +160,18 @@ class CountRecorder:
 
     def _made_report(self, totals: Totals) -> _Report:
         lost = {"hook_missed": totals.rows_missed, "paused": self._rows_paused}
-        values = {"steps": self._reported_steps, "host_s": self._host_s, "lost": lost}
+        values = {"steps": self._reported_steps, "hook_s": self._hook_s, "lost": lost}
         return _Report(pack("counts", [totals.selections], time_s=time.time(), **values))
 
     def _encode(self, reports: list[_Report]) -> list[Frames]:
-        self._newest = reports[-1].frames  # sent or not: a new collector is told of it
+        self._newest = reports[-1].frames  # sent or not: every connection begins with it
         return [report.frames for report in reports]
 
     def _introduce(self) -> list[Frames]:
-        return [pack_hello(self._hello, is_capturing=self._is_capturing), self._newest]
+        introduction = pack_introduction(
+            self._spec, is_capturing=self._is_capturing, process=self._process
+        )
+        return [introduction, self._newest]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)

@@ -10,6 +10,7 @@ multiprocess, Ray); from there on only *instances* are wrapped. Relies on vLLM 0
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,46 +19,48 @@ from moescope import formats
 from moescope_service import runtime
 from moescope_service.capture import layout_v1, layout_v2
 from moescope_service.capture.control import ControlEncoder
-from moescope_service.capture.counting import CountRecorder, CountSink
+from moescope_service.capture.counting import CountRecorder
+from moescope_service.capture.kv_cache import full_attention_group
+from moescope_service.capture.loads import are_told
 from moescope_service.capture.ranks import Place, place_of
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.routers import RoutedLayer, find_routed_layers
-from moescope_service.capture.rows import StepSink
+from moescope_service.capture.sinks import make_sink
 from moescope_service.errors import RefusedError
 from moescope_service.link import cores_of_parent
-from moescope_service.messages import Hello
+from moescope_service.messages import CaptureSpec
 from moescope_service.settings import Settings
-from moescope_service.versions import versions
-
-_MARK = "_moescope_wrapped"
+from moescope_service.vllm_contract.guard import check_internals
+from moescope_service.vllm_contract.internals import WORKER
+from moescope_service.vllm_contract.patching import followed_by, preceded_by, wrap_once
+from moescope_service.vllm_contract.versions import versions
 
 
 def install(wrapper_class: Any) -> None:
     """Wrap ``WorkerWrapperBase.init_device``; a second call does nothing."""
-    init_device = wrapper_class.init_device
-    if getattr(init_device, _MARK, False):
-        return
+    wrap_once(wrapper_class, "init_device", _capturing)
 
-    @functools.wraps(init_device)
+
+def _capturing(init_device: Callable[..., None]) -> Callable[..., None]:
     def init_device_and_capture(self: Any) -> None:
         init_device(self)
         with runtime.reported_refusal():
+            check_internals(WORKER)
             WorkerCapture(self.worker, Settings.from_env(), place_of(self.worker))
 
-    setattr(init_device_and_capture, _MARK, True)
-    wrapper_class.init_device = init_device_and_capture
+    return init_device_and_capture
 
 
 class WorkerCapture:
     """Follows one worker from loading its model to its last step.
 
-    Of the tensor-parallel workers of a stage the first one ships the rows; the others do nothing,
-    unless it needs their part of them.
+    Of the tensor-parallel workers of a stage the first one ships the rows. The others do nothing,
+    unless each of them routes a part of the tokens: then they pass their part to the first one.
 
     Args:
         worker: A vLLM ``Worker`` whose device is initialized.
         settings: What is captured.
-        place: Where it stands among the others.
+        place: Its engine, stage and role among the deployment's workers.
     """
 
     def __init__(self, worker: Any, settings: Settings, place: Place) -> None:
@@ -74,27 +77,12 @@ class WorkerCapture:
             else (layout_v1.read_batch, layout_v1.positions)
         )
         if self._place.is_sender:
-            self._wrap(worker, "load_model", after=self._hook_routers)
-            self._wrap(worker, "initialize_from_config", after=self._start)
-            self._wrap(worker, "compile_or_warm_up_model", after=self._record)
-            self._wrap(worker, "shutdown", before=self._stop)
+            wrap_once(worker, "load_model", followed_by(self._hook_routers))
+            wrap_once(worker, "initialize_from_config", followed_by(self._start))
+            wrap_once(worker, "compile_or_warm_up_model", followed_by(self._record))
+            wrap_once(worker, "shutdown", preceded_by(self._stop))
         elif self._place.is_sharded:
-            self._wrap(worker, "load_model", after=self._take_part)
-
-    @staticmethod
-    def _wrap(target: Any, name: str, *, before: Any = None, after: Any = None) -> None:
-        original = getattr(target, name)
-
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(*args, **kwargs)
-            result = original(*args, **kwargs)
-            if after is not None:
-                after(*args, **kwargs)
-            return result
-
-        setattr(target, name, wrapped)
+            wrap_once(worker, "load_model", followed_by(self._take_part))
 
     def _take_part(self, *_: Any, **__: Any) -> None:
         for found in find_routed_layers(self._runner.get_model(), may_lack=True):
@@ -107,42 +95,21 @@ class WorkerCapture:
         with runtime.reported_refusal():
             self._layers = find_routed_layers(self._runner.get_model(), may_lack=not is_only_stage)
             captured = [found.layer for found in self._layers]
-            # Of several stages none has all layers: the collector looks at them together.
+            # Of several stages none has all layers: the collector checks them together.
             if is_only_stage and (reason := self._settings.log_refusal(captured)):
                 raise RefusedError(reason)
         if not self._layers:
             return
-        self._sink = self._make_sink()
+        self._sink = make_sink(
+            self._layers,
+            self._worker.device.type,
+            self._settings,
+            positions=self._positions(self._runner),
+            id_dtype=self._id_dtype,
+            own_rows=self._place.own_rows,
+        )
         for column, found in enumerate(self._layers):
             self._sink.hook(column, found.router)
-
-    def _make_sink(self) -> StepSink | CountSink:
-        first = self._layers[0]
-        shape: dict[str, Any] = {
-            "positions": self._positions(self._runner),
-            "num_layers": len(self._layers),
-            "top_k": first.router.top_k,
-            "own_rows": self._place.own_rows,
-        }
-        dtypes: dict[str, Any] = {
-            "id_dtype": self._id_dtype,
-            "weights_dtype": self._settings.weights_dtype,
-        }
-        num_experts = first.num_experts
-        if self._worker.device.type == "cpu":
-            from moescope_service.capture.counts_cpu import CpuCounts
-            from moescope_service.capture.sink_cpu import CpuSink
-
-            sink = CpuSink(**shape, **dtypes)
-            return CpuCounts(sink, len(self._layers), num_experts) if self._counts_only else sink
-        shape |= {"num_experts": num_experts, "index_dtype": first.index_dtype}
-        if self._counts_only:
-            from moescope_service.capture.counts_cuda import CudaCounts
-
-            return CudaCounts(**shape)
-        from moescope_service.capture.sink_cuda import CudaSink
-
-        return CudaSink(**shape, **dtypes, queue_bytes=self._settings.queue)
 
     @property
     def _counts_only(self) -> bool:
@@ -171,7 +138,7 @@ class WorkerCapture:
         if self._counts_only:
             # No row is kept by its KV block: any model that routes can be counted.
             self._recorder = CountRecorder(
-                runtime.collector_address(), self._hello(1, 1), sink=self._sink,
+                runtime.collector_address(), self._spec(1, 1), sink=self._sink,
                 read_batch=read_batch, cores=cores,
             )  # fmt: skip
             return
@@ -181,43 +148,44 @@ class WorkerCapture:
         overshoot = config.num_speculative_tokens * config.max_concurrent_batches
         self._recorder = Recorder(
             runtime.collector_address(),
-            self._hello(kv_cache_config.num_blocks, block_size),
+            self._spec(kv_cache_config.num_blocks, block_size),
             sink=self._sink,
             read_batch=read_batch,
             encoder=ControlEncoder(group, block_size, overshoot),
-            max_rows_bytes=self._settings.queue,
+            max_rows_bytes=self._settings.queue_bytes,
             cores=cores,
         )
 
     def _record(self) -> None:
-        """Record from here on; the steps of the warm-up are nobody's."""
+        """Record every step from here on; the warm-up's steps belong to no request."""
         recorder = self._recorder
-        if recorder is None or not self._layers:  # a stage without experts says hello alone
+        if recorder is None or not self._layers:  # a stage without experts only introduces itself
             return
-        execute_model = self._runner.execute_model
 
-        @functools.wraps(execute_model)
-        def execute_and_record(
-            scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any
-        ) -> Any:
-            if dummy_run:
-                return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
-            recorder.start_step(scheduler_output)
-            result = execute_model(scheduler_output, *args, **kwargs)
-            recorder.record_step(scheduler_output)
-            return result
+        def recording(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+            def execute_and_record(
+                scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any
+            ) -> Any:
+                if dummy_run:
+                    return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+                recorder.start_step(scheduler_output)
+                result = execute_model(scheduler_output, *args, **kwargs)
+                recorder.record_step(scheduler_output)
+                return result
 
-        self._runner.execute_model = execute_and_record
+            return execute_and_record
+
+        wrap_once(self._runner, "execute_model", recording)
 
     def _stop(self, *_: Any, **__: Any) -> None:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
 
-    def _hello(self, num_blocks: int, block_size: int) -> Hello:
+    def _spec(self, num_blocks: int, block_size: int) -> CaptureSpec:
         config = self._worker.vllm_config
         served = config.model_config.served_model_name
-        return Hello(
+        return CaptureSpec(
             engine=self._place.engine,
             num_engines=self._place.num_engines,
             stage=self._place.stage,
@@ -231,7 +199,7 @@ class WorkerCapture:
             router_types=sorted({type(found.router).__name__ for found in self._layers}),
             block_size=block_size,
             num_blocks=num_blocks,
-            trust_prefix_hits=config.kv_transfer_config is None,
+            trust_prefix_hits=are_told(config),
             model=served[0] if isinstance(served, list) else served,
             device=str(config.device_config.device),
             seed=config.model_config.seed,
@@ -240,7 +208,7 @@ class WorkerCapture:
 
 
 def _sharing(compute_routing: Any, own_rows: Any) -> Any:
-    """Let a router's results take part in the gathering of a stage's shards."""
+    """Let a router's results take part in the gathering of a stage's shards, a collective."""
 
     @functools.wraps(compute_routing)
     def compute_and_share(*args: Any, **kwargs: Any) -> Any:
@@ -249,35 +217,3 @@ def _sharing(compute_routing: Any, own_rows: Any) -> Any:
         return topk_weights, topk_ids
 
     return compute_and_share
-
-
-def full_attention_group(kv_cache_config: Any) -> tuple[int, int]:
-    """Return the KV-cache group whose blocks hold every token of a sequence.
-
-    Args:
-        kv_cache_config: vLLM's ``KVCacheConfig``.
-
-    Returns:
-        The group's number and its tokens a block.
-
-    Raises:
-        RefusedError: No layer of the model attends to the whole sequence.
-    """
-    from vllm.v1.kv_cache_interface import (
-        FullAttentionSpec,
-        MLAAttentionSpec,
-        SinkFullAttentionSpec,
-        UniformTypeKVCacheSpecs,
-    )
-
-    # Not their other subclasses: some of those give blocks back while a sequence runs.
-    whole = {FullAttentionSpec, MLAAttentionSpec, SinkFullAttentionSpec}
-    for number, group in enumerate(kv_cache_config.kv_cache_groups):
-        spec = group.kv_cache_spec
-        first = spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec
-        if type(first) in whole:
-            return number, int(spec.block_size)
-    raise RefusedError(
-        "no layer of the model attends to the whole sequence; moescope keeps a running sequence's "
-        "rows by its full-attention KV blocks"
-    )

@@ -1,10 +1,10 @@
-"""Which row of a step is whose, for vLLM's V1 model runner.
+"""Which row of a step belongs to which sequence, for vLLM's V1 model runner.
 
 Relies on vLLM 0.32.0, ``v1/worker/gpu_model_runner.py`` (``cpu_model_runner.py`` is its subclass):
 after ``execute_model`` returns, ``input_batch.req_ids[:num_reqs]`` are the step's requests in row
 order, ``query_start_loc.np`` their first rows, ``num_computed_tokens_cpu`` their first positions as
 the host has them, and ``positions`` (on the device, always the same tensor) the position of each
-row. All but the last are changed in place by the next step.
+row. The next step changes the first three in place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def positions(runner: Any) -> Any:
 
 
 def read_batch(runner: Any) -> Batch | None:
-    """Return who has which rows in the step that just ran.
+    """Return which sequence has which rows in the step that just ran.
 
     Args:
         runner: A ``GPUModelRunner`` of V1 or a ``CPUModelRunner``, right after ``execute_model``.

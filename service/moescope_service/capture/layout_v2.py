@@ -1,4 +1,4 @@
-"""Which row of a step is whose, for vLLM's V2 model runner.
+"""Which row of a step belongs to which sequence, for vLLM's V2 model runner.
 
 Relies on vLLM 0.32.0, ``v1/worker/gpu/model_runner.py`` and ``input_batch.py``: between
 ``execute_model`` and ``sample_tokens``, ``execute_model_state.input_batch`` describes the step; its
@@ -19,7 +19,7 @@ def positions(runner: Any) -> Any:
 
 
 def read_batch(runner: Any) -> Batch | None:
-    """Return who has which rows in the step that just ran; None where the model did not run.
+    """Return which sequence has which rows in the step that just ran; None where no model ran.
 
     Args:
         runner: A ``GPUModelRunner`` of V2, right after ``execute_model``.

@@ -8,9 +8,12 @@ Relies on vLLM 0.32.0, ``forward_context.py`` (``DPMetadata``: ``num_tokens_acro
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
+
+logger = logging.getLogger("moescope.capture")
 
 
 class OwnRows:
@@ -27,6 +30,7 @@ class OwnRows:
     def __init__(self, dp_rank: int, tp_size: int) -> None:
         self._dp_rank = dp_rank
         self._tp_size = tp_size
+        self._has_warned = False
 
     def __call__(
         self, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -50,17 +54,25 @@ class OwnRows:
             num_rows: Rows that the router was called with.
 
         Returns:
-            Their place; None where each tensor-parallel worker has a part of them.
-
-        Raises:
-            RuntimeError: The number of rows fits none of vLLM's layouts.
+            Their place; None where each tensor-parallel worker has a part of them. Empty where the
+            number of rows fits none of vLLM's layouts: the layer then lacks these rows.
         """
         from vllm.forward_context import get_forward_context
 
         metadata = get_forward_context().dp_metadata
         if metadata is None:
             return slice(0, num_rows)
-        return _span(metadata, num_rows, self._dp_rank, self._tp_size)
+        try:
+            return _span(metadata, num_rows, self._dp_rank, self._tp_size)
+        except _UnknownLayoutError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("%s: rows are lost (hook_missed)", error)
+            return slice(0, 0)
+
+
+class _UnknownLayoutError(Exception):
+    pass
 
 
 def _span(metadata: Any, num_rows: int, dp_rank: int, tp_size: int) -> slice | None:
@@ -77,7 +89,7 @@ def _span(metadata: Any, num_rows: int, dp_rank: int, tp_size: int) -> slice | N
         return slice(start, start + own)
     if tp_size > 1 and num_rows == -(-own // tp_size):  # a sequence-parallel shard of its own
         return None
-    raise RuntimeError(
+    raise _UnknownLayoutError(
         f"a router was called with {num_rows} rows, which is no layout of data-parallel ranks "
         f"that have {by_rank} tokens (shards: {shards}, tensor-parallel size: {tp_size})"
     )

@@ -1,4 +1,4 @@
-"""Says where a worker stands among the others of its deployment.
+"""Finds a worker's engine, stage and role among the workers of its deployment.
 
 Relies on vLLM 0.32.0, ``config/parallel.py`` (``data_parallel_index`` is the engine's number, for
 dense models too) and ``distributed/parallel_state.py`` (groups, after ``Worker.init_device``).

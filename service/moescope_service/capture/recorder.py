@@ -13,13 +13,18 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
+from moescope_service.capture.loads import read_notes
 from moescope_service.capture.rows import Batch, PendingRows, StepSink
 from moescope_service.link import Link
-from moescope_service.messages import Frames, Hello, pack_hello, unpack
+from moescope_service.messages import CaptureSpec, Frames, pack_introduction, unpack
+from moescope_service.processes import Process
 
 _MAX_CONTROL_BYTES = 64 * 2**20
 _MAX_UNTOLD = 65536
-"""Ends that nobody took and that are told later: the collector waits 300 s for any others."""
+"""Ended sequences of messages that the link did not take, at most; the next message names them.
+
+The collector is not told of the others' end: it waits 300 s for it.
+"""
 
 
 def _copied(block_ids: tuple[list[int], ...]) -> tuple[list[int], ...]:
@@ -27,13 +32,13 @@ def _copied(block_ids: tuple[list[int], ...]) -> tuple[list[int], ...]:
 
 
 class Recorder:
-    """Takes each step's rows and sends them, never blocking the worker.
+    """Takes each step's rows and sends them; never blocks the worker's thread.
 
     Args:
         address: Where the collector is bound.
-        hello: What this worker captures.
+        spec: What this worker captures.
         sink: Holds the rows of the step that runs.
-        read_batch: Says which rows are whose, right after a step; None where no model ran.
+        read_batch: Returns, right after a step, which sequence has which rows; None: no model ran.
         encoder: Makes messages of steps.
         max_rows_bytes: Rows that may wait to be sent; beyond it rows are dropped and counted.
         cores: Where the link's thread may run; see `Link`.
@@ -42,7 +47,7 @@ class Recorder:
     def __init__(
         self,
         address: str,
-        hello: Hello,
+        spec: CaptureSpec,
         *,
         sink: StepSink,
         read_batch: Callable[[], Batch | None],
@@ -50,14 +55,15 @@ class Recorder:
         max_rows_bytes: int,
         cores: Collection[int] | None = None,
     ) -> None:
-        self._hello = hello
+        self._spec = spec
         self._sink = sink
         self._read_batch = read_batch
         self._encoder = encoder
         self._max_rows_bytes = max_rows_bytes
         self._is_capturing = True
-        self._seq = 0
-        self._host_s = 0.0
+        self._process = str(Process.current())
+        self._next_step = 0
+        self._hook_s = 0.0
         self._untold: collections.deque[str] = collections.deque(maxlen=_MAX_UNTOLD)
         self._link = Link(
             address,
@@ -73,18 +79,22 @@ class Recorder:
     def start_step(self, scheduler_output: Any) -> None:
         """Prepare for a step; called on the worker's thread before the model runs.
 
-        Tells at once which sequences have ended: all their rows are on their way, and the step
-        that begins may take long.
+        Sends at once which sequences have ended: all their rows were put before, and the step that
+        begins may take long. So it does which blocks are loaded, even where the step has no tokens.
         """
         started_s = time.perf_counter()
         self._sink.start_step()
-        if scheduler_output.finished_req_ids or self._untold:
+        loaded, filled = read_notes(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens:
+            filled = []  # they go with the blocks that the step allocates
+        if scheduler_output.finished_req_ids or self._untold or loaded or filled:
             message = self._message()
             message.finished = [*self._untold, *scheduler_output.finished_req_ids]
+            message.loaded, message.filled = loaded, filled
             self._untold.clear()
             if not self._link.put(message):
                 self._untold.extend(message.finished)
-        self._host_s += time.perf_counter() - started_s
+        self._hook_s += time.perf_counter() - started_s
 
     def record_step(self, scheduler_output: Any) -> None:
         """Take the rows of the step that just ran; called on the worker's thread."""
@@ -93,22 +103,23 @@ class Recorder:
         started_s = time.perf_counter()
         message = self._message()
         _note_control(message, scheduler_output)
+        message.filled = read_notes(scheduler_output).filled
         message.batch = self._read_batch()
         if message.batch is not None:
             message.rows = self._take_rows(int(message.batch.first_row[-1]))
         is_large = self._link.waiting_bytes > self._max_rows_bytes // 4
         if not self._link.put(message, at_once=is_large):
             message.discard()
-        self._host_s += time.perf_counter() - started_s
+        self._hook_s += time.perf_counter() - started_s
 
     def close(self) -> None:
         """Send what waits and stop."""
         self._link.close()
 
     def _message(self) -> StepMessage:
-        message = StepMessage(self._seq, time.time(), self._host_s)
-        self._seq += 1
-        self._host_s = 0.0  # a step's own time goes with the next message
+        message = StepMessage(self._next_step, time.time(), self._hook_s)
+        self._next_step += 1
+        self._hook_s = 0.0  # the hook time of this step is sent with the next message
         return message
 
     def _take_rows(self, num_rows: int) -> PendingRows | str:
@@ -119,8 +130,14 @@ class Recorder:
         return self._sink.take(num_rows)
 
     def _introduce(self) -> list[Frames]:
-        is_capturing, snapshot = self._is_capturing, self._encoder.snapshot()
-        return [pack_hello(self._hello, is_capturing=is_capturing, snapshot=snapshot)]
+        is_capturing, worker_state = self._is_capturing, self._encoder.worker_state()
+        introduction = pack_introduction(
+            self._spec,
+            is_capturing=is_capturing,
+            worker_state=worker_state,
+            process=self._process,
+        )
+        return [introduction]
 
     def _on_message(self, frames: Frames) -> None:
         kind, values = unpack(frames)

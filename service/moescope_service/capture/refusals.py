@@ -1,4 +1,4 @@
-"""Configurations in which moescope would record nothing, or the wrong thing.
+"""Refuses configurations in which moescope would record nothing, or something wrong.
 
 Checked before anything is loaded. What only the loaded model can tell is checked in
 `moescope_service.capture.routers`.
@@ -58,13 +58,14 @@ def _parallel(config: Any) -> str | None:
         )
     if parallel.enable_elastic_ep:
         return (
-            "--enable-elastic-ep lets engines come and go, whose numbers tell their routes apart; "
-            "start without it"
+            "--enable-elastic-ep adds and removes engines while the server runs, but their numbers "
+            "tell their routes apart; start without it"
         )
     if config.scheduler_config.policy != "fcfs":
         return (
-            f"--scheduling-policy is {config.scheduler_config.policy!r}, under which vLLM hands on "
-            "blocks unseen; this version of moescope records 'fcfs' alone"
+            f"--scheduling-policy is {config.scheduler_config.policy!r}, under which vLLM gives "
+            "a sequence's blocks to another one without telling its workers; this version of "
+            "moescope records 'fcfs' alone"
         )
     if parallel.use_ubatching:
         return "micro-batches route parts of a step; start without --enable-dbo and --ubatch-size"

@@ -28,7 +28,7 @@ class RoutedLayer:
     num_experts: int
     """Logical experts, those that ids name."""
     index_dtype: Any
-    """``torch.dtype`` that the layer's MoE kernel wants ids to be; None where it does not care."""
+    """``torch.dtype`` of ids that the layer's MoE kernel needs; None: any."""
 
 
 def find_routed_layers(model: Any, *, may_lack: bool = False) -> list[RoutedLayer]:
@@ -36,7 +36,7 @@ def find_routed_layers(model: Any, *, may_lack: bool = False) -> list[RoutedLaye
 
     Args:
         model: A loaded ``torch.nn.Module``.
-        may_lack: Whether it is a part of a model, which need not have any.
+        may_lack: Whether it may have none, as a stage of a model.
 
     Raises:
         RefusedError: The model has no routed layer, or one whose routing cannot be seen.

@@ -1,4 +1,4 @@
-"""What the parts of the capture hand each other: which rows a step has, and what is in them."""
+"""What the parts of the capture hand to each other: the rows of a step, and whose they are."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy.typing as npt
 
 
 class Batch(NamedTuple):
-    """Who has which rows in a step; the arrays and the list belong to the holder."""
+    """Which sequence has which rows in a step; vLLM does not change the arrays and the list."""
 
-    request_ids: list[str]
+    internal_ids: list[str]
     """The engine's internal ids, in row order."""
     first_row: npt.NDArray[np.int32]
     """Each one's first row, and the number of all rows behind the last, ``[num_reqs + 1]``."""
     scheduled_position: npt.NDArray[np.int32]
     """Each one's first position as the host has it, ``[num_reqs]``; speculation makes it too high.
 
-    The device has the truth: see `StepRows.positions`.
+    The right one is on the device: see `StepRows.positions`.
     """
 
 
@@ -39,14 +39,14 @@ class StepRows:
         return self.topk_ids.nbytes + self.topk_weights.nbytes
 
     def wait(self) -> None:
-        """Return at once: the rows are here."""
+        """Return at once: the rows are in host memory."""
 
     def read(self) -> StepRows:
         """Return itself."""
         return self
 
     def release(self) -> None:
-        """Do nothing: they are nobody else's."""
+        """Do nothing: these are copies, whose room is not used again."""
 
     def discard(self) -> None:
         """Do nothing."""
@@ -83,7 +83,7 @@ class StepSink(Protocol):
     """Holds the rows of the step that runs, and hooks the routers that write them."""
 
     def hook(self, column: int, router: Any) -> None:
-        """Let one router hand over its results, per instance: drafts have routers of their own.
+        """Let one router hand over its results; only this object, since drafts have routers too.
 
         Args:
             column: The layer's column in the rows.
@@ -97,5 +97,5 @@ class StepSink(Protocol):
         """Take the rows of the step that just ran; called on the worker's thread.
 
         Returns:
-            The rows, or why there are none: one of `moescope_service.messages.LOST_REASONS`.
+            The rows, or the cause of their loss, of `moescope_service.causes.LOST_CAUSES`.
         """

@@ -5,7 +5,7 @@ and in every step that no graph replays; the kernels that it launched replay. Th
 write tensors that stay where they are:
 
 * `FusedTopKRouter` writes them itself: they are its kernel's outputs, in place of the fresh tensors
-  that ``fused_topk`` allocates. No kernel more than stock.
+  that ``fused_topk`` allocates. This adds no kernel to vLLM's own.
 * Other routers' results are copied by one small kernel a layer.
 
 Relies on vLLM 0.32.0, ``model_executor/layers/fused_moe/router/fused_topk_router.py``
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from moescope_service.capture import kernels
+from moescope_service.capture.cuda import kernels
 from moescope_service.capture.own_rows import OwnRows
 
 logger = logging.getLogger("moescope.capture")
@@ -36,7 +36,7 @@ class RoutingBuffers:
         num_layers: Layers that route.
         max_tokens: Tokens of the largest step.
         top_k: Experts a token and layer.
-        index_dtype: What the MoE kernels want ids to be; ``torch.int32`` where they do not care.
+        index_dtype: Dtype of ids that the MoE kernels need; None: any, then ``torch.int32``.
         device: The model's.
         own_rows: Finds this worker's rows where routers see those of other ranks too.
     """
@@ -57,7 +57,7 @@ class RoutingBuffers:
         self._index_dtype = index_dtype
         self._own_rows = own_rows
         self._has_warned = False
-        # An output of the routing kernels that nobody reads: one for all layers.
+        # An output of the routing kernels that moescope does not read: one for all layers.
         self._token_expert = torch.empty(shape[1:], dtype=torch.int32, device=device)
 
     def hook(self, column: int, router: Any) -> None:
@@ -75,6 +75,7 @@ class RoutingBuffers:
         def compute_and_copy(
             hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
         ) -> tuple[torch.Tensor, torch.Tensor]:
+            self._check_padding(router_logits)
             topk_weights, topk_ids = compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
@@ -101,8 +102,6 @@ class RoutingBuffers:
         def compute_in_place(
             hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            if not router_logits.is_contiguous():
-                self._warn_of_padding(router_logits)
             num_tokens = len(hidden_states)
             if (
                 num_tokens > self.max_tokens
@@ -112,6 +111,7 @@ class RoutingBuffers:
                 return compute_and_copy(
                     hidden_states, router_logits, indices_type, input_ids=input_ids
                 )
+            self._check_padding(router_logits)
             weights, ids = topk(
                 topk_weights[:num_tokens],
                 topk_ids[:num_tokens],
@@ -123,13 +123,13 @@ class RoutingBuffers:
 
         return compute_in_place
 
-    def _warn_of_padding(self, router_logits: torch.Tensor) -> None:
+    def _check_padding(self, router_logits: torch.Tensor) -> None:
         """Say, once, that vLLM misreads its router logits; see vLLM's issue 56900."""
-        if not self._has_warned:
+        if not (self._has_warned or router_logits.is_contiguous()):
             self._has_warned = True
             logger.warning(
                 "torch.compile padded the router logits, %d experts, to rows of %d, and vLLM's "
-                "top-k kernel reads them as if it had not (vLLM issue 56900): with moescope or "
+                "top-k kernels read them as if it had not (vLLM issue 56900): with moescope or "
                 "without, this server takes wrong experts for all but a step's first token. Start "
                 "it with TORCHINDUCTOR_SHAPE_PADDING=0",
                 router_logits.shape[1],

@@ -44,7 +44,7 @@ class KernelLauncher:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, first: int, num_rows: int, *more: int) -> torch.cuda.Stream:
-        """Launch behind the model's kernels.
+        """Launch behind the model's kernels, on their stream.
 
         Args:
             first: The kernel's first integer.
@@ -52,9 +52,9 @@ class KernelLauncher:
             more: The others.
 
         Returns:
-            The stream of the thread that launches first: the worker's.
+            The stream that was current at the first launch, in the worker's thread.
         """
-        if self._stream is None:  # the worker's thread has settled on it by the first step
+        if self._stream is None:  # by the first step the worker's thread has set it for good
             self._stream = torch.cuda.current_stream()
         self._run(
             -(-num_rows // self._block_rows),

@@ -1,8 +1,8 @@
 """Pinned host memory in which the GPU leaves packed rows for the link's thread.
 
 The worker's thread reserves room and launches the kernel that fills it; the link's thread waits
-for the step's event, copies the rows into a message and gives the room back. Nothing is ever
-overwritten before it was read: a full ring means that a step's rows are dropped, and counted.
+for the step's event, copies the rows into a message and gives the room back. Nothing is overwritten
+before it was read: where the ring is full, a step's rows are dropped and counted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from moescope_service.capture.rows import StepRows
 
 
 class Event(Protocol):
-    """What of ``torch.cuda.Event`` is used."""
+    """The part of ``torch.cuda.Event`` that is used."""
 
     def record(self, stream: torch.cuda.Stream) -> None:
-        """Happen when the stream has come here."""
+        """Note where the stream stands: the event happens when the GPU gets there."""
 
     def synchronize(self) -> None:
         """Wait until it has happened."""
@@ -42,7 +42,7 @@ class RowRing:
         id_dtype: ``torch.uint8`` or ``torch.uint16``.
         weights_dtype: ``torch.float16`` or ``torch.float32``.
         pin: Whether the memory is pinned, so that the GPU can write to it.
-        make_event: Makes what says that a step's rows are there.
+        make_event: Makes the events that tell when a step's rows are in host memory.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope_service.capture.counting import Totals
-from moescope_service.capture.sink_cpu import CpuSink
+from moescope_service.capture.cpu.sink import CpuSink
 from moescope_service.histogram import PHASES, count_selections
 
 

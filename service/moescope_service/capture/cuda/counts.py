@@ -2,8 +2,8 @@
 
 The routers write static buffers (`RoutingBuffers`); behind the model one kernel for each stretch of
 prompt or generated rows adds them to a histogram. The reporting thread copies that on a stream of
-its own, which waits for nobody: totals only grow, and what is added meanwhile comes with the next
-copy.
+its own, without waiting for the worker's stream: totals only grow, and what is added during the
+copy is in the next one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moescope_service.capture import kernels
-from moescope_service.capture.buffers import RoutingBuffers
 from moescope_service.capture.counting import Totals, phase_runs
-from moescope_service.capture.launch import KernelLauncher
+from moescope_service.capture.cuda import kernels
+from moescope_service.capture.cuda.buffers import RoutingBuffers
+from moescope_service.capture.cuda.launch import KernelLauncher
 from moescope_service.capture.own_rows import OwnRows
 from moescope_service.histogram import PHASES
 
@@ -30,7 +30,7 @@ class CudaCounts:
         num_layers: Layers that route.
         top_k: Experts a token and layer.
         num_experts: Ids are below it.
-        index_dtype: ``torch.dtype`` that the MoE kernels want ids to be; None: they do not care.
+        index_dtype: ``torch.dtype`` of ids that the MoE kernels need; None: any.
         own_rows: Finds this worker's rows where routers see those of other ranks too.
     """
 

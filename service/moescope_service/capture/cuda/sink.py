@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from moescope_service.capture import kernels
-from moescope_service.capture.buffers import RoutingBuffers
-from moescope_service.capture.launch import KernelLauncher
+from moescope_service.capture.cuda import kernels
+from moescope_service.capture.cuda.buffers import RoutingBuffers
+from moescope_service.capture.cuda.launch import KernelLauncher
+from moescope_service.capture.cuda.ring import ReservedRows, RowRing
 from moescope_service.capture.own_rows import OwnRows
-from moescope_service.capture.ring import ReservedRows, RowRing
 
 
 class CudaSink:
@@ -28,7 +28,7 @@ class CudaSink:
         num_layers: Columns of the rows.
         top_k: Experts a token and layer.
         num_experts: Ids are below it.
-        index_dtype: ``torch.dtype`` that the MoE kernels want ids to be; None: they do not care.
+        index_dtype: ``torch.dtype`` of ids that the MoE kernels need; None: any.
         id_dtype: numpy's name of the dtype of the shipped ids.
         weights_dtype: numpy's name of the dtype of the shipped weights.
         queue_bytes: Size of the ring; at least two steps fit in any case.

@@ -1,8 +1,8 @@
 """Keeps the rows of a step on the CPU.
 
-On the CPU Dynamo traces *through* the router: a Python side effect would run once, at the trace,
-and never again. A functional custom op whose output is used downstream is opaque to it and runs in
-every step, eager and compiled.
+On the CPU Dynamo traces *through* the router: a Python side effect would run once, at the trace.
+A functional custom op whose output is used downstream is opaque to it and runs in every step,
+eager and compiled.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from moescope_service.capture.own_rows import OwnRows
 from moescope_service.capture.rows import StepRows
 
 _running = threading.local()
-"""``sink``: whose step runs in this thread.
+"""``sink``: the `CpuSink` whose step runs in this thread.
 
-The op has no other way to find it. A number in the graph would be an earlier sink's where vLLM's
-compile cache hands the graph to another worker, as in a script with several `vllm.LLM`.
+The op has no other way to find it. A number in the graph would name an earlier worker's sink where
+vLLM's compile cache hands the graph to a later one, as in a script with several `vllm.LLM`.
 """
 
 _library = torch.library.Library("moescope", "FRAGMENT")
@@ -32,7 +32,7 @@ def _record_routing(
     topk_ids: torch.Tensor, topk_weights: torch.Tensor, column: int
 ) -> torch.Tensor:
     sink: CpuSink | None = getattr(_running, "sink", None)
-    if sink is not None:  # none: the warm-up
+    if sink is not None:  # None in the warm-up
         sink.write(column, topk_ids, topk_weights)
     return topk_ids.clone()
 
@@ -81,7 +81,7 @@ class CpuSink:
         own_rows: OwnRows | None = None,
     ) -> None:
         _register_op()
-        _running.sink = None  # an earlier worker's, whose steps this one's warm-up are not
+        _running.sink = None  # may be an earlier worker's: this one's warm-up must not write to it
         self._own_rows = own_rows
         self._positions = positions.numpy()
         shape = (len(positions), num_layers, top_k)
@@ -116,11 +116,11 @@ class CpuSink:
         num_tokens = topk_ids.shape[0]
         self._id_columns[column][:num_tokens].copy_(topk_ids)
         self._weight_columns[column][:num_tokens].copy_(topk_weights)
-        # A second write in one step would be of other tokens: the column is then worth nothing.
+        # A second write in one step is of other tokens and overwrites the first: neither counts.
         self._rows[column] = -1 if self._rows[column] else num_tokens
 
     def start_step(self) -> None:
-        """Forget earlier writes; the layers that run in this thread from here on write here."""
+        """Forget earlier writes; layers that run in this thread afterwards write to this sink."""
         _running.sink = self
         self._rows = [0] * len(self._rows)
 

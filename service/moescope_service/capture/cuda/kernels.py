@@ -1,7 +1,8 @@
 """Triton kernels of the capture on NVIDIA GPUs.
 
-Two move routing without arithmetic: ids are narrowed to the shipped dtype, weights rounded to it.
+Two move routing and compute nothing: ids are narrowed to the shipped dtype, weights rounded to it.
 The third counts ids.
+
 Under ``TRITON_INTERPRET=1`` they run on the CPU, which is how they are tested there.
 """
 
@@ -133,8 +134,8 @@ def count_rows(
 ):
     """Add rows of the layers' buffers to a histogram, and mark what was read.
 
-    A row whose ids are not all in ``[0, num_experts)`` is in no count but its own. What was read is
-    overwritten with -1, as by `pack_rows`.
+    A row whose ids are not all in ``[0, num_experts)`` is added only to the number of rows that a
+    layer did not write. What was read is overwritten with -1, as by `pack_rows`.
 
     Args:
         topk_ids: Static buffer ``[num_layers, max_tokens, TOP_K]``, integer.
@@ -162,7 +163,7 @@ def count_rows(
     num_layers = ENTRIES // TOP_K
     target = (phase * num_layers + layer) * num_experts + ids
     one = tl.full(target.shape, 1, tl.int64)
-    # Relaxed: nobody reads anything else by these, and an ordered addition waits for all before it.
+    # Relaxed: nothing else is ordered by these additions, and an ordered one waits for all before.
     is_counted = mask & (num_wrong == 0)[:, None]
     tl.atomic_add(counts + target, one, mask=is_counted, sem="relaxed")
     behind = tl.full(row.shape, 2 * num_layers, tl.int64) * num_experts
