@@ -3,10 +3,10 @@
 `Link.put` never blocks and costs the caller a few microseconds: encoding and sending happen in the
 link's thread. Make a link in the process that uses it: a thread does not outlive a fork.
 
-The collector may end and come back, as another process that knows nothing. So every connection
-begins with what `Link` is told to introduce itself with, made in the link's thread between two
-messages; what is put while nobody is there is encoded, since its encoder counts on every message,
-and left out.
+The collector may end, and another process take its place that has none of its data. So every
+connection begins with an introduction, which the link's thread makes between two messages. What is
+put while the collector is away (`Link.is_away`) is encoded, since the encoder must see every
+message, and then dropped. A `Source` decides by itself what to keep.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ from typing import Any, Protocol
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from moescope_service.limited_logger import LimitedLogger
 from moescope_service.messages import MESSAGE_BYTES, Frames
 
 logger = logging.getLogger("moescope.link")
 
 SOCKET_QUEUE = 32
-"""Messages that ZMQ itself may hold on either side; the rest waits here, counted in bytes."""
+"""Messages that ZMQ itself may hold on either side; the others wait in `Link`, counted in bytes."""
 _FLUSH_MS = 50
-"""How long a message may wait that nobody waits for."""
+"""Longest time a message waits for the next flush, in ms, where its `put` wakes no thread."""
 _LINGER_MS = 500
-"""A worker may be killed soon after it was told to stop."""
+"""Longest time that ZMQ sends on after the end: a worker that stops slowly may be killed."""
 _END_S = 0.6
-"""What a link's end may take: one wait of its thread, and ZMQ's lingering."""
+"""Longest time that the end of a link takes: one wait of its thread, and ZMQ's lingering."""
 _CONNECTION = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
 def cores_of_parent() -> set[int] | None:
-    """Return where the process may run that started this one by ``multiprocessing``; None: none.
+    """Return the cores of the process that started this one by ``multiprocessing``.
 
-    Never those of a shell: whoever starts the first process by ``taskset`` means all of it.
+    Returns:
+        None where another program started it, such as a shell: a limit set there, by ``taskset``,
+        holds for all of moescope's threads.
     """
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
@@ -52,11 +55,21 @@ def cores_of_parent() -> set[int] | None:
 
 
 class Outgoing(Protocol):
-    """Something that becomes a message, or several."""
+    """Something that the link's thread encodes as one message or several."""
 
     @property
     def size_bytes(self) -> int:
-        """What it holds while it waits, in bytes."""
+        """Bytes that it holds while it waits."""
+
+
+class Source(Protocol):
+    """Holds messages itself until a link can send one; the link's thread asks."""
+
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+
+    def take(self) -> Frames | None:
+        """Return the next message, which is sent now; None where there is none any more."""
 
 
 class Link:
@@ -65,15 +78,16 @@ class Link:
     Args:
         address: Where the collector is bound.
         on_message: Called in the link's thread with the frames of every message that arrives.
-        max_bytes: What may wait to be sent. Beyond it the collector is taken to hang and messages
-            are given up; it notices by the numbers of the steps, should it go on.
+        max_bytes: Bytes that may wait to be sent. Beyond them the collector is taken to hang and
+            messages are given up; if it goes on, it sees the gap in the numbers of the steps.
         name: Name of the thread.
         encode: Makes the messages of one thing that was put, in the link's thread.
+        source: Has the messages where none are put; `wake` says that there is one.
         join: Whether ``encode`` takes several of the same type, up to `MESSAGE_BYTES`: much cheaper
             than one by one where many wait.
         introduce: Makes the messages that begin a connection, in the link's thread.
-        on_away: Called in the link's thread when the collector has gone.
-        cores: Where its thread may run; None: where the thread may that makes the link.
+        on_away: Called in the link's thread when the connection to the collector ends.
+        cores: Cores of its thread; None: those of the thread that makes the link.
     """
 
     def __init__(
@@ -81,9 +95,10 @@ class Link:
         address: str,
         on_message: Callable[[Frames], None],
         *,
-        max_bytes: int,
+        max_bytes: int = 0,
         name: str,
-        encode: Callable[[list[Any]], Iterable[Frames]],
+        encode: Callable[[list[Any]], Iterable[Frames]] = tuple,
+        source: Source | None = None,
         join: bool = False,
         introduce: Callable[[], Iterable[Frames]] = tuple,
         on_away: Callable[[], None] = lambda: None,
@@ -93,6 +108,7 @@ class Link:
         self._on_message = on_message
         self._max_bytes = max_bytes
         self._encode, self._join = encode, join
+        self._source = source
         self._introduce = introduce
         self._on_away = on_away
         self._cores = cores
@@ -106,15 +122,16 @@ class Link:
         """Messages that were never sent."""
         self._is_connected = False
         self.is_away = False
-        """Whether the collector was there and is not any more."""
+        """Whether the collector was connected and is not any more."""
         self._deadline_s = math.inf  # set by `close`
         self._is_ended = False
+        self._limited_logger = LimitedLogger(logger)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @property
     def waiting_bytes(self) -> int:
-        """What waits to be sent, in bytes."""
+        """Bytes that wait to be sent."""
         return self._added_bytes - self._sent_bytes
 
     def put(self, message: Outgoing, *, at_once: bool = True) -> bool:
@@ -122,8 +139,8 @@ class Link:
 
         Args:
             message: What to send.
-            at_once: Whether to wake the link's thread. It wakes by itself every 50 ms: a wake-up a
-                step takes the interpreter and a core away from the model.
+            at_once: Whether to wake the link's thread, which wakes by itself every 50 ms. A wake-up
+                in every step would take the interpreter and a core from the model.
 
         Returns:
             False where the message was given up.
@@ -139,8 +156,13 @@ class Link:
             self._wake()
         return True
 
+    def wake(self) -> None:
+        """Let the link's thread ask its source; for the thread that closes the link."""
+        if not self._is_ended:
+            self._wake()
+
     def close(self, timeout_s: float = 1.0) -> None:
-        """Send what waits, for at most so long, then end the thread, in 0.6 s at most."""
+        """Send what waits, for at most ``timeout_s``; then end the thread, in 0.6 s at most."""
         self._deadline_s = time.monotonic() + timeout_s
         self._wake()
         self._thread.join(timeout_s + _END_S)
@@ -149,7 +171,7 @@ class Link:
             os.close(self._wake_write)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has reasons enough to wake already
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: it will wake anyway
             os.write(self._wake_write, b"\0")
 
     def _run(self) -> None:
@@ -167,7 +189,7 @@ class Link:
             socket.setsockopt(zmq.SNDHWM, SOCKET_QUEUE)
             socket.setsockopt(zmq.RCVHWM, 0)
             socket.setsockopt(zmq.LINGER, _LINGER_MS)
-            socket.setsockopt(zmq.IMMEDIATE, 1)  # what was meant for one collector reaches no other
+            socket.setsockopt(zmq.IMMEDIATE, 1)  # no message for one collector reaches the next
             with socket.get_monitor_socket(_CONNECTION) as monitor:
                 socket.connect(self._address)
                 self._loop(socket, monitor)
@@ -178,7 +200,7 @@ class Link:
         for readable in (self._wake_read, socket, monitor):
             poller.register(readable, zmq.POLLIN)
         while not self._is_over:
-            is_sending = self._is_connected and (self._waiting or self._encoded)
+            is_sending = self._is_connected and self._has_messages
             poller.modify(socket, zmq.POLLIN | (zmq.POLLOUT if is_sending else 0))
             events = dict(poller.poll(_FLUSH_MS))
             if self._wake_read in events:
@@ -193,8 +215,12 @@ class Link:
                 self._leave_out()
 
     @property
+    def _has_messages(self) -> bool:
+        return bool(self._encoded or self._waiting or self._source)
+
+    @property
     def _is_over(self) -> bool:
-        if self._waiting or self._encoded:
+        if self._has_messages and not self.is_away:
             return time.monotonic() > self._deadline_s
         return self._deadline_s < math.inf
 
@@ -211,14 +237,14 @@ class Link:
         try:
             self._on_message(frames)
         except Exception:
-            logger.exception("left out a message that cannot be understood")
+            self._limited_logger.exception("left out a message that cannot be understood")
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
-        while (self._encoded or self._waiting) and socket.poll(0, zmq.POLLOUT):
+        while self._has_messages and socket.poll(0, zmq.POLLOUT):
             if not self._encoded:
                 self._encoded.extend(self._encode_next())
                 continue
-            # Again: the collector has just gone; that it comes back is told by the monitor.
+            # Again: the collector has just disconnected; the monitor reports it, and its return.
             with contextlib.suppress(zmq.Again):
                 socket.send_multipart(self._encoded.popleft(), zmq.NOBLOCK, copy=False)
 
@@ -227,12 +253,17 @@ class Link:
             self._encode_next()
 
     def _encode_next(self) -> Iterable[Frames]:
+        if not self._waiting:
+            frames = self._source.take() if self._source else None
+            return () if frames is None else (frames,)
         messages = self._next()
         try:
             return self._encode(messages)
         except Exception:
-            # Capture must not end with one message; its missing number is noticed.
-            logger.exception("left out %d messages that cannot be encoded", len(messages))
+            # One message must not end the capture; the collector notices the missing number.
+            self._limited_logger.exception(
+                "left out %d messages that cannot be encoded", len(messages)
+            )
             return ()
 
     def _next(self) -> list[Outgoing]:

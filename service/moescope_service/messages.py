@@ -2,9 +2,10 @@
 
 A message is a list of ZMQ frames: a JSON control frame, then the arrays as raw bytes. Where too
 much waits, rows are dropped and control is not: a step whose rows could not be shipped names the
-reason in ``lost``, and its spans say which rows those are. Only for a collector that hangs for long
-are whole steps given up (`moescope_service.link`): by the gap in their numbers both sides know that
-nothing of before holds, and sequences that ended in it are named in the next message that is sent.
+cause in ``lost``, and its spans say which rows those are. Whole steps are given up only where the
+collector hangs for long (`moescope_service.link`): by the gap in the step numbers worker and
+collector know that handles and blocks of before do not hold any more, and the next message that is
+sent names the sequences that ended in the gap.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ Frames = Sequence[Any]
 """ZMQ frames: objects with the buffer protocol."""
 
 MESSAGE_BYTES = 2**20
-"""Rows of a message at most, in bytes: ZMQ's queues count messages, and are to be bounded."""
+"""Most bytes of rows in one message: ZMQ bounds its queues by messages, not by bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Hello:
-    """What a worker captures; it introduces the worker on every new connection."""
+class CaptureSpec:
+    """What a worker captures, or the stages of an engine together: layers, experts, dtypes.
+
+    Every connection of a worker begins with it.
+    """
 
     engine: int
     """Number of the data-parallel engine."""
@@ -49,7 +53,7 @@ class Hello:
     """Tokens a KV-cache block."""
     num_blocks: int
     trust_prefix_hits: bool
-    """False where cached blocks can hold tokens that no worker of ours routed (KV connectors)."""
+    """False where a KV connector fills blocks without a word to the worker."""
     model: str
     device: str
     seed: int | None
@@ -62,10 +66,10 @@ class Admission:
 
     handle: int
     """The worker's small integer for the sequence, reused after its end."""
-    request_id: str
-    """The engine's internal request id."""
+    internal_id: str
+    """The engine's internal request id, as of `moescope_service.ids.short_id`."""
     prompt_len: int
-    num_computed: int
+    num_cached: int
     """Tokens whose KV-cache entries were found in the prefix cache."""
     block_ids: list[int]
 
@@ -75,36 +79,32 @@ class Ongoing:
     """A sequence that runs while its worker introduces itself to a new collector."""
 
     admission: Admission
-    """Its table as far as its blocks are still its own; ``num_computed`` of its first admission."""
+    """With the blocks up to the first that went to another sequence; ``num_cached`` as when it was
+    first admitted."""
     num_rows: int
-    """Positions routed so far, whose rows only the collector before had."""
+    """Positions routed so far; only the collector before this one had their rows."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class WorkerState:
     """Where a worker stands when it introduces itself to a collector that saw none of its steps."""
 
-    next_seq: int
+    next_step: int
     """Number of the step that follows."""
     ongoing: list[Ongoing]
     ended: list[str]
-    """Internal ids of sequences that ended lately: the end may have been told to nobody."""
-
-
-LOST_REASONS = ("queue_full", "paused", "hook_missed")
-"""Why a step's rows can be missing: the worker's queue was full, the capture was paused, or a layer
-did not hand over the rows of this step."""
+    """Internal ids of the last sequences that ended: this collector was not told of their end."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Step:
     """One engine step of one worker: control, and the rows it routed."""
 
-    seq: int
+    number: int
     """Number of the step, from 0 without gaps."""
     time_s: float = 0.0
     """Unix time of the capture, in seconds."""
-    host_s: float = 0.0
+    hook_s: float = 0.0
     """Seconds that the capture spent on the worker's thread since the step before."""
     finished: list[int] = dataclasses.field(default_factory=list)
     """Handles of sequences that ended; processed before everything else."""
@@ -114,6 +114,11 @@ class Step:
     resumed: list[Admission] = dataclasses.field(default_factory=list)
     grown: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
     """(handle, newly allocated block ids)."""
+    loaded: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    """(block id, key of its prefix) of newly allocated blocks that a KV connector fills; no
+    sequence need have them yet."""
+    filled: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    """(block id, key of its prefix) of blocks that are full with this step."""
     block_copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(source block, destination block), copied before the step's rows are written."""
     part: int = 0
@@ -121,7 +126,7 @@ class Step:
     has_more: bool = False
     """Whether another piece follows."""
     lost: str | None = None
-    """Why the rows are not here, one of `LOST_REASONS`."""
+    """Where its rows were not shipped, one of `moescope_service.causes.LOST_CAUSES`."""
     spans: npt.NDArray[np.int32]
     """(handle, first position, rows) of every sequence in the step, in row order, ``[n, 3]``."""
     topk_ids: npt.NDArray[Any] | None = None
@@ -135,7 +140,7 @@ class Step:
         return sum(array.nbytes for array in arrays if array is not None)
 
     def pieces(self, max_bytes: int) -> Iterator[Step]:
-        """Cut a step whose rows are larger than that; control goes with the first piece."""
+        """Yield the step, cut where its rows have more bytes; control goes with the first piece."""
         if self.topk_ids is None or self.topk_weights is None or self.rows_bytes <= max_bytes:
             yield self
             return
@@ -150,7 +155,7 @@ class Step:
             spans[:, 1] += np.maximum(first - starts[here], 0)
             spans[:, 2] = np.minimum(ends[here], last) - np.maximum(starts[here], first)
             yield dataclasses.replace(
-                self if part == 0 else Step(seq=self.seq, time_s=self.time_s, spans=spans),
+                self if part == 0 else Step(number=self.number, time_s=self.time_s, spans=spans),
                 part=part,
                 has_more=last < num_rows,
                 spans=spans,
@@ -160,7 +165,7 @@ class Step:
 
 
 class RequestKey(NamedTuple):
-    """What all choices of all prompts of one request share, and no other request has.
+    """Identifies a request: all choices of all its prompts share it, and no other request has it.
 
     The id alone is not enough: a client may give several requests the same ``X-Request-Id``.
     """
@@ -171,11 +176,11 @@ class RequestKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Register:
-    """An API server tells which ids a client sees for one sequence of the engine."""
+    """Which ids a client sees for one sequence of the engine; sent by an API server."""
 
     internal_id: str
     request_id: str
-    """The id in the response."""
+    """The id in the response; as the other ids, shortened by `moescope_service.ids.short_id`."""
     ids: list[str]
     """Every id that finds the sequence."""
     index: int
@@ -185,49 +190,67 @@ class Register:
     created_s: float
     keep: bool
     """False where the request opted out: its trace is not kept."""
+    owner: str | None = None
+    """Whose API key made the request, as a keyed hash; None where none of the server's keys did."""
 
 
 def pack(kind: str, arrays: Frames = (), **fields: Any) -> list[Any]:
     """Return the frames of a message.
 
     Args:
-        kind: ``hello``, ``steps``, ``server``, ``register``, ``query``, ``reply`` …
+        kind: ``spec``, ``steps``, ``server``, ``register``, ``query``, ``reply`` …
         arrays: Frames behind the control frame, contiguous.
         fields: The control frame's values.
     """
     return [orjson.dumps({"kind": kind, **fields}), *arrays]
 
 
-def pack_hello(
-    hello: Hello, *, is_capturing: bool = True, snapshot: Snapshot | None = None
+def pack_introduction(
+    spec: CaptureSpec,
+    *,
+    is_capturing: bool = True,
+    worker_state: WorkerState | None = None,
+    process: str = "",
 ) -> list[Any]:
     """Return the frames with which a worker introduces itself.
 
     Args:
-        hello: What it captures.
-        is_capturing: Whether it does, as a collector has ordered.
-        snapshot: Where it stands, unless its first step is yet to come.
+        spec: What it captures.
+        is_capturing: Whether it captures now; False after a collector's order to pause.
+        worker_state: Where it stands; None where no step has run.
+        process: Which process it is, a `moescope_service.processes.Process` as text: one that comes
+            again on another connection is told from a second one.
     """
-    stands = None if snapshot is None else dataclasses.asdict(snapshot)
-    return pack("hello", **dataclasses.asdict(hello), is_capturing=is_capturing, snapshot=stands)
+    stands = None if worker_state is None else dataclasses.asdict(worker_state)
+    return pack(
+        "worker",
+        **dataclasses.asdict(spec),
+        is_capturing=is_capturing,
+        worker_state=stands,
+        process=process,
+    )
 
 
-def unpack_hello(values: dict[str, Any]) -> tuple[Hello, bool, Snapshot | None]:
-    """Return what a worker captures, whether it does, and where it stands; see `pack_hello`."""
-    is_capturing, snapshot = values.pop("is_capturing"), values.pop("snapshot")
-    if snapshot is not None:
+def unpack_introduction(
+    values: dict[str, Any],
+) -> tuple[CaptureSpec, bool, WorkerState | None, str]:
+    """Return what `pack_introduction` took, in that order."""
+    is_capturing, worker_state = values.pop("is_capturing"), values.pop("worker_state")
+    process = values.pop("process")
+    if worker_state is not None:
         ongoing = [
-            Ongoing(Admission(**one["admission"]), one["num_rows"]) for one in snapshot["ongoing"]
+            Ongoing(Admission(**one["admission"]), one["num_rows"])
+            for one in worker_state["ongoing"]
         ]
-        snapshot = Snapshot(**{**snapshot, "ongoing": ongoing})
-    return Hello(**values), is_capturing, snapshot
+        worker_state = WorkerState(**{**worker_state, "ongoing": ongoing})
+    return CaptureSpec(**values), is_capturing, worker_state, process
 
 
 def unpack(frames: Frames) -> tuple[str, dict[str, Any]]:
     """Return the kind of a message and its control values.
 
     Raises:
-        ValueError: The first frame is no control frame.
+        ValueError: The first frame is not a control frame.
     """
     values = orjson.loads(frames[0])
     return values.pop("kind"), values
@@ -247,7 +270,9 @@ def pack_steps(steps: Sequence[Step]) -> list[Any]:
     for step in steps:
         values = {name: value for name in _CONTROL if (value := getattr(step, name))}
         num_rows = 0 if step.topk_ids is None else len(step.topk_ids)
-        control.append({**values, "seq": step.seq, "num_spans": len(step.spans), "rows": num_rows})
+        control.append(
+            {**values, "number": step.number, "num_spans": len(step.spans), "rows": num_rows}
+        )
     frames = pack("steps", [np.concatenate([step.spans for step in steps])], steps=control)
     with_rows = [step for step in steps if step.topk_ids is not None]
     if with_rows:
@@ -257,20 +282,20 @@ def pack_steps(steps: Sequence[Step]) -> list[Any]:
 
 
 def pack_all(steps: Sequence[Step], max_bytes: int = MESSAGE_BYTES) -> list[Frames]:
-    """Return the messages of consecutive steps: one, but of a single step as many as it takes."""
+    """Return the messages of consecutive steps: one, or the pieces of a single large step."""
     if len(steps) > 1:
         return [pack_steps(steps)]
     return [pack_steps([piece]) for piece in steps[0].pieces(max_bytes)]
 
 
-def unpack_steps(values: dict[str, Any], frames: Frames, hello: Hello) -> list[Step]:
+def unpack_steps(values: dict[str, Any], frames: Frames, spec: CaptureSpec) -> list[Step]:
     """Rebuild the steps of a message; the arrays are views of the frames."""
     spans = np.frombuffer(frames[1], np.int32).reshape(-1, 3)
     rows: dict[str, npt.NDArray[Any]] = {}
     if len(frames) == 4:
-        shape = (-1, len(hello.layers), hello.top_k)
-        rows["topk_ids"] = np.frombuffer(frames[2], hello.id_dtype).reshape(shape)
-        rows["topk_weights"] = np.frombuffer(frames[3], hello.weights_dtype).reshape(shape)
+        shape = (-1, len(spec.layers), spec.top_k)
+        rows["topk_ids"] = np.frombuffer(frames[2], spec.id_dtype).reshape(shape)
+        rows["topk_weights"] = np.frombuffer(frames[3], spec.weights_dtype).reshape(shape)
     steps, span, row = [], 0, 0
     for control in values["steps"]:
         num_spans, num_rows = control.pop("num_spans"), control.pop("rows")

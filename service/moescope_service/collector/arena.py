@@ -6,8 +6,8 @@ a prefix-cache hit finds the rows that were computed when the block was filled, 
 overwrites what it recomputes, and eviction needs no bookkeeping of its own.
 
 Every block has a generation that grows when the block is newly allocated. A sequence remembers the
-generations of its blocks: rows in a block that meanwhile belongs to somebody else are missing,
-never that somebody's rows.
+generations of its blocks: rows in a block that meanwhile belongs to another sequence are missing,
+never that sequence's rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-EMPTY, FILLED = 0, 1
-"""States of a slot; higher ones say why its row was lost."""
+EMPTY, FILLED, RECALLED = 0, 1, 255
+"""States of a slot; those between say why its row was lost. The row of one that is recalled was
+computed for the same prefix, in another block."""
 
 
 _PAGES_BYTES = 128 * 2**10
@@ -32,7 +33,7 @@ def _rows(array: npt.NDArray[Any], slots: Ints) -> npt.NDArray[Any]:
     """Return copies of rows; many of them in pages of their own.
 
     They are kept for long, among large messages that come and go. On the C library's heap they
-    scatter, and it grows to three times what is in it (``python -m tests.bench.collector``).
+    scatter, and it grows to three times what is in it (``python -m benchmarks.cpu.collector``).
     """
     shape = (len(slots), *array.shape[1:])
     size_bytes = int(np.prod(shape)) * array.itemsize
@@ -73,13 +74,16 @@ class Arena:
         self.generation: npt.NDArray[np.int64] = np.zeros(num_blocks, np.int64)
 
     def allocate(self, block_ids: list[int]) -> None:
-        """Clear newly allocated blocks: nobody else's rows may be found in them."""
+        """Clear newly allocated blocks: no other sequence's rows may be found in them."""
         self.generation[block_ids] += 1
         self._state_by_block[block_ids] = EMPTY
 
-    def copy_block(self, source: int, destination: int) -> None:
-        """Copy a block's rows, as vLLM copies its KV entries (copy on write)."""
-        from_slots, to_slots = self._slots_of(source), self._slots_of(destination)
+    def copy(self, source: int, destination: int, count: int) -> None:
+        """Copy a block's first rows, as vLLM copies its KV entries (copy on write)."""
+        from_slots, to_slots = (
+            self._first_slots(source, count),
+            self._first_slots(destination, count),
+        )
         self._topk_ids[to_slots] = self._topk_ids[from_slots]
         self._topk_weights[to_slots] = self._topk_weights[from_slots]
         self._state[to_slots] = self._state[from_slots]
@@ -91,6 +95,20 @@ class Arena:
         self._topk_ids[slots] = topk_ids
         self._topk_weights[slots] = topk_weights
         self._state[slots] = FILLED
+
+    def rows_of(self, block: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """Return views of a block's ids and weights; None where a row of it is not there."""
+        states = self._state_by_block[block]
+        if not ((states == FILLED) | (states == RECALLED)).all():
+            return None
+        slots = self._first_slots(block, self.block_size)
+        return self._topk_ids[slots], self._topk_weights[slots]
+
+    def recall(self, block: int, rows: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> None:
+        """Write the rows of another block that held the same prefix."""
+        slots = self._first_slots(block, self.block_size)
+        self._topk_ids[slots], self._topk_weights[slots] = rows
+        self._state[slots] = RECALLED
 
     def void(self, slots: Ints, state: int) -> None:
         """Mark slots whose rows were lost: their KV entries changed, their rows did not come.
@@ -110,5 +128,5 @@ class Arena:
         """Return copies of ids, weights, and the state of each slot."""
         return _rows(self._topk_ids, slots), _rows(self._topk_weights, slots), self._state[slots]
 
-    def _slots_of(self, block: int) -> slice:
-        return slice(block * self.block_size, (block + 1) * self.block_size)
+    def _first_slots(self, block: int, count: int) -> slice:
+        return slice(block * self.block_size, block * self.block_size + count)

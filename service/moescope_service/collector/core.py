@@ -1,39 +1,46 @@
 """The collector without its socket: messages in, replies out.
 
-Runs in one thread. `Collector.outbox` holds what is to be sent; the process around it sends.
+Runs in one thread. ``state.outbox`` holds what is to be sent; the process around it sends.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import orjson
 
+from moescope_service.collector.answers import Answers
 from moescope_service.collector.counters import ExpertCounters
-from moescope_service.collector.queries import Queries
-from moescope_service.collector.reassembly import CAUSES, Reassembler, Rows
+from moescope_service.collector.log_file import LogFile
+from moescope_service.collector.reassembly import Reassembler
 from moescope_service.collector.routes_log import RoutesLog
-from moescope_service.collector.sequences import Sequence, Sequences
-from moescope_service.collector.stats import Report, Stats
-from moescope_service.collector.store import Kept, TraceStore
+from moescope_service.collector.rows import CAUSES, Rows
+from moescope_service.collector.sequences import Sequence
+from moescope_service.collector.state import CollectorState
+from moescope_service.collector.stats import WorkerCounts
+from moescope_service.collector.store import Kept
 from moescope_service.collector.windows import CountWindows
-from moescope_service.collector.workers import Peer, Workers
+from moescope_service.collector.workers import Peer
 from moescope_service.histogram import PHASES
+from moescope_service.limited_logger import LimitedLogger
 from moescope_service.messages import (
+    CaptureSpec,
     Frames,
-    Hello,
     Register,
-    Snapshot,
     Step,
+    WorkerState,
     pack,
     unpack,
-    unpack_hello,
+    unpack_introduction,
     unpack_steps,
 )
+from moescope_service.processes import Process
+from moescope_service.queries import unpack_query
 from moescope_service.settings import Settings
 
 logger = logging.getLogger("moescope.collector")
@@ -42,9 +49,9 @@ logger = logging.getLogger("moescope.collector")
 class Collector:
     """Reassembles, keeps, counts and logs the routes of one deployment.
 
-    A connection begins with an introduction: ``hello`` of a worker, ``server`` of an API server.
-    Whoever was connected to a collector before this one says there what this one has to know. What
-    peers tell that have not introduced themselves is left out; their questions are answered.
+    A connection begins with an introduction: ``worker`` or ``server`` (an API server). A peer that
+    was connected to a collector before this one says there what this one has to know. What peers
+    tell that have not introduced themselves is left out; their queries are answered.
 
     Args:
         settings: What is kept, and how much.
@@ -55,27 +62,13 @@ class Collector:
     def __init__(
         self, settings: Settings, clock: Callable[[], float] = time.monotonic, *, epoch: int = 0
     ) -> None:
-        self.settings = settings
-        self.epoch = epoch
-        self.hello: Hello | None = None
-        """What the workers capture; None before all of an engine have said hello."""
-        self.refusal: str | None = None
-        """Why the deployment is not to serve, which only its workers together can tell."""
-        self.counters: ExpertCounters | None = None
-        self.windows: CountWindows | None = None
-        self.sequences = Sequences(clock)
-        self.store = TraceStore(settings.memory)
-        self.stats = Stats()
-        self.outbox: list[tuple[Peer, Frames]] = []
-        """(peer, frames) to be sent."""
-        self._order: bool | None = None if epoch else True  # None: a worker will know
-        self.workers = Workers(clock)
-        self._reports: dict[tuple[int, int], Report] = {}  # by engine and stage
-        self.servers: set[Peer] = set()
-        """The API servers."""
-        self._log = RoutesLog(settings.log, settings.log_layers) if settings.log else None
-        self._queries = Queries(self, clock)
-        self._clock = clock
+        self.state = CollectorState(settings, clock, epoch=epoch)
+        if settings.log is not None:
+            file = LogFile(settings.log, settings.log_max_bytes)
+            self.state.log = RoutesLog(file, settings.log_layers)
+        self._limited_logger = LimitedLogger(logger)
+        self._answers = Answers(self.state)
+        self._counted: dict[tuple[int, int], WorkerCounts] = {}  # by engine and stage
 
     def handle(self, peer: Peer, frames: Frames) -> None:
         """Take one message in.
@@ -90,156 +83,168 @@ class Collector:
             case "counts":
                 self._on_counts(peer, values, frames)
             case "query":
-                self._queries.ask(peer, values)
-            case "hello":
-                self._on_hello(peer, *unpack_hello(values))
+                self._answers.ask(peer, *unpack_query(values))
+            case "cancel":
+                self._answers.cancel(peer, values["number"])
+            case "worker":
+                self._on_worker(peer, *unpack_introduction(values))
             case "server":
-                self.servers.add(peer)
+                self.state.servers.add(peer)
             case "register" | "finish" | "alias":
-                if peer in self.servers:
+                if peer in self.state.servers:
                     self._on_sequence(kind, values, frames)
+            case "lost":
+                self.state.stats.registrations_lost += values["count"]
+                self.state.store.note_lost(dict(values["lost"]))
             case _:
                 raise ValueError(f"unknown kind of message: {kind!r}")
 
     def _on_sequence(self, kind: str, values: dict[str, Any], frames: Frames) -> None:
         match kind:
-            case "register" if not self.store.find(values["internal_id"]):
+            case "register" if values["internal_id"] not in self.state.store:
+                register = msgspec.convert(values, Register)
                 prompt_ids = np.frombuffer(frames[1], np.int32) if len(frames) > 1 else None
-                self._settle(self.sequences.register(Register(**values), prompt_ids))
+                self._settle(self.state.sequences.register(register, prompt_ids))
             case "finish":
                 output_ids = np.frombuffer(frames[1], np.int32)
-                self._settle(self.sequences.finish(**values, output_ids=output_ids))
+                self._settle(self.state.sequences.finish(**values, output_ids=output_ids))
             case "alias":
                 self._on_alias(**values)
 
     def tick(self) -> None:
         """Do what time demands; called at least every 50 ms."""
-        for internal_id, rows in self.workers.overdue():
-            self._settle(self.sequences.end(internal_id, rows))
-        for sequence in self.sequences.overdue():
+        for internal_id, rows in self.state.workers.overdue():
+            self._settle(self.state.sequences.end(internal_id, rows))
+        for sequence in self.state.sequences.overdue():
             self._settle(sequence, timed_out=True)
-        self._queries.expire()
-        if self.windows is not None:
-            self.windows.tick()
+        self._answers.expire()
+        self._limited_logger.tick()
+        if self.state.windows is not None:
+            self.state.windows.tick()
 
-    @property
-    def is_capturing(self) -> bool:
-        """Whether workers are to ship rows; True where only the collector before would know."""
-        return self._order is not False
+    def work(self) -> bool:
+        """Go on with what is done piece by piece; return whether there is more of it."""
+        return self._answers.work()
 
-    def set_capturing(self, on: bool) -> None:
-        """Tell every worker to ship rows, or to hold them back."""
-        self._order = on
-        self.outbox += [(peer, pack("capture", on=on)) for peer in self.workers]
-
-    def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Keep no trace of running sequences, nor let the next collector keep one."""
-        internal_ids = []
-        for sequence in sequences:
-            self.sequences.discard_ids(sequence)
-            internal_ids.append(sequence.register.internal_id)
-        forget = pack("forget", internal_ids=internal_ids)
-        self.outbox += [(server, forget) for server in self.servers if internal_ids]
+    def reopen_log(self) -> None:
+        """Look at once whether the log was moved."""
+        if self.state.log is not None:
+            self.state.log.wake()
 
     def close(self) -> None:
         """Write out the log."""
-        if self._log is not None:
-            self._log.close()
+        if self.state.log is not None:
+            self.state.log.close()
 
-    def _on_hello(
-        self, peer: Peer, hello: Hello, is_capturing: bool, snapshot: Snapshot | None
+    def _on_worker(
+        self,
+        peer: Peer,
+        spec: CaptureSpec,
+        is_capturing: bool,
+        worker_state: WorkerState | None,
+        process_text: str,
     ) -> None:
-        if not self.workers.fits(hello):
-            logger.error("a worker with another model said hello; its routes are left out")
+        if not self.state.workers.fits(spec):
+            logger.error("a worker with another model introduced itself; its routes are left out")
             return
-        worker = self.workers.add(peer, hello, snapshot)
-        if self.hello is None and (model := self.workers.model) is not None:
-            self._begin(model)
-        if self._order is None:  # what the collector before had ordered holds
-            self._order = is_capturing
-        if snapshot is not None:
-            for internal_id in snapshot.ended:
-                nothing = self.workers.end(
-                    worker, internal_id, Rows.nothing(hello, CAUSES["restart"])
+        process = Process.parse(process_text)
+        if (rival := self.state.workers.rival(spec, process)) is not None:
+            logger.error(
+                "a second worker of engine %d, stage %d introduced itself (process %s): its routes "
+                "are left out while the first one runs (process %d)",
+                spec.engine, spec.stage, process.pid if process else "unknown", rival.pid,
+            )  # fmt: skip
+            return
+        worker = self.state.workers.add(peer, spec, worker_state, process)
+        if self.state.spec is None and (spec_of_all := self.state.workers.spec) is not None:
+            self._begin(spec_of_all)
+        self.state.take_over_capturing(is_capturing)
+        if worker_state is not None:
+            for internal_id in worker_state.ended:
+                nothing = self.state.workers.end(
+                    worker, internal_id, Rows.nothing(spec, CAUSES["restart"])
                 )
                 if nothing is not None:
-                    self._settle(self.sequences.end_unless_told(internal_id, nothing))
-        self.outbox.append((peer, pack("capture", on=self.is_capturing)))
+                    self._settle(self.state.sequences.end_unless_told(internal_id, nothing))
+        self.state.outbox.append((peer, pack("capture", on=self.state.is_capturing)))
 
-    def _begin(self, model: Hello) -> None:
-        self.hello = model
-        self.counters = ExpertCounters(model.layers, model.num_experts)
-        self.windows = CountWindows(self.counters, self._clock)
-        if self.settings.metrics_window > self.windows.kept_s:
+    def _begin(self, spec: CaptureSpec) -> None:
+        self.state.spec = spec
+        self.state.counters = ExpertCounters(spec.layers, spec.num_experts)
+        self.state.windows = CountWindows(self.state.counters, self.state.clock)
+        if self.state.settings.metrics_window_s > self.state.windows.kept_s:
             logger.warning(
                 "the load balance metrics look back %g s instead of %g: no more is kept of a "
                 "model of %d layers of %d experts",
-                self.windows.kept_s, self.settings.metrics_window,
-                len(model.layers), model.num_experts,
+                self.state.windows.kept_s, self.state.settings.metrics_window_s,
+                len(spec.layers), spec.num_experts,
             )  # fmt: skip
-        self.refusal = self.settings.log_refusal(model.layers)
-        if self._log is not None and self.refusal is None:
-            self._log.begin(model)
+        self.state.refusal = self.state.settings.log_refusal(spec.layers)
+        if self.state.log is not None and self.state.refusal is None:
+            self.state.log.begin(spec)
 
     def _on_steps(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
-        worker = self.workers.get(peer)
+        worker = self.state.workers.get(peer)
         if worker is not None:
-            for step in unpack_steps(values, frames, worker.hello):
+            for step in unpack_steps(values, frames, worker.spec):
                 self._apply(worker, step)
 
     def _apply(self, worker: Reassembler, step: Step) -> None:
-        is_first = self.workers.is_first(worker)
-        self.stats.add_step(step, is_first=is_first)
+        is_first = self.state.workers.is_first(worker)
+        self.state.stats.add_step(step, is_first=is_first)
         ended, written = worker.apply(step)
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("step %d %s", step.seq, orjson.dumps(worker.describe(step)).decode())
-        if written is not None and self.counters is not None:
-            self.counters.add(written, worker.hello.layers, with_rows=is_first)
+            logger.debug("step %d %s", step.number, orjson.dumps(worker.describe(step)).decode())
+        if written is not None and self.state.counters is not None:
+            self.state.counters.add(written, worker.spec.layers, with_rows=is_first)
         for internal_id, part in ended:
-            rows = self.workers.end(worker, internal_id, part)
+            rows = self.state.workers.end(worker, internal_id, part)
             if rows is not None:
-                self._settle(self.sequences.end(internal_id, rows))
+                self._settle(self.state.sequences.end(internal_id, rows))
 
     def _on_counts(self, peer: Peer, values: dict[str, Any], frames: Frames) -> None:
-        worker = self.workers.get(peer)
+        worker = self.state.workers.get(peer)
         if worker is None:
             return
-        hello = worker.hello
-        shape = (len(PHASES), len(hello.layers), hello.num_experts)
+        spec = worker.spec
+        shape = (len(PHASES), len(spec.layers), spec.num_experts)
         totals = np.frombuffer(frames[1], np.int64).reshape(shape)
-        report = Report(selections=totals, rows=totals[:, 0].sum(-1) // hello.top_k, **values)
-        place = hello.engine, hello.stage  # it may come again, on another connection
-        # Its first report says where it stood: that was before this collector.
-        before = self._reports.setdefault(place, report)
-        if self.counters is None or report.steps == before.steps:
+        counts = WorkerCounts(selections=totals, rows=totals[:, 0].sum(-1) // spec.top_k, **values)
+        place = spec.engine, spec.stage  # it may come again, on another connection
+        # Its first message says where it stood: that was before this collector.
+        before = self._counted.setdefault(place, counts)
+        if self.state.counters is None or counts.steps == before.steps:
             return
-        self._reports[place] = report
-        new, is_first = report.since(before), self.workers.is_first(worker)
-        self.stats.add_report(new, is_first=is_first)
-        self.counters.add_counted(new.selections, new.rows * is_first, hello.layers)
+        self._counted[place] = counts
+        new, is_first = counts.since(before), self.state.workers.is_first(worker)
+        self.state.stats.add_counts(new, is_first=is_first)
+        self.state.counters.add_counted(new.selections, new.rows * is_first, spec.layers)
 
     def _on_alias(self, internal_ids: list[str], alias: str) -> None:
         for internal_id in internal_ids:
-            for sequence in self.sequences.find(internal_id):
-                self.sequences.add_id(sequence, alias)
-            for kept in self.store.find(internal_id):
-                self.store.add_id(kept, alias)
+            for sequence in list(self.state.sequences.ids.any(internal_id).values()):
+                self.state.sequences.add_id(sequence, alias)
+            self.state.store.add_id(alias, to=internal_id)
 
     def _settle(self, sequence: Sequence | None, *, timed_out: bool = False) -> None:
-        """Make the trace of a sequence on which everybody has reported."""
+        """Make the trace of a sequence of which worker and API server have told the end."""
         if sequence is None or not (sequence.is_ready or timed_out):
             return
         ids, keep = tuple(sequence.ids), sequence.keep
-        self.sequences.close(sequence)
+        self.state.sequences.close(sequence)
         try:
-            if keep and self.hello is not None:
+            if keep and self.state.spec is not None:
                 trace, cause = sequence.trace(
-                    self.hello, timed_out=timed_out, with_token_ids=self.settings.token_ids == "on"
+                    self.state.spec,
+                    timed_out=timed_out,
+                    with_token_ids=self.state.settings.keeps_token_ids,
                 )
-                self.stats.add_trace(trace, cause)
-                if self._log is not None and self.refusal is None:
-                    self._log.write(trace)
-                self.store.add(Kept(sequence.uid, trace, ids))
+                self.state.stats.add_trace(trace, cause)
+                if self.state.log is not None and self.state.refusal is None:
+                    self.state.log.write(trace)
+                kept = Kept(sequence.uid, trace, ids, sequence.owner, trace.coverage)
+                self.state.store.add(kept)
         except Exception:  # the others of this step, or of this tick, are not to suffer
-            logger.exception("left out a trace that cannot be made, of %s", ids)
-        self._queries.retry(ids)
+            self.state.stats.errors += 1
+            self._limited_logger.exception("left out a trace that cannot be made, of %s", ids)
+        self._answers.retry(ids)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moescope_service.collector.reassembly import Written
+from moescope_service.collector.rows import Written
 from moescope_service.histogram import PHASES, count_selections
 
 

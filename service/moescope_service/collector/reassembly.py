@@ -13,86 +13,28 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.trace import Source
-from moescope_service.collector.arena import EMPTY, FILLED, Arena
-from moescope_service.messages import LOST_REASONS, Admission, Hello, Ongoing, Snapshot, Step
-
-CAUSES = {"not_captured": EMPTY} | {
-    name: FILLED + number
-    for number, name in enumerate(
-        (*LOST_REASONS, "overwritten", "not_routed", "unknown", "restart"), start=1
-    )
-}
-"""Why a row can be missing, and how the arena and `Rows.cause` write it: no worker ever shipped it
-(it came through a KV connector, or with steps that were lost altogether), one of `LOST_REASONS`,
-its block went to another sequence, its sequence was aborted before the token was routed, its worker
-never reported the sequence's end, or it was routed before this collector was started in the place
-of another."""
+from moescope_service.collector.arena import EMPTY, FILLED, RECALLED, Arena
+from moescope_service.collector.prefixes import PrefixStore
+from moescope_service.collector.rows import CAUSES, Rows, Written
+from moescope_service.messages import (
+    Admission,
+    CaptureSpec,
+    Ongoing,
+    Step,
+    WorkerState,
+)
 
 _STALE = -1  # generation of a table entry that was never set: equal to no block's
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rows:
-    """What one worker knows of an ended sequence: positions ``0 … n - 1`` in its layers."""
-
-    layers: list[int]
-    topk_ids: npt.NDArray[Any]
-    topk_weights: npt.NDArray[Any]
-    source: npt.NDArray[np.uint8]
-    cause: npt.NDArray[np.uint8]
-    """Why each row is missing, one of `CAUSES`' numbers, or `FILLED`, ``[num_rows]``."""
-    cached_len: int
-    lacking: int = CAUSES["unknown"]
-    """Why rows behind these are missing, one of `CAUSES`' numbers."""
-
-    @classmethod
-    def nothing(cls, hello: Hello, lacking: int = CAUSES["unknown"]) -> Rows:
-        """Return the rows of a sequence of which nothing is known."""
-        shape = (0, len(hello.layers), hello.top_k)
-        ids, weights = np.zeros(shape, hello.id_dtype), np.zeros(shape, hello.weights_dtype)
-        none = np.zeros(0, np.uint8)
-        return cls(hello.layers, ids, weights, none, none, 0, lacking)
-
-    def resized(self, num_rows: int) -> Rows:
-        """Cut surplus rows, or add missing ones, so that there are ``num_rows``."""
-        lacking = num_rows - len(self.source)
-        if lacking <= 0:
-            kept = slice(num_rows)
-            return dataclasses.replace(
-                self,
-                topk_ids=self.topk_ids[kept],
-                topk_weights=self.topk_weights[kept],
-                source=self.source[kept],
-                cause=self.cause[kept],
-            )
-        pad = [(0, lacking), (0, 0), (0, 0)]
-        return dataclasses.replace(
-            self,
-            topk_ids=np.pad(self.topk_ids, pad),
-            topk_weights=np.pad(self.topk_weights, pad),
-            source=np.pad(self.source, (0, lacking), constant_values=Source.MISSING),
-            cause=np.pad(self.cause, (0, lacking), constant_values=self.lacking),
-        )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Written:
-    """The rows that one step routed, for the counters."""
-
-    topk_ids: npt.NDArray[Any]
-    """``[num_rows, num_layers, top_k]``."""
-    is_decode: npt.NDArray[np.bool_]
-    """Whether each row's token was generated rather than part of the prompt, ``[num_rows]``."""
-
-
 @dataclasses.dataclass(slots=True)
 class _Running:
-    request_id: str
+    internal_id: str
     cached_len: int
     """Cached tokens when first admitted."""
     cached: list[tuple[int, int]]
     """Ranges of positions that came from the prefix cache."""
-    lacking: int = EMPTY
+    cause_unheld: int = EMPTY
     """Why rows are missing that no block of its table holds."""
 
 
@@ -103,21 +45,32 @@ class Reassembler:
     over admissions and ends alone.
 
     Args:
-        hello: What the worker captures.
-        snapshot: Where it stands, unless its first step is yet to come. No row from before it is
-            known, in no block: a later hit on one finds it missing.
+        spec: What the worker captures.
+        worker_state: Where it stands, unless its first step is yet to come. No row from before it
+            is known, in no block: a later hit on one finds it missing.
+        prefix_bytes: Memory for rows of blocks that leave the KV cache, and may be loaded again.
     """
 
-    def __init__(self, hello: Hello, snapshot: Snapshot | None = None) -> None:
-        self.hello = hello
+    def __init__(
+        self, spec: CaptureSpec, worker_state: WorkerState | None = None, prefix_bytes: int = 0
+    ) -> None:
+        self.spec = spec
+        self.prefixes = PrefixStore(
+            prefix_bytes,
+            (spec.block_size, len(spec.layers), spec.top_k),
+            spec.id_dtype,
+            spec.weights_dtype,
+        )
+        self._keys: dict[int, str] = {}
+        """Of the prefixes that blocks hold, by block; for those that are full."""
         self._arena = Arena(
-            num_blocks=hello.num_blocks,
-            block_size=hello.block_size,
-            num_layers=len(hello.layers),
-            top_k=hello.top_k,
-            id_dtype=hello.id_dtype,
-            weights_dtype=hello.weights_dtype,
-            state=EMPTY if snapshot is None else CAUSES["restart"],
+            num_blocks=spec.num_blocks,
+            block_size=spec.block_size,
+            num_layers=len(spec.layers),
+            top_k=spec.top_k,
+            id_dtype=spec.id_dtype,
+            weights_dtype=spec.weights_dtype,
+            state=EMPTY if worker_state is None else CAUSES["restart"],
         )
         # Tables by handle; they grow, since preempted sequences keep theirs.
         self._blocks = np.zeros((64, 16), np.int64)
@@ -125,15 +78,16 @@ class Reassembler:
         self._num_blocks = np.zeros(64, np.int64)
         self._prompt_len = np.zeros(64, np.int64)
         self._num_rows = np.zeros(64, np.int64)
+        self._cached_end = np.zeros(64, np.int64)
         self._is_running = np.zeros(64, np.bool_)
         self._running: dict[int, _Running] = {}
         self._given_up: dict[int, str] = {}  # request ids by handle, which is reused after the end
         self._next = (0, 0)  # step and part
         self.gaps = 0
         """Times that steps were lost altogether and everything known had to be given up."""
-        if snapshot is not None:
-            self._next = (snapshot.next_seq, 0)
-            for ongoing in snapshot.ongoing:
+        if worker_state is not None:
+            self._next = (worker_state.next_step, 0)
+            for ongoing in worker_state.ongoing:
                 self._restore(ongoing)
 
     def apply(self, step: Step) -> tuple[list[tuple[str, Rows]], Written | None]:
@@ -142,16 +96,14 @@ class Reassembler:
         Returns:
             (internal id, rows) of each sequence that ended, and what was written.
         """
-        if (step.seq, step.part) != self._next:
+        if (step.number, step.part) != self._next:
             self._give_up()
         # Ended sequences first: their blocks may be allocated anew in this very step.
         ended = [self._end(handle) for handle in step.finished if self._is_known(handle)]
-        ended += [(request_id, Rows.nothing(self.hello)) for request_id in step.finished_unseen]
+        ended += [(internal_id, Rows.nothing(self.spec)) for internal_id in step.finished_unseen]
         # All allocations before any table: a sequence may share a block that another one of this
         # very step fills.
-        fresh = self._fresh_blocks(step)
-        if fresh:
-            self._arena.allocate(fresh)
+        self._allocate(step)
         for admission in step.admitted:
             self._admit(admission)
         for admission in step.resumed:
@@ -159,19 +111,17 @@ class Reassembler:
         for handle, block_ids in step.grown:
             if handle in self._running:
                 self._append_blocks(handle, block_ids)
-        # vLLM lists the copies of all KV-cache groups: ours go to blocks allocated in this step.
-        for source, destination in step.block_copies:
-            if destination in fresh:
-                self._arena.copy_block(source, destination)
+        self._copy_blocks(step)
+        self._keys.update(step.filled)
         written = self._write(step)
         # A step that failed halfway is a gap.
-        self._next = (step.seq, step.part + 1) if step.has_more else (step.seq + 1, 0)
+        self._next = (step.number, step.part + 1) if step.has_more else (step.number + 1, 0)
         return ended, written
 
     def describe(self, step: Step) -> list[tuple[str, int, int, int]]:
         """Return (internal id, first position, rows, prompt length) of a step's sequences."""
         return [
-            (self._running[handle].request_id, start, rows, int(self._prompt_len[handle]))
+            (self._running[handle].internal_id, start, rows, int(self._prompt_len[handle]))
             for handle, start, rows in step.spans.tolist()
             if handle in self._running
         ]
@@ -180,29 +130,30 @@ class Reassembler:
         # Blocks may have changed hands unseen: no row and no table from before can be trusted.
         self.gaps += 1
         self._arena.void_all()
-        self._given_up |= {handle: one.request_id for handle, one in self._running.items()}
+        self._keys.clear()
+        self._given_up |= {handle: one.internal_id for handle, one in self._running.items()}
         self._running.clear()
         self._is_running[:] = False
 
     def _admit(self, admission: Admission) -> None:
-        handle, cached = admission.handle, admission.num_computed
+        handle, cached = admission.handle, admission.num_cached
         while handle >= len(self._blocks):
             self._double_handles()
         self._given_up.pop(handle, None)
         self._running[handle] = _Running(
-            admission.request_id, cached, [(0, cached)] if cached else []
+            admission.internal_id, cached, [(0, cached)] if cached else []
         )
         self._is_running[handle] = True
-        self._num_rows[handle] = cached
+        self._num_rows[handle] = self._cached_end[handle] = cached
         self._prompt_len[handle] = admission.prompt_len
         self._set_blocks(admission)
 
     def _restore(self, ongoing: Ongoing) -> None:
         self._admit(ongoing.admission)
         # A preempted sequence may have routed more than its blocks still hold.
-        self._widen_tables(-(-ongoing.num_rows // self.hello.block_size))
+        self._widen_tables(-(-ongoing.num_rows // self.spec.block_size))
         self._num_rows[ongoing.admission.handle] = ongoing.num_rows
-        self._running[ongoing.admission.handle].lacking = CAUSES["restart"]
+        self._running[ongoing.admission.handle].cause_unheld = CAUSES["restart"]
 
     def _double_handles(self) -> None:
         more = len(self._blocks)
@@ -211,39 +162,74 @@ class Reassembler:
         self._num_blocks = np.pad(self._num_blocks, (0, more))
         self._prompt_len = np.pad(self._prompt_len, (0, more))
         self._num_rows = np.pad(self._num_rows, (0, more))
+        self._cached_end = np.pad(self._cached_end, (0, more))
         self._is_running = np.pad(self._is_running, (0, more))
 
     def _resume(self, admission: Admission) -> None:
-        handle, cached = admission.handle, admission.num_computed
+        handle, cached = admission.handle, admission.num_cached
         if handle not in self._running:  # its admission was lost
             self._admit(admission)
             return
         running = self._running[handle]
         known = int(self._num_rows[handle])
-        # What is recomputed is computed; what others computed beyond our last row is cached.
-        running.cached = [(a, min(b, cached)) for a, b in running.cached if a < cached]
+        # What others computed beyond our last row is cached.
+        self._cut_cached(handle, cached)
         if cached > known:
             running.cached.append((known, cached))
+            self._cached_end[handle] = cached
         self._num_rows[handle] = max(known, cached)
         self._set_blocks(admission)
 
-    def _fresh_blocks(self, step: Step) -> list[int]:
-        fresh = [block for _, block_ids in step.grown for block in block_ids]
+    def _cut_cached(self, handle: int, end: int) -> None:
+        """Take in that a sequence computes from a position on: what is recomputed is computed."""
+        running = self._running[handle]
+        running.cached = [(a, min(b, end)) for a, b in running.cached if a < end]
+        self._cached_end[handle] = min(self._cached_end[handle], end)
+
+    def _allocate(self, step: Step) -> None:
+        """Clear blocks that are allocated anew, and recall the rows of those that are loaded."""
+        fresh = [block for block, _ in step.loaded]
+        fresh += [block for _, block_ids in step.grown for block in block_ids]
         for admission in (*step.admitted, *step.resumed):
             fresh += admission.block_ids[self._num_hits(admission) :]
-        return fresh
+        if not fresh:
+            return
+        for block in fresh if self._keys else ():
+            key = self._keys.pop(block, None)
+            rows = None if key is None else self._arena.rows_of(block)
+            if key is not None and rows is not None:
+                self.prefixes.put(key, rows)
+        self._arena.allocate(fresh)
+        for block, key in step.loaded:
+            if (rows := self.prefixes.get(key)) is not None:
+                self._arena.recall(block, rows)
+
+    def _copy_blocks(self, step: Step) -> None:
+        if not step.block_copies or not self.spec.trust_prefix_hits:
+            return
+        size = self.spec.block_size
+        # vLLM lists the copies of all KV-cache groups: ours are hits on a part of a block. What
+        # stands behind that part is of the sequence that it is copied from.
+        partly_cached = {
+            admission.block_ids[admission.num_cached // size]: admission.num_cached % size
+            for admission in (*step.admitted, *step.resumed)
+            if admission.num_cached % size
+        }
+        for source, destination in step.block_copies:
+            if destination in partly_cached:
+                self._arena.copy(source, destination, partly_cached[destination])
 
     def _set_blocks(self, admission: Admission) -> None:
         self._num_blocks[admission.handle] = 0
-        self._blocks[admission.handle] = 0  # vLLM's null block, whose rows nobody reads
+        self._blocks[admission.handle] = 0  # vLLM's null block, whose rows are never read
         self._generations[admission.handle] = _STALE
         self._append_blocks(admission.handle, admission.block_ids)
-        if not self.hello.trust_prefix_hits:
+        if not self.spec.trust_prefix_hits:
             self._generations[admission.handle, : self._num_hits(admission)] = _STALE
 
     def _num_hits(self, admission: Admission) -> int:
         # Whole blocks of cached tokens are hits; a partly cached block is a fresh copy.
-        return admission.num_computed // self.hello.block_size
+        return admission.num_cached // self.spec.block_size
 
     def _append_blocks(self, handle: int, block_ids: list[int]) -> None:
         start = int(self._num_blocks[handle])
@@ -276,6 +262,8 @@ class Reassembler:
         if step.topk_ids is None or step.topk_weights is None:
             self._arena.void(slots, CAUSES[step.lost or "unknown"])
             return None
+        for i in np.flatnonzero(known)[starts[known] < self._cached_end[handles[known]]]:
+            self._cut_cached(int(handles[i]), int(starts[i]))  # a load failed
         topk_ids, topk_weights = step.topk_ids, step.topk_weights
         if not known.all():  # sequences whose admission was lost
             handle, position = handle[rows], position[rows]
@@ -284,7 +272,7 @@ class Reassembler:
         return Written(topk_ids, position >= self._prompt_len[handle])
 
     def _slots(self, handle: Any, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        size = self.hello.block_size
+        size = self.spec.block_size
         return self._blocks[handle, position // size] * size + position % size
 
     def _is_known(self, handle: int) -> bool:
@@ -292,14 +280,14 @@ class Reassembler:
 
     def _end(self, handle: int) -> tuple[str, Rows]:
         if handle in self._given_up:
-            return self._given_up.pop(handle), Rows.nothing(self.hello, CAUSES["not_captured"])
+            return self._given_up.pop(handle), Rows.nothing(self.spec, CAUSES["not_captured"])
         running = self._running.pop(handle)
-        return running.request_id, self._rows(handle, running)
+        return running.internal_id, self._rows(handle, running)
 
     def _rows(self, handle: int, running: _Running) -> Rows:
         self._is_running[handle] = False
         position = np.arange(int(self._num_rows[handle]))
-        block = position // self.hello.block_size
+        block = position // self.spec.block_size
         topk_ids, topk_weights, cause = self._arena.read(self._slots(handle, position))
         block_ids = self._blocks[handle, block]
         ours = self._generations[handle, block] == self._arena.generation[block_ids]
@@ -307,9 +295,11 @@ class Reassembler:
         for start, end in running.cached:
             source[start:end] = Source.CACHED
         cause[~ours] = CAUSES["overwritten"]
-        cause[self._generations[handle, block] == _STALE] = running.lacking
+        cause[self._generations[handle, block] == _STALE] = running.cause_unheld
+        is_recalled = cause == RECALLED
+        source[is_recalled], cause[is_recalled] = Source.RECALLED, FILLED
         missing = cause != FILLED
         source[missing] = Source.MISSING
         if missing.any():  # whatever stands in those slots is not this sequence's
             topk_ids[missing], topk_weights[missing] = 0, 0
-        return Rows(self.hello.layers, topk_ids, topk_weights, source, cause, running.cached_len)
+        return Rows(self.spec.layers, topk_ids, topk_weights, source, cause, running.cached_len)

@@ -7,6 +7,7 @@ at the end). `Sequences` brings them together.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.trace import RouteTrace, Source
-from moescope_service.collector.reassembly import CAUSES, Rows
-from moescope_service.messages import Hello, Register
+from moescope_service.collector.ids import IdIndex
+from moescope_service.collector.rows import CAUSES, Rows
+from moescope_service.collector.store import OVERHEAD_BYTES, id_bytes
+from moescope_service.messages import CaptureSpec, Register
 
 Tokens = npt.NDArray[np.int32]
 
@@ -24,6 +27,11 @@ WORKER_TIMEOUT_S = 300.0
 """How long a finished request waits for its worker's end.
 
 It follows within milliseconds, but for an abort in the middle of a step that takes long.
+"""
+REFUSED_TIMEOUT_S = 5.0
+"""The same for one that ended with an error and without a token.
+
+The engine may have refused it, and then no worker ever hears of it.
 """
 API_TIMEOUT_S = 60.0
 """How long ended rows wait for their API server to say who they are or how they finished."""
@@ -47,12 +55,37 @@ class Sequence:
     """When to stop waiting for whoever has not reported."""
 
     @property
+    def request_id(self) -> str:
+        """The id in the response."""
+        return self.register.request_id
+
+    @property
+    def owner(self) -> str | None:
+        """As of `moescope_service.messages.Register`."""
+        return self.register.owner
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that it holds: ids, tokens, and rows that wait for its API server."""
+        ids = (*self.ids, self.request_id)
+        tokens = (self.prompt_ids, self.output_ids)
+        size_bytes = OVERHEAD_BYTES + sum(map(id_bytes, ids))
+        size_bytes += sum(array.nbytes for array in tokens if array is not None)
+        return size_bytes + (0 if self.rows is None else self.rows.size_bytes)
+
+    @property
     def is_ready(self) -> bool:
         """Whether everybody has reported."""
         return self.is_finishing and self.rows is not None
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the engine gave it up before its first token."""
+        has_output = self.output_ids is not None and self.output_ids.size > 0
+        return self.finish_reason == "error" and not has_output
+
     def trace(
-        self, hello: Hello, *, timed_out: bool, with_token_ids: bool
+        self, spec: CaptureSpec, *, timed_out: bool, with_token_ids: bool
     ) -> tuple[RouteTrace, npt.NDArray[np.uint8]]:
         """Build the trace from all that is known.
 
@@ -63,13 +96,11 @@ class Sequence:
         # were kept, and which of rejected drafts: they are left out.
         output = self.output_ids if self.output_ids is not None else np.empty(0, np.int32)
         num_tokens = self.register.prompt_len + len(output)
-        rows = self.rows or Rows.nothing(hello)
-        if (
-            self.rows is not None
-            and self.finish_reason == "abort"
-            and rows.lacking == CAUSES["unknown"]
-        ):  # its worker saw the abort: tokens beyond the last row were never routed
-            rows = dataclasses.replace(rows, lacking=CAUSES["not_routed"])
+        rows = self.rows or Rows.nothing(spec)
+        is_cut = self.rows is not None and self.finish_reason == "abort"
+        if (is_cut or self.is_refused) and rows.cause_beyond == CAUSES["unknown"]:
+            # Its worker saw the abort, or no worker saw it: the rest was never routed.
+            rows = dataclasses.replace(rows, cause_beyond=CAUSES["not_routed"])
         rows = rows.resized(max(num_tokens - 1, 0))
         tokens = None
         if with_token_ids and self.is_finishing and self.prompt_ids is not None:
@@ -80,8 +111,8 @@ class Sequence:
             index=register.index,
             model=register.model,
             lora=register.lora,
-            num_experts=hello.num_experts,
-            num_hidden_layers=hello.num_hidden_layers,
+            num_experts=spec.num_experts,
+            num_hidden_layers=spec.num_hidden_layers,
             layers=np.array(rows.layers, np.int32),
             topk_ids=rows.topk_ids,
             topk_weights=rows.topk_weights,
@@ -93,13 +124,15 @@ class Sequence:
             finish_reason=self.finish_reason,
             complete=not timed_out and not bool((rows.source == Source.MISSING).any()),
             created_s=register.created_s,
-            versions=hello.versions,
+            versions=spec.versions,
         )
         return trace, rows.cause
 
 
 class Sequences:
     """Every sequence that is registered and has no trace yet, by internal id.
+
+    No call takes longer with more sequences that run.
 
     Args:
         clock: Monotonic seconds.
@@ -109,8 +142,21 @@ class Sequences:
         self._clock = clock
         self._uids = itertools.count(1)
         self._open: dict[str, Sequence] = {}
-        self._by_id: dict[str, list[Sequence]] = {}
-        self._unclaimed: dict[str, tuple[Rows, float]] = {}
+        self.ids: IdIndex[Sequence] = IdIndex()
+        """Of those of which a trace is kept."""
+        self._unclaimed: dict[str, tuple[Rows, float]] = {}  # the oldest first
+        # (deadline, internal id), the next one first; what moved or ended is passed over.
+        self._deadlines: dict[float, collections.deque[tuple[float, str]]] = {
+            timeout_s: collections.deque()
+            for timeout_s in (WORKER_TIMEOUT_S, REFUSED_TIMEOUT_S, API_TIMEOUT_S)
+        }
+        self.size_bytes = 0
+        """Memory of the sequences, and of rows that no API server asked for yet.
+
+        The rows of what runs are in the arena, which is as large as the engine's KV cache.
+        """
+        self.num_finishing = 0
+        """Sequences whose request was answered and whose rows are yet to come."""
         self.num_unclaimed = 0
         """Ended rows that no API server ever asked for."""
 
@@ -131,42 +177,47 @@ class Sequences:
             next(self._uids), register, prompt_ids, set(register.ids), register.keep
         )
         self._open[register.internal_id] = sequence
+        self.size_bytes += sequence.size_bytes
         if sequence.keep:
-            for request_id in sequence.ids:
-                self._by_id.setdefault(request_id, []).append(sequence)
+            self.ids.add(sequence)
         if register.internal_id in self._unclaimed:
             sequence.rows, _ = self._unclaimed.pop(register.internal_id)
-            sequence.deadline_s = self._clock() + API_TIMEOUT_S
+            self.size_bytes -= id_bytes(register.internal_id)
+            self._wait(sequence, API_TIMEOUT_S)
         return sequence
-
-    def find(self, request_id: str) -> list[Sequence]:
-        """Return the sequences that an id finds and that have no trace yet."""
-        return list(self._by_id.get(request_id, ()))
 
     def add_id(self, sequence: Sequence, request_id: str) -> None:
         """Let one more id find a sequence."""
         if sequence.keep and request_id not in sequence.ids:
             sequence.ids.add(request_id)
-            self._by_id.setdefault(request_id, []).append(sequence)
+            self.size_bytes += id_bytes(request_id)
+            self.ids.add_ids(sequence, [request_id])
 
     def finish(self, internal_id: str, reason: str, output_ids: Tokens) -> Sequence | None:
         """Take in how a sequence ended."""
         sequence = self._open.get(internal_id)
         if sequence is not None:
+            self.num_finishing += not sequence.is_finishing
             sequence.is_finishing = True
+            self.size_bytes -= sequence.size_bytes
             sequence.finish_reason, sequence.output_ids = reason, output_ids
-            sequence.deadline_s = self._clock() + WORKER_TIMEOUT_S
+            self.size_bytes += sequence.size_bytes
+            self._wait(sequence, REFUSED_TIMEOUT_S if sequence.is_refused else WORKER_TIMEOUT_S)
         return sequence
 
     def end(self, internal_id: str, rows: Rows) -> Sequence | None:
         """Take in the rows of a sequence that its worker saw end."""
         sequence = self._open.get(internal_id)
         if sequence is None:
+            self._drop_unclaimed(internal_id)
             self._unclaimed[internal_id] = rows, self._clock() + API_TIMEOUT_S
+            self.size_bytes += id_bytes(internal_id) + rows.size_bytes
             return None
+        self.size_bytes -= sequence.size_bytes
         sequence.rows = rows
+        self.size_bytes += sequence.size_bytes
         if not sequence.is_finishing:
-            sequence.deadline_s = self._clock() + API_TIMEOUT_S
+            self._wait(sequence, API_TIMEOUT_S)
         return sequence
 
     def end_unless_told(self, internal_id: str, nothing: Rows) -> Sequence | None:
@@ -179,21 +230,40 @@ class Sequences:
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence: it has its trace, or nobody wants one."""
         del self._open[sequence.register.internal_id]
+        self.size_bytes -= sequence.size_bytes
+        self.num_finishing -= sequence.is_finishing
         self.discard_ids(sequence)
 
     def discard_ids(self, sequence: Sequence) -> None:
-        """Let nobody find a sequence any more; it runs on and no trace of it is kept."""
-        for request_id in sequence.ids if sequence.keep else ():
-            self._by_id[request_id].remove(sequence)
-            if not self._by_id[request_id]:
-                del self._by_id[request_id]
-        sequence.keep = False
+        """Let no id find a sequence any more; it runs on and no trace of it is kept."""
+        if sequence.keep:
+            self.ids.remove(sequence)
+            sequence.keep = False
 
     def overdue(self) -> list[Sequence]:
-        """Return sequences that somebody will not report on any more; drop unclaimed rows."""
+        """Return sequences that nothing more will be told of; drop unclaimed rows."""
         now = self._clock()
-        for internal_id, (rows, deadline_s) in list(self._unclaimed.items()):
-            if deadline_s <= now:
-                del self._unclaimed[internal_id]
-                self.num_unclaimed += rows.lacking != CAUSES["restart"]  # some say so in vain
-        return [s for s in self if s.deadline_s is not None and s.deadline_s <= now]
+        while self._unclaimed:
+            internal_id, (rows, deadline_s) = next(iter(self._unclaimed.items()))
+            if deadline_s > now:
+                break
+            self._drop_unclaimed(internal_id)
+            self.num_unclaimed += rows.cause_beyond != CAUSES["restart"]  # some say so in vain
+        overdue = []
+        for waiting in self._deadlines.values():
+            while waiting and waiting[0][0] <= now:
+                deadline_s, internal_id = waiting.popleft()
+                sequence = self._open.get(internal_id)
+                if sequence is not None and sequence.deadline_s == deadline_s:
+                    sequence.deadline_s = None  # it may stand here twice: once is enough
+                    overdue.append(sequence)
+        return overdue
+
+    def _drop_unclaimed(self, internal_id: str) -> None:
+        if internal_id in self._unclaimed:
+            rows, _ = self._unclaimed.pop(internal_id)
+            self.size_bytes -= id_bytes(internal_id) + rows.size_bytes
+
+    def _wait(self, sequence: Sequence, timeout_s: float) -> None:
+        sequence.deadline_s = self._clock() + timeout_s
+        self._deadlines[timeout_s].append((sequence.deadline_s, sequence.register.internal_id))

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.trace import RouteTrace, Source
-from moescope_service.collector.reassembly import CAUSES
+from moescope_service.collector.rows import CAUSES
 from moescope_service.messages import Step
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class WorkerCounts:
     """What a worker that counts has counted since its start; see `capture.counting`."""
 
     selections: npt.NDArray[np.int64]
@@ -23,20 +23,20 @@ class Report:
     rows: npt.NDArray[np.int64]
     """``[num_phases]``."""
     steps: int
-    host_s: float
+    hook_s: float
     """Seconds on the worker's thread."""
     lost: dict[str, int]
-    """Rows that are in no count, by reason."""
+    """Rows that are in no count, by cause."""
     time_s: float
     """Unix time, in seconds."""
 
-    def since(self, before: Report) -> Report:
-        """Return what came since an earlier report."""
-        return Report(
+    def since(self, before: WorkerCounts) -> WorkerCounts:
+        """Return what came since earlier counts."""
+        return WorkerCounts(
             selections=self.selections - before.selections,
             rows=self.rows - before.rows,
             steps=self.steps - before.steps,
-            host_s=self.host_s - before.host_s,
+            hook_s=self.hook_s - before.hook_s,
             lost={name: rows - before.lost[name] for name, rows in self.lost.items()},
             time_s=self.time_s,
         )
@@ -52,8 +52,8 @@ class Stats:
         self.rows_captured = 0
         """Rows that arrived."""
         self.rows_lost: collections.Counter[str] = collections.Counter()
-        """Rows that a worker routed and could not ship, by reason."""
-        self.hook_seconds = 0.0
+        """Rows that a worker routed and could not ship, by cause."""
+        self.hook_s = 0.0
         """Seconds that the capture spent on the workers' threads."""
         self.traces: collections.Counter[str] = collections.Counter()
         """Finished traces, ``complete`` or ``incomplete``, kept or evicted since."""
@@ -63,7 +63,11 @@ class Stats:
         """Missing rows of finished traces, by `CAUSES`."""
         self.incomplete: collections.Counter[str] = collections.Counter()
         """Incomplete traces by `CAUSES`; one that lacks rows for two causes counts at both."""
-        self.lag_seconds = 0.0
+        self.errors = 0
+        """Messages, replies and traces that failed here and were left out."""
+        self.registrations_lost = 0
+        """Sequences whose API server gave up what it had to tell of them."""
+        self.lag_s = 0.0
         """Age of the newest step when it arrived."""
 
     def add_step(self, step: Step, *, is_first: bool = True) -> None:
@@ -76,18 +80,18 @@ class Stats:
         """
         rows = int(step.spans[:, 2].sum())
         self.steps += is_first and not step.part
-        self.hook_seconds += step.host_s
-        self.lag_seconds = max(0.0, time.time() - step.time_s)
+        self.hook_s += step.hook_s
+        self.lag_s = max(0.0, time.time() - step.time_s)
         if step.lost is None:
             self.rows_captured += rows * is_first
         else:
             self.rows_lost[step.lost] += rows
 
-    def add_report(self, new: Report, *, is_first: bool = True) -> None:
+    def add_counts(self, new: WorkerCounts, *, is_first: bool = True) -> None:
         """Count what a worker that counts has counted anew; `is_first` as in `add_step`."""
         self.steps += new.steps * is_first
-        self.hook_seconds += new.host_s
-        self.lag_seconds = max(0.0, time.time() - new.time_s)
+        self.hook_s += new.hook_s
+        self.lag_s = max(0.0, time.time() - new.time_s)
         self.rows_captured += int(new.rows.sum()) * is_first
         self.rows_lost.update(new.lost)
 
@@ -100,5 +104,5 @@ class Stats:
             counts = np.bincount(cause, minlength=256)
             found = {name: int(counts[number]) for name, number in CAUSES.items() if counts[number]}
             self.missing.update(found)
-            # Without a missing row it is incomplete because somebody never reported its end.
+            # Without a missing row it is incomplete since its end was never told by all sides.
             self.incomplete.update(dict.fromkeys(found or ("unknown",), 1))

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope_service.collector.counters import ExpertCounters
+from moescope_service.queries import MAX_WINDOW_S
 
 SLICE_S = 10.0
 """Windows begin on marks this far apart: one covers up to that much more than it was asked for."""
-MAX_WINDOW_S = 3600.0
 MAX_BYTES = 64 * 2**20
 """Bound of the marks' memory.
 

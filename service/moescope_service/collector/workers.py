@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from moescope.trace import Source
-from moescope_service.collector.reassembly import CAUSES, Reassembler, Rows
-from moescope_service.messages import Hello, Snapshot
+from moescope_service.collector.reassembly import Reassembler
+from moescope_service.collector.rows import CAUSES, Rows
+from moescope_service.messages import CaptureSpec, WorkerState
+from moescope_service.processes import Process
 
 Peer = bytes
 """ZMQ identity of a worker or an API server."""
@@ -23,16 +25,16 @@ STAGE_TIMEOUT_S = 60.0
 """How long the end of a sequence that one stage has told waits for the other stages."""
 
 
-def merged_hello(hellos: Sequence[Hello]) -> Hello:
+def merged_spec(specs: Sequence[CaptureSpec]) -> CaptureSpec:
     """Return what the stages of an engine capture together.
 
     Args:
-        hellos: One a stage, at least one.
+        specs: One a stage, at least one.
     """
     return dataclasses.replace(
-        hellos[0],
-        layers=sorted(layer for hello in hellos for layer in hello.layers),
-        router_types=sorted({name for hello in hellos for name in hello.router_types}),
+        specs[0],
+        layers=sorted(layer for spec in specs for layer in spec.layers),
+        router_types=sorted({name for spec in specs for name in spec.router_types}),
     )
 
 
@@ -49,7 +51,9 @@ def merged_rows(parts: Sequence[Rows]) -> Rows:
     source, cause = parts[0].source, parts[0].cause
     for part in parts[1:]:
         cause = np.where(source == Source.MISSING, cause, part.cause)
-        source = np.where(part.source == Source.MISSING, part.source, source)
+        is_missing = (source == Source.MISSING) | (part.source == Source.MISSING)
+        source = np.maximum(source, part.source)
+        source[is_missing] = Source.MISSING
     return dataclasses.replace(
         parts[0],
         layers=sorted(layer for part in parts for layer in part.layers),
@@ -58,7 +62,7 @@ def merged_rows(parts: Sequence[Rows]) -> Rows:
         source=source,
         cause=cause,
         cached_len=max(part.cached_len for part in parts),
-        lacking=max(part.lacking for part in parts),
+        cause_beyond=max(part.cause_beyond for part in parts),
     )
 
 
@@ -79,19 +83,19 @@ class Engine:
         self.ended: dict[str, Ended] = {}
 
     @property
-    def hellos(self) -> list[Hello]:
+    def specs(self) -> list[CaptureSpec]:
         """What the stages capture that are here, in their order."""
-        return [worker.hello for _, (_, worker) in sorted(self.stages.items())]
+        return [worker.spec for _, (_, worker) in sorted(self.stages.items())]
 
     @property
     def is_complete(self) -> bool:
         """Whether every stage is here."""
-        return bool(self.stages) and len(self.stages) == self.hellos[0].num_stages
+        return bool(self.stages) and len(self.stages) == self.specs[0].num_stages
 
     @property
     def routing_stages(self) -> list[int]:
         """The stages that have layers with experts."""
-        return sorted(stage for stage, (_, one) in self.stages.items() if one.hello.layers)
+        return sorted(stage for stage, (_, one) in self.stages.items() if one.spec.layers)
 
 
 class Workers:
@@ -99,71 +103,104 @@ class Workers:
 
     Args:
         clock: Monotonic seconds.
+        prefix_bytes: As of `Reassembler`, of all together.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], prefix_bytes: int = 0) -> None:
         self._clock = clock
+        self._prefix_bytes = prefix_bytes
         self._engines: dict[int, Engine] = {}
         self._by_peer: dict[Peer, Reassembler] = {}
+        self._process: dict[Peer, Process] = {}
         self._gaps_of_replaced = 0
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(self._by_peer)
 
     def get(self, peer: Peer) -> Reassembler | None:
-        """Return what follows a worker; None where the peer never said hello."""
+        """Return what follows a worker; None where the peer never introduced itself."""
         return self._by_peer.get(peer)
 
     @property
-    def model(self) -> Hello | None:
-        """What the deployment captures; None until every stage of an engine has said hello."""
+    def spec(self) -> CaptureSpec | None:
+        """What the deployment captures; None until an engine's stages introduced themselves."""
         for engine in self._engines.values():
             if engine.is_complete:
-                return merged_hello(engine.hellos)
+                return merged_spec(engine.specs)
         return None
 
     @property
     def are_complete(self) -> bool:
-        """Whether every stage of every engine has said hello."""
+        """Whether every stage of every engine has introduced itself."""
         engines = list(self._engines.values())
         return (
             bool(engines)
             and all(engine.is_complete for engine in engines)
-            and len(engines) == engines[0].hellos[0].num_engines
+            and len(engines) == engines[0].specs[0].num_engines
         )
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of rows whose blocks have left the KV cache."""
+        return sum(worker.prefixes.size_bytes for worker in self._by_peer.values())
 
     @property
     def num_gaps(self) -> int:
         """Times that a worker's steps were lost altogether, and its running routes with them."""
         return self._gaps_of_replaced + sum(worker.gaps for worker in self._by_peer.values())
 
-    def fits(self, hello: Hello) -> bool:
+    def fits(self, spec: CaptureSpec) -> bool:
         """Whether a worker can be part of the model that the others capture."""
         for engine in self._engines.values():
-            for other in engine.hellos:
-                if (hello.num_experts, hello.top_k) != (other.num_experts, other.top_k):
+            for other in engine.specs:
+                if (spec.num_experts, spec.top_k) != (other.num_experts, other.top_k):
                     return False
-                if hello.stage == other.stage and hello.layers != other.layers:
+                if spec.stage == other.stage and spec.layers != other.layers:
                     return False
-                if hello.stage != other.stage and set(hello.layers) & set(other.layers):
+                if spec.stage != other.stage and set(spec.layers) & set(other.layers):
                     return False
         return True
 
-    def add(self, peer: Peer, hello: Hello, snapshot: Snapshot | None) -> Reassembler:
+    def rival(self, spec: CaptureSpec, process: Process | None) -> Process | None:
+        """Return the running process that has a worker's place; None: no other one has it.
+
+        Args:
+            spec: What the worker captures; its engine and its stage are its place.
+            process: The worker's process. It may come again, on another connection, and another
+                process may take the place of one that has ended.
+        """
+        engine = self._engines.get(spec.engine)
+        if engine is None or spec.stage not in engine.stages:
+            return None
+        peer, _ = engine.stages[spec.stage]
+        other = self._process.get(peer)
+        return other if other is not None and other != process and other.is_alive else None
+
+    def add(
+        self,
+        peer: Peer,
+        spec: CaptureSpec,
+        worker_state: WorkerState | None,
+        process: Process | None = None,
+    ) -> Reassembler:
         """Follow a worker, in the place of the one that it was before, if any."""
-        engine = self._engines.setdefault(hello.engine, Engine())
-        if hello.stage in engine.stages:  # it comes again, on another connection
-            other, before = engine.stages[hello.stage]
+        prefix_bytes = self._prefix_bytes // (spec.num_engines * spec.num_stages)
+        worker = Reassembler(spec, worker_state, prefix_bytes)  # of what makes no sense: nothing
+        engine = self._engines.setdefault(spec.engine, Engine())
+        if spec.stage in engine.stages:  # it comes again, on another connection
+            other, before = engine.stages[spec.stage]
             self._gaps_of_replaced += before.gaps
             del self._by_peer[other]
-        worker = Reassembler(hello, snapshot)
-        engine.stages[hello.stage] = peer, worker
+            self._process.pop(other, None)
+        engine.stages[spec.stage] = peer, worker
         self._by_peer[peer] = worker
+        if process is not None:
+            self._process[peer] = process
         return worker
 
     def is_first(self, worker: Reassembler) -> bool:
         """Whether a worker is the first of its engine that routes: it alone counts the rows."""
-        return worker.hello.stage == self._engines[worker.hello.engine].routing_stages[0]
+        return worker.spec.stage == self._engines[worker.spec.engine].routing_stages[0]
 
     def end(self, worker: Reassembler, internal_id: str, rows: Rows) -> Rows | None:
         """Take in that a stage has seen a sequence end.
@@ -171,8 +208,8 @@ class Workers:
         Returns:
             The sequence's rows, once every stage that routes has told its own.
         """
-        engine, stage = self._engines[worker.hello.engine], worker.hello.stage
-        if worker.hello.num_stages == 1:
+        engine, stage = self._engines[worker.spec.engine], worker.spec.stage
+        if worker.spec.num_stages == 1:
             return rows
         ended = engine.ended.get(internal_id)
         if ended is None:
@@ -191,8 +228,8 @@ class Workers:
             for internal_id in late:
                 told = engine.ended.pop(internal_id).parts
                 parts = [
-                    told.get(hello.stage, Rows.nothing(hello, CAUSES["unknown"]))
-                    for hello in engine.hellos
-                    if hello.layers
+                    told.get(spec.stage, Rows.nothing(spec, CAUSES["unknown"]))
+                    for spec in engine.specs
+                    if spec.layers
                 ]
                 yield internal_id, merged_rows(parts)

@@ -1,0 +1,370 @@
+"""Answers the queries of API servers, now or when what they wait for has happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from moescope.records import LogInfo, SequenceInfo, StoreInfo
+from moescope_service.collector.pages import Pages
+from moescope_service.collector.sequences import Sequence
+from moescope_service.collector.state import CollectorState
+from moescope_service.collector.store import Kept
+from moescope_service.collector.workers import Peer
+from moescope_service.queries import (
+    FINISHING_WAIT_S,
+    CaptureQuery,
+    CaptureReply,
+    CollectorInfo,
+    DeleteQuery,
+    DeleteReply,
+    ExpertsQuery,
+    ExpertsReply,
+    InfoQuery,
+    InfoReply,
+    MetricsQuery,
+    MetricsReply,
+    Query,
+    RecentQuery,
+    RecentReply,
+    Reply,
+    ResetQuery,
+    RoutesQuery,
+    SettleQuery,
+    SettleReply,
+    WaitQuery,
+    WaitReply,
+    pack_reply,
+)
+
+T = TypeVar("T")
+
+OTHER_SERVER_WAIT_S = 0.1
+"""How long a query waits for a request that has not been answered yet, where there are several API
+servers: the news of the answer comes from another one than the query."""
+
+MAX_WAITING = 1024
+"""Queries that may wait at a time, of all API servers."""
+
+MAX_WAITING_IDS = 65_536
+"""Ids that they may wait for, all of them together."""
+
+DELETED_AT_ONCE = 256
+"""Traces that are deleted in one go, within 5 ms; then steps are taken in before the next ones."""
+
+Place = tuple[Peer, int]
+"""Who asked, and the number of the query."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Waiting:
+    place: Place
+    running: set[str] | None
+    """Ids of a `WaitQuery` that still find running sequences; None of a `SettleQuery`."""
+    owner: str | None
+    deadline_s: float
+
+
+class Answers:
+    """Answers queries: at once, when what they wait for has happened, or piece by piece.
+
+    A piece takes a few milliseconds. The first one is done as the query comes, the others by
+    `work`, in turns with those of other queries, and steps are taken in between two of them.
+
+    Args:
+        state: What is asked for.
+    """
+
+    def __init__(self, state: CollectorState) -> None:
+        self._state = state
+        self._waiting: dict[Place, _Waiting] = {}
+        self._by_id: dict[str, dict[Place, None]] = {}  # who waits for an id
+        self._num_waiting_ids = 0
+        self._jobs: dict[Place, Iterator[Reply | None]] = {}  # whose turn is next comes first
+
+    @property
+    def num_waiting(self) -> int:
+        """Queries that wait."""
+        return len(self._waiting)
+
+    def ask(self, peer: Peer, number: int, query: Query[Any]) -> None:
+        """Answer a query now or later."""
+        match query:
+            case WaitQuery():
+                self._wait(peer, number, query)
+            case SettleQuery():
+                if self._state.sequences.num_finishing:
+                    deadline_s = self._state.clock() + query.wait_s
+                    self._add(_Waiting((peer, number), None, None, deadline_s))
+                else:
+                    self._reply(peer, number, SettleReply(unsettled=0))
+            case DeleteQuery():
+                self._go_on((peer, number), self._delete(query))
+            case RoutesQuery():
+                self._go_on((peer, number), Pages(self._state, query).replies())
+            case _:
+                self._reply(peer, number, _ANSWERS[type(query)](self._state, query))
+
+    def cancel(self, peer: Peer, number: int) -> None:
+        """Forget a query that waits, or that is answered piece by piece."""
+        self._remove((peer, number))
+        self._jobs.pop((peer, number), None)
+
+    def retry(self, ids: Iterable[str]) -> None:
+        """Answer the queries that waited for requests whose sequences have all ended."""
+        for request_id in ids:
+            for place in list(self._by_id.get(request_id, ())):
+                waiting = self._waiting[place]
+                if not self._state.find(request_id, waiting.owner)[0]:
+                    self._forget_id(waiting, request_id)
+                    if not waiting.running:
+                        self._end(place)
+        if not self._state.sequences.num_finishing:
+            for place, one in list(self._waiting.items()):
+                if one.running is None:
+                    self._end(place)
+
+    def expire(self) -> None:
+        """Answer the queries that have waited long enough."""
+        now = self._state.clock()
+        for place in [place for place, one in self._waiting.items() if one.deadline_s <= now]:
+            self._end(place)
+
+    def work(self) -> bool:
+        """Go on with what is done piece by piece; return whether there is more of it."""
+        if self._jobs:
+            place = next(iter(self._jobs))
+            self._go_on(place, self._jobs.pop(place))
+        return bool(self._jobs)
+
+    def _go_on(self, place: Place, job: Iterator[Reply | None]) -> None:
+        """Do one piece; where it was not the last one, the others have their turn first."""
+        reply = next(job)
+        if reply is None:
+            self._jobs[place] = job
+        else:
+            self._reply(*place, reply)
+
+    def _delete(self, query: DeleteQuery) -> Iterator[Reply | None]:
+        """Delete what an id finds now; None between two pieces, the reply after the last one."""
+        state, deleted = self._state, 0
+        found, kept = state.find(query.request_id, query.owner)
+        others = sum(map(len, state.find(query.request_id))) - len(found) - len(kept)
+        running, uids = list(found.values()), [*kept, *found]
+        for some in _pieces(running):
+            ids = [one for sequence in some for one in sequence.ids]
+            deleted += state.forget(some)
+            self.retry(ids)
+            yield None
+        # Of those that ended between two pieces there are traces now.
+        for these in _pieces(uids):
+            deleted += sum(map(state.store.remove, these))
+            yield None
+        yield DeleteReply(deleted=deleted, others=max(0, others))
+
+    def _wait(self, peer: Peer, number: int, query: WaitQuery) -> None:
+        waits = {one: self._wait_s(one, query) for one in query.request_ids}
+        running = {request_id for request_id, wait_s in waits.items() if wait_s > 0}
+        num_ids = self._num_waiting_ids + len(running)
+        is_full = len(self._waiting) >= MAX_WAITING or num_ids > MAX_WAITING_IDS
+        if not running or is_full:
+            self._reply(peer, number, WaitReply(is_refused=bool(running)))
+            return
+        deadline_s = self._state.clock() + max(waits.values())
+        self._add(_Waiting((peer, number), running, query.owner, deadline_s))
+
+    def _wait_s(self, request_id: str, query: WaitQuery) -> float:
+        running, _ = self._state.find(request_id, query.owner)
+        if not running:
+            return 0.0
+        if query.wait_s is not None:
+            return query.wait_s
+        if all(sequence.is_finishing for sequence in running.values()):
+            return FINISHING_WAIT_S
+        return OTHER_SERVER_WAIT_S if len(self._state.servers) > 1 else 0.0
+
+    def _add(self, waiting: _Waiting) -> None:
+        self._remove(waiting.place)  # a number that is used twice is no query of ours
+        self._waiting[waiting.place] = waiting
+        for request_id in waiting.running or ():
+            self._by_id.setdefault(request_id, {})[waiting.place] = None
+            self._num_waiting_ids += 1
+
+    def _remove(self, place: Place) -> _Waiting | None:
+        waiting = self._waiting.pop(place, None)
+        if waiting is not None:
+            for request_id in list(waiting.running or ()):
+                self._forget_id(waiting, request_id)
+        return waiting
+
+    def _forget_id(self, waiting: _Waiting, request_id: str) -> None:
+        if waiting.running is not None:
+            waiting.running.discard(request_id)
+        self._num_waiting_ids -= 1
+        places = self._by_id[request_id]
+        del places[waiting.place]
+        if not places:
+            del self._by_id[request_id]
+
+    def _end(self, place: Place) -> None:
+        waiting = self._remove(place)
+        if waiting is not None:
+            unsettled = self._state.sequences.num_finishing
+            is_wait = waiting.running is not None
+            self._reply(*place, WaitReply() if is_wait else SettleReply(unsettled=unsettled))
+
+    def _reply(self, peer: Peer, number: int, reply: Reply) -> None:
+        self._state.outbox.append((peer, pack_reply(number, reply)))
+
+
+def _pieces(items: list[T]) -> Iterator[list[T]]:
+    for first in range(0, len(items), DELETED_AT_ONCE):
+        yield items[first : first + DELETED_AT_ONCE]
+
+
+def _recent(state: CollectorState, query: RecentQuery) -> RecentReply:
+    newest: Iterator[Sequence | Kept] = heapq.merge(
+        state.sequences.ids.newest(query.before, query.owner),
+        state.store.ids.newest(query.before, query.owner),
+        key=lambda one: one.uid,
+        reverse=True,
+    )
+    page = list(itertools.islice(newest, query.limit))
+    has_more = next(newest, None) is not None
+    return RecentReply(
+        sequences=[_summary(one) for one in page],
+        next_before=page[-1].uid if has_more and page else None,
+    )
+
+
+def _experts(state: CollectorState, query: ExpertsQuery) -> ExpertsReply:
+    counters, windows = state.counters, state.windows
+    if counters is None or windows is None:
+        return ExpertsReply()
+    covered_s = None
+    if query.window_s is None:
+        counts, rows = counters.since_reset()
+        since_s = counters.since_s
+    else:
+        counts, rows, covered_s = windows.last(query.window_s)
+        since_s = time.time() - covered_s
+    return ExpertsReply(
+        spec=state.spec,
+        since_s=since_s,
+        window_s=covered_s,
+        rows=rows.tolist(),
+        kept_s=windows.kept_s,
+        arrays=[counts],
+    )
+
+
+def _reset(state: CollectorState, query: ResetQuery) -> ExpertsReply:
+    if state.counters is not None and state.windows is not None:
+        state.counters.reset()
+        state.windows.begin()
+    return _experts(state, ExpertsQuery())
+
+
+def _capture(state: CollectorState, query: CaptureQuery) -> CaptureReply:
+    state.set_capturing(query.on)
+    return CaptureReply(capture="on" if query.on else "paused")
+
+
+def _info(state: CollectorState, query: InfoQuery) -> InfoReply:
+    return InfoReply(info=_collector_info(state))
+
+
+def _collector_info(state: CollectorState) -> CollectorInfo:
+    return CollectorInfo(
+        spec=state.spec,
+        workers_complete=state.workers.are_complete,
+        refusal=state.refusal,
+        capture="on" if state.is_capturing else "paused",
+        started_s=state.stats.started_s,
+        epoch=state.epoch,
+        log=LogInfo(state="off", dropped=0) if state.log is None else state.log.info,
+        store=StoreInfo(
+            limit_bytes=state.store.limit_bytes,
+            bytes=state.store.size_bytes,
+            traces=len(state.store),
+            evicted=state.store.num_evicted,
+        ),
+    )
+
+
+def _metrics(state: CollectorState, query: MetricsQuery) -> MetricsReply:
+    stats = state.stats
+    reply = MetricsReply(
+        info=_collector_info(state),
+        steps=stats.steps,
+        rows_captured=stats.rows_captured,
+        rows_lost=stats.rows_lost,
+        hook_s=stats.hook_s,
+        traces=stats.traces,
+        trace_rows=stats.trace_rows,
+        missing=stats.missing,
+        incomplete=stats.incomplete,
+        lag_s=stats.lag_s,
+        running=len(state.sequences),
+        running_bytes=state.sequences.size_bytes,
+        prefix_bytes=state.workers.size_bytes,
+        registrations_lost=stats.registrations_lost,
+        errors=stats.errors,
+        gaps=state.workers.num_gaps,
+        unclaimed=state.sequences.num_unclaimed,
+    )
+    if state.counters is None or state.windows is None:
+        return reply
+    window, window_rows, _ = state.windows.last(state.settings.metrics_window_s)
+    return dataclasses.replace(
+        reply,
+        rows=state.counters.rows.tolist(),
+        window_rows=window_rows.tolist(),
+        arrays=[state.counters.totals, window],
+    )
+
+
+_ANSWERS: dict[type[Query[Any]], Callable[[CollectorState, Any], Reply]] = {
+    RecentQuery: _recent,
+    ExpertsQuery: _experts,
+    ResetQuery: _reset,
+    CaptureQuery: _capture,
+    InfoQuery: _info,
+    MetricsQuery: _metrics,
+}
+
+
+def _summary(one: Sequence | Kept) -> SequenceInfo:
+    if isinstance(one, Sequence):
+        register = one.register
+        return SequenceInfo(
+            request_id=register.request_id,
+            ids=tuple(sorted(one.ids)),
+            index=register.index,
+            status="running",
+            prompt_len=register.prompt_len,
+            num_tokens=None,
+            finish_reason=one.finish_reason,
+            complete=None,
+            coverage=None,
+            created_s=register.created_s,
+            size_bytes=None,
+        )
+    trace = one.trace
+    return SequenceInfo(
+        request_id=trace.request_id,
+        ids=tuple(sorted(one.ids)),
+        index=trace.index,
+        status="finished",
+        prompt_len=trace.prompt_len,
+        num_tokens=trace.num_tokens,
+        finish_reason=trace.finish_reason,
+        complete=trace.complete,
+        coverage=one.coverage,
+        created_s=trace.created_s,
+        size_bytes=one.size_bytes,
+    )

@@ -1,0 +1,64 @@
+"""Rows of blocks that left the KV cache: a KV connector may bring the blocks back."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+RowsOfBlock = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+"""Expert ids and weights, ``[block_size, num_layers, top_k]``."""
+
+
+class PrefixStore:
+    """The rows of full blocks by the key of their prefix; the least recently used make room.
+
+    Memory is committed by the operating system as it is first used.
+
+    Args:
+        limit_bytes: Of the rows.
+        shape: ``(block_size, num_layers, top_k)``.
+        id_dtype: Of the expert ids.
+        weights_dtype: Of the weights.
+    """
+
+    def __init__(
+        self,
+        limit_bytes: int,
+        shape: tuple[int, int, int],
+        id_dtype: npt.DTypeLike,
+        weights_dtype: npt.DTypeLike,
+    ) -> None:
+        row_bytes = np.dtype(id_dtype).itemsize + np.dtype(weights_dtype).itemsize
+        self._block_bytes = max(1, int(np.prod(shape)) * row_bytes)
+        self._num_places = limit_bytes // self._block_bytes
+        self._topk_ids = np.zeros((self._num_places, *shape), id_dtype)
+        self._topk_weights = np.zeros((self._num_places, *shape), weights_dtype)
+        self._places: collections.OrderedDict[str, int] = collections.OrderedDict()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the rows that are kept."""
+        return len(self._places) * self._block_bytes
+
+    def put(self, key: str, rows: RowsOfBlock) -> None:
+        """Keep a block's rows."""
+        if not self._num_places:
+            return
+        place = self._places.pop(key, None)
+        if place is None:
+            place = len(self._places)
+            if place == self._num_places:
+                _, place = self._places.popitem(last=False)
+        self._places[key] = place
+        self._topk_ids[place], self._topk_weights[place] = rows
+
+    def get(self, key: str) -> RowsOfBlock | None:
+        """Return a block's rows, as views; None where they are not kept."""
+        if key not in self._places:
+            return None
+        self._places.move_to_end(key)
+        place = self._places[key]
+        return self._topk_ids[place], self._topk_weights[place]
