@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from moescope import batch, formats
-from moescope_service.api.collector_client import CollectorClient, Reply
-from moescope_service.api.responses import MEDIA_TYPES, MoescopeRoute, encoded
-from moescope_service.api.routes import (
+from moescope import batch
+from moescope_service.api.auth import ReaderDep
+from moescope_service.api.bodies import PAGE_BYTES, making_bytes
+from moescope_service.api.dependencies import (
     LAYERS,
+    LIMIT,
+    MAX_ROWS,
     MAX_WAIT_S,
+    START,
     WAIT_S,
     WEIGHTS,
-    Keeper,
-    ask_routes,
+    ResponsesDep,
+    StoreDep,
     layers_of,
     select,
+    wait_for_ends,
 )
+from moescope_service.api.endpoint import MoescopeRoute
+from moescope_service.api.responses import MEDIA_TYPES, compressed, wants_gzip
+from moescope_service.api.sharing import MadeBody
+from moescope_service.ids import short_id
+from moescope_service.queries import RoutesQuery, RoutesReply, WaitQuery, Wanted
+
+Row = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 
 MAX_REQUESTS = 1024
-_AT_ONCE = 32
-"""Questions that are open at a time: what others ask meanwhile waits for these at most.
-
-An answer takes the collector 0.2 to 1.2 ms a sequence, for 6 kB to 2.3 MB on one core, and a scrape
-of the metrics waits 250 ms.
-"""
-
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
 
@@ -52,6 +54,11 @@ class BatchRequest(BaseModel):
         Literal["json", "npz"],
         Field(description="``npz``: as for one request, with one more member ``requests``."),
     ] = "json"
+    start: Annotated[
+        Row | dict[str, Row],
+        Field(description=f"{START} Of all requests, or by id; 0 of those that are not named."),
+    ] = 0
+    limit: Annotated[int | None, Field(ge=1, le=MAX_ROWS, description=LIMIT)] = None
     layers: Annotated[str | None, Field(description=LAYERS)] = None
     weights: Annotated[bool, Field(description=WEIGHTS)] = True
     wait_s: Annotated[
@@ -66,46 +73,67 @@ class BatchRequest(BaseModel):
     response_class=Response,
     responses={
         200: {
-            "description": "The status of every request, ``finished``, ``running``, ``evicted`` "
-            "or ``unknown``, and the traces of those that finished.",
+            "description": "The status of every request, ``finished``, ``running``, ``evicted``, "
+            "``lost`` or ``unknown``, and the traces of those that finished.",
             "content": {MEDIA_TYPES[form]: {} for form in ("json", "npz")},
         },
         422: {"description": "The body is malformed; the message says what is allowed."},
         503: {"description": "The collector process does not answer."},
     },
 )
-async def routes_batch(request: Request, wanted: BatchRequest, collector: Keeper) -> Response:
-    """Return the traces of up to 1,024 requests, each with its status, in the order asked."""
+async def routes_batch(
+    request: Request,
+    wanted: BatchRequest,
+    collector: StoreDep,
+    responses: ResponsesDep,
+    owner: ReaderDep,
+) -> Response:
+    """Return the traces of up to 1,024 requests, each with its status, in the order asked.
+
+    What does not fit into one response has a ``next_start``, to be asked for with ``start``. An id
+    that finds the same traces as one before it names that one: ``same_as``.
+    """
     layers = layers_of(wanted.layers)
-    replies = await _ask_all(collector, list(dict.fromkeys(wanted.request_ids)), wanted.wait_s)
+    ids = list(dict.fromkeys(wanted.request_ids))
+    starts = wanted.start if isinstance(wanted.start, dict) else dict.fromkeys(ids, wanted.start)
+    wait = WaitQuery(request_ids=[*map(short_id, ids)], wait_s=wanted.wait_s, owner=owner)
+    await wait_for_ends(request, collector, wait)
+    query = RoutesQuery(
+        wanted=[Wanted(request_id=short_id(one), start=starts.get(one, 0)) for one in ids],
+        limit=wanted.limit,
+        max_bytes=PAGE_BYTES[wanted.format],
+        owner=owner,
+    )
+    gzip = wants_gzip(request)
 
-    def make() -> bytes:
-        made = batch.RoutesBatch(
-            status={request_id: reply.values["status"] for request_id, reply in replies.items()},
-            traces={
-                request_id: select(formats.load_npz(reply.arrays[0]), layers, wanted.weights)
-                for request_id, reply in replies.items()
-                if reply.values["status"] == "finished"
-            },
-            truncated=frozenset(
-                request_id for request_id, reply in replies.items() if reply.values.get("truncated")
-            ),
-        )
-        return batch.dump_json(made) if wanted.format == "json" else batch.dump_npz(made)
+    def make(reply: RoutesReply) -> MadeBody:
+        made = _batch(ids, reply, layers, wanted.weights)
+        content = batch.dump_json(made) if wanted.format == "json" else batch.dump_npz(made)
+        return compressed(content, wanted.format, gzip=gzip)
 
-    return await encoded(request, wanted.format, make)
+    return await responses.respond(
+        request,
+        (wanted.model_dump_json(), owner, gzip),
+        max_bytes=making_bytes(wanted.format),
+        ask=lambda: collector.ask(query),
+        make=make,
+    )
 
 
-async def _ask_all(
-    collector: CollectorClient, request_ids: list[str], wait_s: float | None
-) -> dict[str, Reply]:
-    turns = asyncio.Semaphore(_AT_ONCE)
-    end_s = time.monotonic() + (wait_s or 0.0)
-
-    async def ask(request_id: str) -> Reply:
-        async with turns:
-            left_s = None if wait_s is None else max(0.0, end_s - time.monotonic())
-            return await ask_routes(collector, request_id, left_s)
-
-    replies = await asyncio.gather(*map(ask, request_ids))
-    return dict(zip(request_ids, replies, strict=True))
+def _batch(
+    ids: list[str], reply: RoutesReply, layers: tuple[int, ...] | None, weights: bool
+) -> batch.RoutesBatch:
+    traces = select(reply.traces(), layers, weights)
+    found = dict(zip(ids, reply.found, strict=True))
+    return batch.RoutesBatch(
+        status={one: what.status for one, what in found.items()},
+        traces={
+            one: [traces[number] for number in what.traces]
+            for one, what in found.items()
+            if what.status == "finished"
+        },
+        truncated=frozenset(one for one, what in found.items() if what.lacks_older),
+        next_start={
+            one: what.next_start for one, what in found.items() if what.next_start is not None
+        },
+    )

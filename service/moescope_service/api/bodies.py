@@ -2,85 +2,124 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+import itertools
+import time
+from typing import Any, Literal, NamedTuple
 
 from fastapi import HTTPException
 
 from moescope import formats
 from moescope.errors import FormatError
 from moescope.trace import RouteTrace
+from moescope_service.messages import CaptureSpec
+from moescope_service.queries import MAX_REPLY_BYTES
 
 Format = Literal["json", "jsonl", "npz", "npy", "arrow", "parquet"]
 
 
-def make_body(
-    form: Format,
-    request_id: str,
-    traces: list[RouteTrace],
-    hello: dict[str, Any],
-    *,
-    truncated: bool,
-) -> bytes:
-    """Write the traces of a request.
-
-    Args:
-        form: The format.
-        request_id: The id that was asked for.
-        traces: At least one.
-        hello: What the worker captures; ``jsonl`` alone needs it.
-        truncated: Whether older requests of that id are left out.
-
-    Raises:
-        HTTPException: The format cannot hold these traces, or needs pyarrow.
-    """
-    match form:
-        case "json":
-            return formats.dump_json(request_id, traces, truncated=truncated)
-        case "jsonl":
-            return _jsonl(traces, hello, truncated=truncated)
-        case "npz":
-            return formats.dump_npz(traces, truncated=truncated)
-        case "npy":
-            return _npy(traces, request_id, truncated=truncated)
-        case "arrow" | "parquet":
-            return _columnar(traces, form, truncated=truncated)
+PAGE_BYTES: dict[Format, int] = {
+    "json": 4 * 2**20,
+    "jsonl": 2 * 2**20,
+    "npz": MAX_REPLY_BYTES,
+    "npy": MAX_REPLY_BYTES,
+    "arrow": MAX_REPLY_BYTES,
+    "parquet": MAX_REPLY_BYTES,
+}
+"""Bytes of rows in a response at most, as the collector has them: a page of JSON is about 16 MB,
+one of JSON Lines 24 MB."""
+_MAKING_BYTES: dict[Format, int] = {"json": 14, "jsonl": 28, "npy": 6, "arrow": 5, "parquet": 5}
+"""Text is up to six times as long as what the collector has, JSON Lines twelve times, int32 four
+times; while it is put together, it is there twice."""
+_LINES_AT_ONCE = 64
 
 
-def _npy(traces: list[RouteTrace], request_id: str, *, truncated: bool) -> bytes:
-    if len(traces) > 1 or truncated:
-        indices = [trace.index for trace in traces]
-        raise HTTPException(
-            422,
-            f"index: npy holds one sequence and {request_id!r} has {indices}"
-            f"{' and older ones' if truncated else ''}; name one with index, and use the id of a "
-            "response where an index repeats",
+def making_bytes(form: Format) -> int:
+    """Return what making a page takes at most, in bytes."""
+    return PAGE_BYTES[form] * _MAKING_BYTES.get(form, 3)
+
+
+class NpyOptions(NamedTuple):
+    """As of `moescope.formats.dump_npy`."""
+
+    dtype: Literal["int16", "int32"] | None = None
+    fill: Literal[-1] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Rows of the traces of one request, as a response has them."""
+
+    request_id: str
+    """The id that was asked for."""
+    traces: list[RouteTrace]
+    """At least one."""
+    spec: CaptureSpec
+    """What the worker captures; ``jsonl`` alone needs it."""
+    truncated: bool
+    """Whether older requests of that id are left out."""
+    next_start: int | None
+    """The first row that is left out; None where none is."""
+    npy: NpyOptions
+
+    @property
+    def _marks(self) -> dict[str, Any]:
+        return {"truncated": self.truncated, "next_start": self.next_start}
+
+    def write(self, form: Format) -> bytes:
+        """Return the page in a format.
+
+        Raises:
+            HTTPException: The format cannot hold these traces, or needs pyarrow.
+        """
+        match form:
+            case "json":
+                return formats.dump_json(self.request_id, self.traces, **self._marks)
+            case "jsonl":
+                return self._jsonl()
+            case "npz":
+                return formats.dump_npz(self.traces, **self._marks)
+            case "npy":
+                return self._npy()
+            case "arrow" | "parquet":
+                return self._columnar(form)
+
+    def _npy(self) -> bytes:
+        if len(self.traces) > 1 or (self.truncated and self.next_start is None):
+            indices = [trace.index for trace in self.traces]
+            raise HTTPException(
+                422,
+                f"index: npy holds one sequence and {self.request_id!r} has {indices}"
+                f"{' and older ones' if self.truncated else ''}; name one with index, and use the "
+                "id of a response where an index repeats",
+            )
+        try:
+            return formats.dump_npy(self.traces[0], **self.npy._asdict())
+        except FormatError as error:
+            raise HTTPException(409, str(error)) from None
+
+    def _columnar(self, form: Literal["arrow", "parquet"]) -> bytes:
+        try:
+            from moescope import arrow
+        except ImportError as error:
+            raise HTTPException(501, str(error)) from None
+        dump = arrow.dump_arrow if form == "arrow" else arrow.dump_parquet
+        return dump(self.traces, **self._marks)
+
+    def _jsonl(self) -> bytes:
+        meta = formats.meta_line(
+            model=self.spec.model,
+            versions=self.spec.versions,
+            device=self.spec.device,
+            seed=self.spec.seed,
+            layers=self.traces[0].layers.tolist(),
+            top_k=self.spec.top_k,
+            num_experts=self.spec.num_experts,
+            **self._marks,
         )
-    try:
-        return formats.dump_npy(traces[0])
-    except FormatError as error:
-        raise HTTPException(409, str(error)) from None
-
-
-def _columnar(
-    traces: list[RouteTrace], form: Literal["arrow", "parquet"], *, truncated: bool
-) -> bytes:
-    try:
-        from moescope import arrow
-    except ImportError as error:
-        raise HTTPException(501, str(error)) from None
-    dump = arrow.dump_arrow if form == "arrow" else arrow.dump_parquet
-    return dump(traces, truncated=truncated)
-
-
-def _jsonl(traces: list[RouteTrace], hello: dict[str, Any], *, truncated: bool) -> bytes:
-    meta = formats.meta_line(
-        model=hello["model"],
-        versions=hello["versions"],
-        device=hello["device"],
-        seed=hello["seed"],
-        layers=traces[0].layers.tolist(),
-        top_k=hello["top_k"],
-        num_experts=hello["num_experts"],
-        truncated=truncated,
-    )
-    return b"".join([meta, *(line for trace in traces for line in formats.route_lines(trace))])
+        lines = (line for trace in self.traces for line in formats.route_lines(trace))
+        pieces = [meta]
+        while some := b"".join(itertools.islice(lines, _LINES_AT_ONCE)):
+            pieces.append(some)
+            time.sleep(0)  # lets waiting threads run now, not after the switch interval of 5 ms
+        return b"".join(pieces)

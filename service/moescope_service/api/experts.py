@@ -10,12 +10,12 @@ import orjson
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from moescope import analysis
-from moescope_service.api.collector_client import Reply
-from moescope_service.api.responses import MoescopeRoute, encoded
-from moescope_service.api.routes import Collector, hello_of
-from moescope_service.collector.windows import MAX_WINDOW_S
+from moescope_service.api.dependencies import CollectorDep, SettingsDep, told
+from moescope_service.api.endpoint import MoescopeRoute
+from moescope_service.api.responses import encoded
 from moescope_service.histogram import PHASES
-from moescope_service.settings import Settings
+from moescope_service.messages import CaptureSpec
+from moescope_service.queries import MAX_WINDOW_S, ExpertsQuery, ExpertsReply, InfoQuery
 
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
@@ -28,7 +28,7 @@ router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 )
 async def experts(
     request: Request,
-    collector: Collector,
+    collector: CollectorDep,
     phase: Annotated[
         Literal["all", "prefill", "decode"],
         Query(description="Tokens of prompts (prefill), generated ones (decode), or both."),
@@ -51,38 +51,40 @@ async def experts(
     Every routing computed counts, kept or not: without preemption or speculation, rows with source
     ``computed`` x top-k.
     """
-    reply = await collector.ask("experts", window_s=window_s)
-    hello = hello_of(reply)
-    if window_s is not None and window_s > (kept_s := reply.values["kept_s"]):
+    reply = await collector.ask(ExpertsQuery(window_s=window_s))
+    spec = told(reply.spec)
+    if window_s is not None and window_s > reply.kept_s:
         raise HTTPException(
             422,
-            f"window_s: counts of this model are kept for {kept_s:g} s, got {window_s:g}: "
-            "ask for no more than that",
+            f"invalid window_s {window_s:g}: expected at most {reply.kept_s:g}, for which counts "
+            "of this model are kept",
         )
-    return await encoded(request, form, lambda: _experts_body(reply, hello, phase, form))
+    return await encoded(request, form, lambda: _experts_body(reply, spec, phase, form))
 
 
-def _experts_body(reply: Reply, hello: dict[str, Any], phase: str, form: str) -> bytes:
-    shape = (len(PHASES), len(hello["layers"]), hello["num_experts"])
+def _experts_body(reply: ExpertsReply, spec: CaptureSpec, phase: str, form: str) -> bytes:
+    shape = (len(PHASES), len(spec.layers), spec.num_experts)
     counts = np.frombuffer(reply.arrays[0], np.int64).reshape(shape)
     chosen = list(range(len(PHASES))) if phase == "all" else [PHASES.index(phase)]
     counts = counts[chosen].sum(axis=0)
     values = {
-        "model": hello["model"],
+        "model": spec.model,
         "phase": phase,
-        "since_s": reply.values["since_s"],
-        "window_s": reply.values["window_s"],
-        "num_rows": sum(reply.values["rows"][number] for number in chosen),
-        "num_experts": hello["num_experts"],
+        "since_s": reply.since_s,
+        "window_s": reply.window_s,
+        "num_rows": sum(reply.rows[number] for number in chosen),
+        "num_experts": spec.num_experts,
     }
     if form == "npz":
         buffer = io.BytesIO()
         meta = np.frombuffer(orjson.dumps(values), np.uint8)
-        np.savez(buffer, counts=counts, layers=np.array(hello["layers"], np.int32), meta=meta)
+        np.savez(buffer, counts=counts, layers=np.array(spec.layers, np.int32), meta=meta)
         return buffer.getvalue()
     values |= {
-        "layers": hello["layers"],
+        "layers": spec.layers,
         "counts": counts,
+        "entropy_bits": analysis.entropy_bits(counts),
+        "max_entropy_bits": analysis.max_entropy_bits(spec.num_experts),
         "entropy": analysis.entropy(counts),
         "normalized_entropy": analysis.normalized_entropy(counts),
         "max_violation": analysis.max_violation(counts),
@@ -93,19 +95,20 @@ def _experts_body(reply: Reply, hello: dict[str, Any], phase: str, form: str) ->
 
 
 @router.get("/moescope/info", summary="What is captured")
-async def info(collector: Collector) -> dict[str, Any]:
+async def info(collector: CollectorDep, settings: SettingsDep) -> dict[str, Any]:
     """Return the model, its layers, experts and routers, versions, limits and state."""
-    reply = await collector.ask("info")
-    hello, values, settings = hello_of(reply), reply.values, Settings.from_env()
+    known = (await collector.ask(InfoQuery())).info
+    spec = told(known.spec)
     shown = ("model", "layers", "num_hidden_layers", "num_experts", "top_k", "router_types",
              "id_dtype", "weights_dtype", "device", "seed", "versions")  # fmt: skip
     return {
-        **{name: hello[name] for name in shown},
+        **{name: getattr(spec, name) for name in shown},
         "mode": settings.mode,
-        "capture": values["capture"],
-        "routes_default": settings.default,
-        "routes_sample": settings.sample,
-        "token_ids": settings.token_ids == "on",
-        "store": values["store"],
-        "started_s": values["started_s"],
+        "capture": known.capture,
+        "routes_default": "on" if settings.keeps_by_default else "off",
+        "routes_sample": settings.sampled_share,
+        "token_ids": settings.keeps_token_ids,
+        "store": known.store,
+        "log": known.log,
+        "started_s": known.started_s,
     }

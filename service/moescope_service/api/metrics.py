@@ -21,13 +21,14 @@ from starlette.concurrency import run_in_threadpool
 
 from moescope import analysis
 from moescope.trace import Source
-from moescope_service.api.collector_client import CollectorClient, Reply
-from moescope_service.collector.reassembly import CAUSES
+from moescope_service.api.dependencies import SettingsDep
+from moescope_service.causes import LOST_CAUSES, MISSING_CAUSES
 from moescope_service.errors import CollectorGoneError
+from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.histogram import PHASES
-from moescope_service.messages import LOST_REASONS
+from moescope_service.messages import CaptureSpec
 from moescope_service.metric_names import METRICS
-from moescope_service.settings import Settings
+from moescope_service.queries import CollectorInfo, MetricsQuery, MetricsReply
 
 Samples = dict[tuple[str, ...], float]
 """Values by label values, ``model_name`` left out."""
@@ -41,88 +42,98 @@ MAX_EXPERT_SERIES = 2000
 router = APIRouter(tags=["moescope"])
 
 
-class Snapshot(PrometheusCollector):
-    """One answer of the collector process as Prometheus metrics.
+class MoescopeMetrics(PrometheusCollector):
+    """One reply of the collector process as Prometheus metrics.
 
     Args:
-        reply: The answer to ``metrics``; None where none came in time.
+        reply: The reply; None where none came in time.
         expert_metrics: Whether every expert is shown: ``auto``, ``on`` or ``off``.
+        is_up: Whether the collector answered others meanwhile.
     """
 
-    def __init__(self, reply: Reply | None, expert_metrics: str = "auto") -> None:
-        self._values: dict[str, Any] = {} if reply is None else reply.values
-        self._arrays = () if reply is None else reply.arrays
+    def __init__(
+        self, reply: MetricsReply | None, expert_metrics: str = "auto", *, is_up: bool = False
+    ) -> None:
+        self._reply = reply
+        self._is_up = is_up or reply is not None
         self._expert_metrics = expert_metrics
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the metrics; none but ``moescope_collector_up`` without an answer."""
-        yield _family("moescope_collector_up", {(): float(bool(self._values))})
-        hello = self._values.get("hello")
-        if hello is None:
+        """Yield the metrics; none but ``moescope_collector_up`` without a reply."""
+        reply = self._reply
+        yield _family("moescope_collector_up", {(): float(self._is_up)})
+        if reply is None or reply.info.spec is None:
             return
-        for name, samples in (self._counters() | self._gauges()).items():
-            yield _family(name, samples, hello["model"])
-        shape = (len(PHASES), len(hello["layers"]), hello["num_experts"])
-        totals, window = (np.frombuffer(array, np.int64).reshape(shape) for array in self._arrays)
-        yield from _balance(hello, window)
-        is_small = len(hello["layers"]) * hello["num_experts"] <= MAX_EXPERT_SERIES
+        spec = reply.info.spec
+        for name, samples in (_counters(reply) | _gauges(reply, spec)).items():
+            yield _family(name, samples, spec.model)
+        shape = (len(PHASES), len(spec.layers), spec.num_experts)
+        totals, window = (np.frombuffer(array, np.int64).reshape(shape) for array in reply.arrays)
+        yield from _balance(spec, window)
+        is_small = len(spec.layers) * spec.num_experts <= MAX_EXPERT_SERIES
         if self._expert_metrics == "on" or (self._expert_metrics == "auto" and is_small):
-            yield _experts(hello, totals)
+            yield _experts(spec, totals)
 
-    def _counters(self) -> dict[str, Samples]:
-        values = self._values
 
-        def by(name: str, keys: Iterable[str]) -> Samples:
-            return {(key,): values[name].get(key, 0) for key in keys}
+def _counters(reply: MetricsReply) -> dict[str, Samples]:
+    def by(values: dict[str, int], keys: Iterable[str]) -> Samples:
+        return {(key,): values.get(key, 0) for key in keys}
 
-        return {
-            "moescope_rows": _by_phase(values["rows"]),
-            "moescope_rows_captured": {(): values["rows_captured"]},
-            "moescope_rows_lost": by("rows_lost", LOST_REASONS),
-            "moescope_step_gaps": {(): values["gaps"]},
-            "moescope_sequences_unclaimed": {(): values["unclaimed"]},
-            "moescope_steps": {(): values["steps"]},
-            "moescope_hook_seconds": {(): values["hook_seconds"]},
-            "moescope_collector_restarts": {(): values["epoch"]},
-            "moescope_traces": by("traces", ("complete", "incomplete")),
-            "moescope_trace_rows": by("trace_rows", [source.name.lower() for source in Source]),
-            "moescope_trace_rows_missing": by("missing", CAUSES),
-            "moescope_traces_incomplete": by("incomplete", CAUSES),
-            "moescope_traces_evicted": {(): values["store"]["evicted"]},
-        }
+    return {
+        "moescope_rows": _by_phase(reply.rows),
+        "moescope_rows_captured": {(): reply.rows_captured},
+        "moescope_rows_lost": by(reply.rows_lost, LOST_CAUSES),
+        "moescope_step_gaps": {(): reply.gaps},
+        "moescope_sequences_unclaimed": {(): reply.unclaimed},
+        "moescope_registrations_lost": {(): reply.registrations_lost},
+        "moescope_steps": {(): reply.steps},
+        "moescope_hook_seconds": {(): reply.hook_s},
+        "moescope_collector_restarts": {(): reply.info.epoch},
+        "moescope_collector_errors": {(): reply.errors},
+        "moescope_traces": by(reply.traces, ("complete", "incomplete")),
+        "moescope_trace_rows": by(reply.trace_rows, [source.name.lower() for source in Source]),
+        "moescope_trace_rows_missing": by(reply.missing, MISSING_CAUSES),
+        "moescope_traces_incomplete": by(reply.incomplete, MISSING_CAUSES),
+        "moescope_traces_evicted": {(): reply.info.store.evicted},
+        "moescope_log_traces_dropped": {(): reply.info.log.dropped},
+    }
 
-    def _gauges(self) -> dict[str, Samples]:
-        values = self._values
-        return {
-            "moescope_collector_lag_seconds": {(): values["lag_seconds"]},
-            "moescope_traces_kept": {(): values["store"]["traces"]},
-            "moescope_sequences_running": {(): values["running"]},
-            "moescope_store_bytes": {(): values["store"]["bytes"]},
-            "moescope_store_limit_bytes": {(): values["store"]["limit_bytes"]},
-            "moescope_capture_on": {(): float(values["capture"] == "on")},
-            "moescope_experts": {(): values["hello"]["num_experts"]},
-            "moescope_layers": {(): len(values["hello"]["layers"])},
-            "moescope_window_rows": _by_phase(values["window_rows"]),
-        }
+
+def _gauges(reply: MetricsReply, spec: CaptureSpec) -> dict[str, Samples]:
+    info: CollectorInfo = reply.info
+    return {
+        "moescope_collector_lag_seconds": {(): reply.lag_s},
+        "moescope_traces_kept": {(): info.store.traces},
+        "moescope_sequences_running": {(): reply.running},
+        "moescope_running_bytes": {(): reply.running_bytes},
+        "moescope_prefix_bytes": {(): reply.prefix_bytes},
+        "moescope_store_bytes": {(): info.store.bytes},
+        "moescope_store_limit_bytes": {(): info.store.limit_bytes},
+        "moescope_capture_on": {(): float(info.capture == "on")},
+        "moescope_experts": {(): spec.num_experts},
+        "moescope_top_k": {(): spec.top_k},
+        "moescope_layers": {(): len(spec.layers)},
+        "moescope_window_rows": _by_phase(reply.window_rows),
+    }
 
 
 def _by_phase(values: list[int]) -> Samples:
     return {(phase,): value for phase, value in zip(PHASES, values, strict=True)}
 
 
-def _experts(hello: dict[str, Any], counts: Counts) -> Metric:
+def _experts(spec: CaptureSpec, counts: Counts) -> Metric:
     samples: Samples = {
         (str(layer), str(expert), phase): float(counts[p, column, expert])
         for p, phase in enumerate(PHASES)
-        for column, layer in enumerate(hello["layers"])
-        for expert in range(hello["num_experts"])
+        for column, layer in enumerate(spec.layers)
+        for expert in range(spec.num_experts)
     }
-    return _family("moescope_expert_tokens", samples, hello["model"])
+    return _family("moescope_expert_tokens", samples, spec.model)
 
 
-def _balance(hello: dict[str, Any], window: Counts) -> Iterable[Metric]:
+def _balance(spec: CaptureSpec, window: Counts) -> Iterable[Metric]:
     """Yield the load balance of every layer in the window; nothing of layers without traffic."""
-    model, layers = hello["model"], [str(layer) for layer in hello["layers"]]
+    model, layers = spec.model, [str(layer) for layer in spec.layers]
     max_violation = analysis.max_violation(window)
     by_phase = {
         "moescope_layer_normalized_entropy": analysis.normalized_entropy(window),
@@ -164,18 +175,22 @@ def _family(name: str, samples: Samples, model: str | None = None) -> Metric:
     return metric
 
 
-def render(reply: Reply | None, accept: str) -> tuple[bytes, str]:
+def render(
+    reply: MetricsReply | None, accept: str, expert_metrics: str = "auto", *, is_up: bool = False
+) -> tuple[bytes, str]:
     """Return vLLM's metrics and ours as text, and the text's media type.
 
     Args:
-        reply: The collector's answer, if it came in time.
+        reply: The collector's reply, if it came in time.
         accept: The scrape's ``Accept`` header: OpenMetrics or Prometheus' plain text.
+        expert_metrics: As of `MoescopeMetrics`.
+        is_up: As of `MoescopeMetrics`.
     """
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
     registry = CollectorRegistry()
     registry.register(get_prometheus_registry())
-    registry.register(Snapshot(reply, Settings.from_env().expert_metrics))
+    registry.register(MoescopeMetrics(reply, expert_metrics, is_up=is_up))
     if openmetrics.CONTENT_TYPE_LATEST.split(";")[0] in accept:
         # The default escaping would rename vLLM's metrics (vllm:x to vllm_x).
         encode: Any = openmetrics.generate_latest
@@ -184,12 +199,16 @@ def render(reply: Reply | None, accept: str) -> tuple[bytes, str]:
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(request: Request) -> Response:
+async def metrics(request: Request, settings: SettingsDep) -> Response:
     """Return vLLM's metrics and moescope's, as Prometheus text or OpenMetrics."""
     collector: CollectorClient | None = getattr(request.app.state, "moescope_collector", None)
-    reply = None
+    reply, is_up = None, False
     if collector is not None:
         with contextlib.suppress(CollectorGoneError):  # moescope_collector_up says so
-            reply = await collector.ask("metrics", timeout_s=SCRAPE_TIMEOUT_S)
-    body, content_type = await run_in_threadpool(render, reply, request.headers.get("accept", ""))
+            reply = await collector.ask_first(MetricsQuery(), timeout_s=SCRAPE_TIMEOUT_S)
+        is_up = collector.is_up
+    accept = request.headers.get("accept", "")
+    body, content_type = await run_in_threadpool(
+        render, reply, accept, settings.expert_metrics, is_up=is_up
+    )
     return Response(body, headers={"Content-Type": content_type})

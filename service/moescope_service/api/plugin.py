@@ -6,14 +6,23 @@ import asyncio
 from argparse import Namespace
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 from moescope_service import runtime
 from moescope_service.api import batch, experts, metrics, routes
-from moescope_service.api.auth import require_api_key
-from moescope_service.api.collector_client import CollectorClient
-from moescope_service.api.registration import Registration, RequestScopeMiddleware
+from moescope_service.api.auth import Keys
+from moescope_service.api.browsers import Browsers
+from moescope_service.api.request_scope import RequestScopeMiddleware
+from moescope_service.api.sharing import SharedResponses
+from moescope_service.frontend.collector_client import CollectorClient
+from moescope_service.frontend.registration import Registration
 from moescope_service.settings import Settings, is_enabled
+from moescope_service.vllm_contract.compat import allowed_origins, replace_route
+
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    401: {"description": "The server wants an API key."},
+    403: {"description": "A page of another site asks, or the key is not one that may do this."},
+}
 
 
 class MoescopeEndpoints:
@@ -29,10 +38,11 @@ class MoescopeEndpoints:
         """Register the endpoints and the middleware; called before the app is served."""
         if not is_enabled():
             return
-        guard = [Depends(require_api_key(app.state.args))]
-        app.include_router(routes.router, dependencies=guard)
-        app.include_router(batch.router, dependencies=guard)
-        app.include_router(experts.router, dependencies=guard)
+        app.state.moescope_settings = Settings.from_env()
+        app.state.moescope_responses = SharedResponses()
+        for module in (routes, batch, experts):
+            app.include_router(module.router, responses=_REFUSED)
+        replace_route(app, "/metrics")
         app.include_router(metrics.router)
         app.add_middleware(RequestScopeMiddleware)
 
@@ -40,16 +50,22 @@ class MoescopeEndpoints:
         """Connect to the collector; called in the app's event loop, before requests are taken.
 
         Raises:
-            RefusedError: A worker did not say hello: its routes would be missing.
+            RefusedError: A worker did not introduce itself: its routes would be missing. Or users
+                are to be kept apart who have no keys.
         """
         if not is_enabled():
             return
-        settings = Settings.from_env()
+        settings: Settings = state.moescope_settings
+        keys = Keys(args, settings, runtime.owner_salt())
+        state.moescope_keys = keys
+        state.moescope_browsers = Browsers(
+            allowed_origins(args), settings.allowed_hosts or (), checks_host=keys.is_open
+        )
         collector = CollectorClient(runtime.collector_address())
-        hello = await asyncio.to_thread(collector.wait_for_hello)
+        spec = await asyncio.to_thread(collector.wait_for_workers)
         state.moescope_collector = collector
         if settings.mode == "counts":
             return
-        registration = Registration(collector, model=hello["model"], kept_share=settings.kept_share)
+        registration = Registration(collector, model=spec.model, kept_share=settings.kept_share)
         registration.watch(engine_client.output_processor)
         state.moescope_registration = registration

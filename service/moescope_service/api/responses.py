@@ -1,25 +1,24 @@
-"""How the endpoints answer: clear errors, and bodies made off the event loop."""
+"""How the endpoints answer: bodies made off the event loop, compressed where wanted; errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from fastapi import HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from isal import igzip
 from starlette.concurrency import run_in_threadpool
 
-from moescope_service.errors import CollectorGoneError
+from moescope_service.api.accept import takes_gzip
+from moescope_service.api.sharing import MadeBody
 
 _GZIP_FROM_BYTES = 1024
 _GZIP_LEVEL = 1
 """ISA-L's: JSON becomes smaller than with zlib's first, in a quarter of the time."""
 _COMPRESSED = frozenset({"json", "jsonl"})
 """Arrays of ids and weights would shrink by a fifth, and fetching them take twice as long."""
-_MAX_ERRORS, _MAX_INPUT_CHARS = 5, 200
-"""What a message says of bad parameters: a list of thousands can be bad in every item."""
+
+NEXT_START = "X-Moescope-Next-Start"
+"""Header of a response that has a page of rows: the first row of the next one."""
 
 MEDIA_TYPES = {
     "json": "application/json",
@@ -31,56 +30,50 @@ MEDIA_TYPES = {
 }
 
 
-class MoescopeRoute(APIRoute):
-    """Answers 422 to a bad parameter and 503 without a collector; vLLM's app would say 400 and 500.
+async def error_response(request: Request, error: HTTPException) -> Response:
+    """Return an error as vLLM's app does, ``{"error": {"message", "type", "param", "code"}}``.
 
-    The message names the parameter, what was received and what is allowed.
+    Its headers, such as ``Retry-After``, are sent; vLLM's app (0.32.0,
+    ``entrypoints/serve/exception_handling/handlers/http.py``) would leave them out.
     """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap the handler that FastAPI made."""
-        handle = super().get_route_handler()
-
-        async def handle_errors(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as error:
-                errors = error.errors()[:_MAX_ERRORS]
-                raise HTTPException(422, "; ".join(map(_describe, errors))) from None
-            except CollectorGoneError as error:
-                raise HTTPException(503, str(error)) from None
-
-        return handle_errors
+    response: Response = await request.app.exception_handlers[HTTPException](request, error)
+    response.headers.update(error.headers or {})
+    return response
 
 
-def _describe(error: Any) -> str:
-    where, *inside = error["loc"]  # such as ("query", "layers") and ("body", "request_ids", 3)
-    if error["type"] == "json_invalid":
-        return f"{where}: {error['ctx']['error']} at character {inside[0]}: it must be JSON"
-    got = repr(error.get("input"))
-    if len(got) > _MAX_INPUT_CHARS:
-        got = f"{got[:_MAX_INPUT_CHARS]}…"
-    return f"{'.'.join(map(str, inside)) or where}: {error['msg']}, got {got}"
+def wants_gzip(request: Request) -> bool:
+    """Return whether the client of a request takes gzip."""
+    return takes_gzip(",".join(request.headers.getlist("accept-encoding")))
+
+
+def compressed(content: bytes, form: str, *, gzip: bool, next_start: int | None = None) -> MadeBody:
+    """Return a body, compressed if it is text and its client takes gzip.
+
+    Args:
+        content: What it holds.
+        form: A key of `MEDIA_TYPES`.
+        gzip: Whether the client takes it.
+        next_start: The first row that it leaves out, which a header tells too.
+    """
+    media_type = MEDIA_TYPES[form]
+    headers = {} if next_start is None else {NEXT_START: str(next_start)}
+    if form not in _COMPRESSED:
+        return MadeBody(content, media_type, headers)
+    headers["Vary"] = "Accept-Encoding"
+    if not gzip or len(content) < _GZIP_FROM_BYTES:
+        return MadeBody(content, media_type, headers)
+    headers["Content-Encoding"] = "gzip"
+    return MadeBody(igzip.compress(content, _GZIP_LEVEL), media_type, headers)
 
 
 async def encoded(request: Request, form: str, make: Callable[[], bytes]) -> Response:
-    """Make a body in a thread, and compress it if it is text and the client takes gzip.
+    """Make a small body in a thread, and compress it if it is text and the client takes gzip.
 
     Args:
         request: Whose ``Accept-Encoding`` counts.
         form: A key of `MEDIA_TYPES`.
         make: Makes the body.
     """
-    takes_gzip = "gzip" in request.headers.get("accept-encoding", "")
-
-    def make_and_compress() -> tuple[bytes, dict[str, str]]:
-        body = make()
-        if form not in _COMPRESSED:
-            return body, {}
-        if not takes_gzip or len(body) < _GZIP_FROM_BYTES:
-            return body, {"Vary": "Accept-Encoding"}
-        headers = {"Vary": "Accept-Encoding", "Content-Encoding": "gzip"}
-        return igzip.compress(body, _GZIP_LEVEL), headers
-
-    body, headers = await run_in_threadpool(make_and_compress)
-    return Response(body, media_type=MEDIA_TYPES[form], headers=headers)
+    gzip = wants_gzip(request)
+    body = await run_in_threadpool(lambda: compressed(make(), form, gzip=gzip))
+    return Response(body.content, headers=dict(body.headers), media_type=body.media_type)

@@ -2,87 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
-from fastapi.responses import JSONResponse
+import orjson
+from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 
-from moescope import formats
-from moescope.errors import LayerNotCapturedError
-from moescope.trace import RouteTrace
-from moescope_service.api.bodies import Format, make_body
-from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient, Reply
-from moescope_service.api.responses import MEDIA_TYPES, MoescopeRoute, encoded
-from moescope_service.collector.queries import FINISHING_WAIT_S
-from moescope_service.settings import Settings, parse_layers
+from moescope_service.api.auth import ADMIN, DeleterDep, ReaderDep
+from moescope_service.api.bodies import PAGE_BYTES, Format, NpyOptions, Page, making_bytes
+from moescope_service.api.dependencies import (
+    LAYERS,
+    LIMIT,
+    MAX_ROWS,
+    MAX_WAIT_S,
+    START,
+    WAIT_S,
+    WEIGHTS,
+    CollectorDep,
+    ResponsesDep,
+    SettingsDep,
+    StoreDep,
+    layers_of,
+    select,
+    told,
+    wait_for_ends,
+)
+from moescope_service.api.endpoint import MoescopeRoute
+from moescope_service.api.responses import MEDIA_TYPES, NEXT_START, compressed, wants_gzip
+from moescope_service.api.sharing import MadeBody
+from moescope_service.ids import meant_ids, short_id
+from moescope_service.queries import (
+    CaptureQuery,
+    DeleteQuery,
+    Found,
+    RecentQuery,
+    ResetQuery,
+    RoutesQuery,
+    RoutesReply,
+    WaitQuery,
+    Wanted,
+)
 
 RequestId = Annotated[str, Path(description="Any id of the request that its client saw.")]
-LAYERS = "Layers to return, such as ``0,5-7``; all by default."
-WEIGHTS = "Whether to return the weights."
-WAIT_S = (
-    "Seconds to wait for a running request. By default one that was answered already is waited "
-    "for, up to 2 s, and a running one is not."
-)
-MAX_WAIT_S = 60.0
-
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
 
-def collector_of(request: Request) -> CollectorClient:
-    """Return the app's link to the collector."""
-    client: CollectorClient = request.app.state.moescope_collector
-    return client
-
-
-Collector = Annotated[CollectorClient, Depends(collector_of)]
-
-
-def keeper_of(collector: Collector) -> CollectorClient:
-    """Return the app's link to the collector, where it keeps routes.
-
-    Raises:
-        HTTPException: 409, the server only counts.
-    """
-    if Settings.from_env().mode == "counts":
-        raise HTTPException(
-            409, "this server keeps no routes, only counts (--routes-mode counts): see /experts"
-        )
-    return collector
-
-
-Keeper = Annotated[CollectorClient, Depends(keeper_of)]
-
-
 @router.get("/routes", summary="Recent requests, newest first")
+@router.get("/routes/", include_in_schema=False)
 async def recent(
-    collector: Keeper,
+    collector: StoreDep,
+    owner: ReaderDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Sequences a page.")] = 50,
     before: Annotated[
         int | None, Query(ge=0, lt=2**63, description="``next_before`` of the last page.")
     ] = None,
 ) -> dict[str, Any]:
     """List sequences with their ids, tokens, finish reason, completeness and coverage."""
-    return (await collector.ask("recent", limit=limit, before=before)).values
+    page = await collector.ask(RecentQuery(limit=limit, before=before, owner=owner))
+    return {"sequences": page.sequences, "next_before": page.next_before}
 
 
-@router.post("/routes/pause", summary="Hold the capture")
-async def pause(collector: Collector) -> dict[str, Any]:
+@router.post("/routes/pause", summary="Hold the capture", dependencies=[ADMIN])
+async def pause(collector: CollectorDep) -> dict[str, Any]:
     """Ship no rows until ``/routes/resume``; rows of meanwhile are missing, and said to be."""
-    return (await collector.ask("capture", on=False)).values
+    return {"capture": (await collector.ask(CaptureQuery(on=False))).capture}
 
 
-@router.post("/routes/resume", summary="Go on capturing")
-async def resume(collector: Collector) -> dict[str, Any]:
+@router.post("/routes/resume", summary="Go on capturing", dependencies=[ADMIN])
+async def resume(collector: CollectorDep) -> dict[str, Any]:
     """Undo ``/routes/pause``."""
-    return (await collector.ask("capture", on=True)).values
+    return {"capture": (await collector.ask(CaptureQuery(on=True))).capture}
 
 
-@router.post("/routes/reset", summary="Count experts from zero")
-async def reset(collector: Collector) -> dict[str, Any]:
+@router.post("/routes/reset", summary="Count experts from zero", dependencies=[ADMIN])
+async def reset(collector: CollectorDep) -> dict[str, Any]:
     """Set the counts of ``/experts`` to zero; Prometheus counters and traces stay."""
-    reply = await collector.ask("reset")
-    hello_of(reply)
-    return {"since_s": reply.values["since_s"]}
+    reply = await collector.ask(ResetQuery())
+    told(reply.spec)
+    return {"since_s": reply.since_s}
 
 
 @router.get(
@@ -92,8 +88,9 @@ async def reset(collector: Collector) -> dict[str, Any]:
     responses={
         200: {
             "description": "The traces of every choice of the request; newest request first where "
-            "an id was used again. Where older ones do not fit into 64 MiB the answer's metadata "
-            "say ``truncated``.",
+            "an id was used again. Where a response does not hold all of it, it says "
+            "``truncated`` and, where rows are left out, ``next_start`` (also in the header "
+            f"``{NEXT_START}``): the ``start`` of the next page.",
             "content": {media_type: {} for media_type in MEDIA_TYPES.values()},
         },
         202: {"description": "The request is still running."},
@@ -102,16 +99,22 @@ async def reset(collector: Collector) -> dict[str, Any]:
             "description": "The trace is incomplete, which ``npy`` cannot say; or the server keeps "
             "no routes (--routes-mode counts)."
         },
-        410: {"description": "The trace made room for newer ones (--routes-memory)."},
+        410: {
+            "description": "The trace made room for newer ones (--routes-memory), or its "
+            "registration was lost while the collector hung."
+        },
+        413: {"description": "``npy`` without ``limit`` of an array that fits no response."},
         422: {"description": "A parameter is malformed; the message says what is allowed."},
         501: {"description": "``arrow`` and ``parquet``: the server has no pyarrow."},
-        503: {"description": "The collector process does not answer."},
+        503: {"description": "The collector process does not answer, or too much is asked of it."},
     },
 )
 async def routes(
     request: Request,
     request_id: RequestId,
-    collector: Keeper,
+    collector: StoreDep,
+    responses: ResponsesDep,
+    owner: ReaderDep,
     form: Annotated[
         Format,
         Query(
@@ -124,113 +127,122 @@ async def routes(
     index: Annotated[int | None, Query(ge=0, description="One choice of the response.")] = None,
     weights: Annotated[bool, Query(description=WEIGHTS)] = True,
     wait_s: Annotated[float | None, Query(ge=0, le=MAX_WAIT_S, description=WAIT_S)] = None,
+    start: Annotated[int, Query(ge=0, le=MAX_ROWS, description=START)] = 0,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_ROWS, description=LIMIT)] = None,
+    dtype: Annotated[
+        Literal["int16", "int32"] | None,
+        Query(description="Of ``npy``; by default vLLM's uint8 or uint16, int16 with ``fill``."),
+    ] = None,
+    fill: Annotated[
+        Literal["-1"] | None,
+        Query(description="``npy``: the experts of missing rows, in place of a 409."),
+    ] = None,
 ) -> Response:
     """Return which experts every token of a request went to, with which weights, in every layer."""
     chosen = layers_of(layers)
-    if form == "npy":
-        _check_npy_query(request)
-    reply = await ask_routes(collector, request_id, wait_s)
-    if reply.values["status"] == "running":
-        return JSONResponse({"request_id": request_id, "status": "running"}, 202)
-    _raise_if_gone(reply, request_id)
-    if form == "npz" and chosen is None and index is None and weights:
-        return await encoded(request, form, lambda: bytes(reply.arrays[0]))
+    _check_npy_query(request, form)
+    npy = NpyOptions(dtype, None if fill is None else -1)
+    meant = meant_ids(request_id)
+    wait = WaitQuery(request_ids=[*map(short_id, meant)], wait_s=wait_s, owner=owner)
+    await wait_for_ends(request, collector, wait)
+    query = RoutesQuery(
+        wanted=[Wanted(request_id=short_id(one), start=start) for one in meant],
+        limit=limit,
+        index=index,
+        max_bytes=PAGE_BYTES[form],
+        owner=owner,
+    )
+    gzip = wants_gzip(request)
 
-    def make() -> bytes:
-        traces = formats.load_npz(reply.arrays[0])
-        if index is not None:
-            traces = _choice(traces, request_id, index)
-        return make_body(
-            form,
-            request_id,
-            select(traces, chosen, weights),
-            hello_of(reply),
-            truncated=reply.values["truncated"],
+    def make(reply: RoutesReply) -> MadeBody:
+        found_id, found = next(
+            (both for both in zip(meant, reply.found, strict=True) if both[1].status != "unknown"),
+            (request_id, reply.found[0]),
         )
+        if found.status == "running":
+            running = orjson.dumps({"request_id": found_id, "status": "running"})
+            return MadeBody(running, MEDIA_TYPES["json"], status_code=202)
+        _raise_unless_found(found, found_id, index)
+        traces = reply.traces()
+        if form == "npy" and limit is None and found.next_start is not None:
+            raise HTTPException(
+                413, "the array is larger than a response may be: ask for pages, by start and limit"
+            )
+        page = Page(
+            request_id=found_id,
+            traces=select([traces[number] for number in found.traces], chosen, weights),
+            spec=told(reply.spec),
+            truncated=found.lacks_older,
+            next_start=found.next_start,
+            npy=npy,
+        )
+        return compressed(page.write(form), form, gzip=gzip, next_start=found.next_start)
 
-    return await encoded(request, form, make)
+    return await responses.respond(
+        request,
+        (request_id, owner, start, limit, index, form, chosen, weights, npy, gzip),
+        max_bytes=making_bytes(form),
+        ask=lambda: collector.ask(query),
+        make=make,
+    )
 
 
 @router.delete("/routes/{request_id:path}", summary="Forget a request")
-async def forget(request_id: RequestId, collector: Keeper) -> dict[str, Any]:
-    """Forget the traces of a request; one that is running will leave none."""
-    reply = await collector.ask("delete", request_id=request_id)
-    if not reply.values["deleted"]:
-        raise HTTPException(404, f"no request with the id {request_id!r} was recorded")
-    return {"request_id": request_id, **reply.values}
+async def forget(
+    request_id: RequestId, collector: StoreDep, settings: SettingsDep, owner: DeleterDep
+) -> dict[str, Any]:
+    """Forget the traces of a request; one that is running will leave none.
 
-
-def layers_of(text: str | None) -> tuple[int, ...] | None:
-    """Return the layers that a text such as ``0,5-7`` names; None for all.
-
-    Raises:
-        HTTPException: 422, the text is malformed.
+    Of several that an id finds, those whose response has it; others only where none has.
     """
-    try:
-        return None if text is None else parse_layers(text)
-    except ValueError as error:
-        raise HTTPException(422, f"layers: {error}") from None
+    for meant in meant_ids(request_id):
+        reply = await collector.ask(DeleteQuery(request_id=short_id(meant), owner=owner))
+        if reply.deleted:
+            return {"request_id": meant, "deleted": reply.deleted}
+        if reply.others and not settings.is_private:
+            raise HTTPException(
+                403,
+                f"{meant!r} was not made with this request's API key: only the admin deletes it "
+                "(--routes-admin-key)",
+            )
+    raise _not_recorded(request_id)
 
 
-def hello_of(reply: Reply) -> dict[str, Any]:
-    """Return what the workers capture, as the collector says in its answer: a `Hello`'s values.
-
-    Raises:
-        HTTPException: 503, not all of them have said so; the collector may have just started.
-    """
-    hello: dict[str, Any] | None = reply.values["hello"]
-    if hello is None:
-        raise HTTPException(503, "no worker has said what it captures yet")
-    return hello
+def _not_recorded(request_id: str) -> HTTPException:
+    return HTTPException(
+        404,
+        f"no request with the id {request_id!r} was recorded: use the id of the server's response "
+        "(LangChain shows lc_run--… in its place, LiteLLM resp_ and base64), or an X-Request-Id of "
+        "your own, which always finds its request; requests that opted out leave no routes",
+    )
 
 
-async def ask_routes(collector: CollectorClient, request_id: str, wait_s: float | None) -> Reply:
-    """Ask for the traces of a request, and wait for its end as the client wants it.
-
-    Raises:
-        CollectorGoneError: No answer came in time.
-    """
-    longest_s = QUERY_TIMEOUT_S + (FINISHING_WAIT_S if wait_s is None else wait_s)
-    return await collector.ask("routes", timeout_s=longest_s, request_id=request_id, wait_s=wait_s)
-
-
-def _raise_if_gone(reply: Reply, request_id: str) -> None:
-    if reply.values["status"] == "unknown":
-        raise HTTPException(
-            404,
-            f"no request with the id {request_id!r} was recorded: use an id of a response, or its "
-            "X-Request-Id; requests that opted out leave no routes",
-        )
-    if reply.values["status"] == "evicted":
+def _raise_unless_found(found: Found, request_id: str, index: int | None) -> None:
+    if found.status == "unknown":
+        raise _not_recorded(request_id)
+    if found.status == "evicted":
         raise HTTPException(
             410, f"the routes of {request_id!r} made room for newer ones; see --routes-memory"
         )
+    if found.status == "lost":
+        raise HTTPException(
+            410,
+            f"the routes of {request_id!r} are lost: the collector process hung for so long that "
+            "the server had to give up the request's registration; see "
+            "moescope_registrations_lost_total",
+        )
+    if found.indices:
+        raise HTTPException(
+            422, f"invalid index {index}: expected one that {request_id!r} has, {found.indices}"
+        )
 
 
-def select(
-    traces: list[RouteTrace], layers: tuple[int, ...] | None, weights: bool
-) -> list[RouteTrace]:
-    """Keep some layers only, or leave the weights out.
-
-    Raises:
-        HTTPException: 422, a layer is not captured.
-    """
-    try:
-        return [trace.select(layers=layers, weights=weights) for trace in traces]
-    except LayerNotCapturedError as error:
-        raise HTTPException(422, f"layers: {error}") from None
-
-
-def _choice(traces: list[RouteTrace], request_id: str, index: int) -> list[RouteTrace]:
-    chosen = [trace for trace in traces if trace.index == index]
-    if not chosen:
-        indices = sorted({trace.index for trace in traces})
-        raise HTTPException(422, f"index: {request_id!r} has {indices}, got {index}")
-    return chosen
-
-
-def _check_npy_query(request: Request) -> None:
+def _check_npy_query(request: Request, form: Format) -> None:
     """Refuse what would be silently untrue of vLLM's array: a layer left out would look dense."""
+    if form != "npy":
+        for name in {"dtype", "fill"} & request.query_params.keys():
+            raise HTTPException(422, f"{name}: only format=npy takes it")
+        return
     if "layers" in request.query_params:
         raise HTTPException(422, "layers: npy holds every layer of the model; leave layers out")
     if "weights" in request.query_params:

@@ -1,14 +1,14 @@
 """Tells the collector which sequence of the engine belongs to which request of a client.
 
 The ids that a client sees are not those that the engine uses (``cmpl-X`` and ``cmpl-X-0-3f9a…``,
-``resp_X``, a raw ``X-Request-Id``), and none of them is ever parsed: `RequestScopeMiddleware` keeps
-the HTTP request at hand, and the wrapped ``add_request`` reads both sides where they meet.
+``resp_X``, a raw ``X-Request-Id``), and none of them is ever parsed: a server keeps the request at
+hand (`current_request`), and the wrapped ``add_request`` reads both sides where they meet.
 
 Relies on vLLM 0.32.0, ``v1/engine/output_processor.py`` (``OutputProcessor.add_request``;
 ``RequestState.make_request_output``, called for every finished sequence, and for aborted ones where
 a queue waits for their output, as in a server; ``OutputProcessor.abort_requests``, which returns
-the ids of all aborted ones) and ``entrypoints`` (``request.state.request_metadata.request_id`` is
-the id in the response).
+the ids of all aborted ones; ``OutputProcessor._finish_request``, which alone is called for a
+request that a paused engine of vLLM 0.33 rejects).
 """
 
 from __future__ import annotations
@@ -16,26 +16,19 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import hashlib
-import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moescope_service.api.collector_client import CollectorClient
+from moescope_service.frontend.collector_client import CollectorClient
+from moescope_service.ids import short_id
 from moescope_service.messages import Register
+from moescope_service.parsers import parse_on_off, shown
 
-HEADER = "x-moescope"
-"""Request header: ``off`` keeps no routes of the request, ``on`` keeps them."""
 XARG = "moescope"
-"""The same as an entry of ``vllm_xargs`` in the request's body."""
-
-
-MAX_ID_CHARS = 512
-"""Longer ids find nothing: they come from clients, and the store is bounded."""
+"""Entry of ``vllm_xargs`` in a request's body, or of ``SamplingParams.extra_args``: ``off`` keeps
+no routes of the request, ``on`` keeps them."""
 
 
 def parse_wish(text: str | None) -> bool | None:
@@ -46,9 +39,10 @@ def parse_wish(text: str | None) -> bool | None:
     """
     if text is None:
         return None
-    if text.lower() not in {"on", "off"}:
-        raise ValueError(f"{text!r} is not one of on, off")
-    return text.lower() == "on"
+    try:
+        return parse_on_off(text.lower())
+    except ValueError as error:
+        raise ValueError(f"{shown(text)}: {error}") from None
 
 
 def is_sampled(request_id: str, share: float) -> bool:
@@ -60,65 +54,35 @@ def is_sampled(request_id: str, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-@dataclasses.dataclass(slots=True)
-class RequestScope:
-    """The HTTP request that is being handled."""
+class ClientRequest(Protocol):
+    """The request of a client that is being handled, as far as registration needs it."""
 
-    scope: Scope
     created_s: float
-    internal_ids: list[str] = dataclasses.field(default_factory=list)
-    """The engine's sequences that belong to it."""
-    header_id: str | None = None
-    """The ``X-Request-Id`` of the response, once its headers are sent."""
+    """Unix time at which it came, in seconds."""
+    internal_ids: list[str]
+    """The engine's sequences that belong to it, their ids shortened; registration fills them in."""
 
     @property
-    def headers(self) -> Headers:
-        """The request's headers."""
-        return Headers(scope=self.scope)
+    def wish(self) -> bool | None:
+        """Whether it wants its routes kept; None where it does not say."""
 
     @property
     def response_id(self) -> str | None:
         """The id in the response, once vLLM has chosen it."""
-        metadata = self.scope.get("state", {}).get("request_metadata")
-        return None if metadata is None else metadata.request_id
+
+    @property
+    def owner(self) -> str | None:
+        """Whose API key it sends; see `moescope_service.messages.Register`."""
+
+    @property
+    def own_ids(self) -> Iterable[str]:
+        """The ids that its client chose or has seen by now, beside that in the response."""
 
 
-_current: contextvars.ContextVar[RequestScope | None] = contextvars.ContextVar(
+current_request: contextvars.ContextVar[ClientRequest | None] = contextvars.ContextVar(
     "moescope_request", default=None
 )
-
-
-class RequestScopeMiddleware:
-    """Keeps the HTTP request where `Registration` finds it (pure ASGI)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; see the ASGI specification."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request = RequestScope(scope, time.time())
-        try:
-            parse_wish(request.headers.get(HEADER))
-        except ValueError as error:
-            message = f"the header X-Moescope: {error}"
-            response = JSONResponse({"error": {"message": message, "code": 422}}, 422)
-            await response(scope, receive, send)
-            return
-        _current.set(request)
-
-        async def send_and_look(message: Message) -> None:
-            await send(message)
-            if message["type"] == "http.response.start":
-                # Outer middleware has added its headers by now, to this very list.
-                request.header_id = Headers(raw=message["headers"]).get("x-request-id")
-                registration = getattr(scope["app"].state, "moescope_registration", None)
-                if registration is not None:
-                    registration.add_header_id(request)
-
-        await self._app(scope, receive, send_and_look)
+"""None where no client is served: offline."""
 
 
 class Registration:
@@ -139,9 +103,10 @@ class Registration:
         self._running: dict[str, Any] = {}  # vLLM's RequestState by internal id
 
     def watch(self, output_processor: Any) -> None:
-        """Wrap an output processor's ``add_request`` and ``abort_requests`` (this instance's)."""
+        """Wrap methods of an output processor (this instance's): where requests come and end."""
         add_request = output_processor.add_request
         abort_requests = output_processor.abort_requests
+        finish_request = output_processor._finish_request
 
         def add_and_register(
             request: Any,
@@ -164,53 +129,56 @@ class Registration:
                 self._report_end(internal_id, "abort")
             return aborted
 
+        def finish_and_report(req_state: Any) -> None:
+            finish_request(req_state)
+            self._report_end(req_state.request_id, "error")  # unless its output told another end
+
         output_processor.add_request = add_and_register
         output_processor.abort_requests = abort_and_report
+        output_processor._finish_request = finish_and_report
 
-    def add_header_id(self, request: RequestScope) -> None:
-        """Let the response's ``X-Request-Id`` find a request that is registered already.
-
-        A stream's headers are sent before its request reaches the engine: `_register` adds it.
-        """
-        header_id = request.header_id
-        if header_id is not None and len(header_id) <= MAX_ID_CHARS and request.internal_ids:
-            self._collector.tell("alias", internal_ids=request.internal_ids, alias=header_id)
+    def add_id(self, internal_ids: Sequence[str], request_id: str) -> None:
+        """Let one more id find sequences that are registered already."""
+        if internal_ids:
+            self._collector.tell("alias", internal_ids=internal_ids, alias=short_id(request_id))
 
     def _register(self, request: Any, state: Any, parent: Any, sample: int, *, keep: bool) -> None:
-        http = _current.get()
-        external_id, response_id = _ids(http, request, parent)
-        ids = {response_id, external_id, request.request_id}
-        if http is not None:
-            http.internal_ids.append(request.request_id)
-            ids |= {http.headers.get("x-request-id", response_id), http.header_id or response_id}
+        client = current_request.get()
+        external_id, response_id = _ids(client, request, parent)
+        internal_id = short_id(request.request_id)
+        ids = {response_id, external_id, internal_id}
+        if client is not None:
+            client.internal_ids.append(internal_id)
+            ids.update(client.own_ids)
         samples = parent.sampling_params.n if parent else 1
         register = Register(
-            internal_id=request.request_id,
-            request_id=response_id,
-            ids=sorted(one for one in ids if len(one) <= MAX_ID_CHARS),
+            internal_id=internal_id,
+            request_id=short_id(response_id),
+            ids=sorted(set(map(short_id, ids))),
             index=prompt_number(external_id, response_id) * samples + sample,
             model=self._model,
             lora=state.lora_name,
             prompt_len=state.prompt_len,
-            created_s=http.created_s if http else request.arrival_time,
+            created_s=client.created_s if client else request.arrival_time,
             keep=keep,
+            owner=client.owner if client else None,
         )
         prompt_ids = state.prompt_token_ids
         arrays = [] if prompt_ids is None else [np.array(prompt_ids, np.int32)]
         self._collector.tell("register", arrays, **dataclasses.asdict(register))
 
     def _keeps(self, request: Any, parent: Any) -> bool:
-        http = _current.get()
-        wish = parse_wish(http.headers.get(HEADER)) if http is not None else None
+        client = current_request.get()
+        wish = client.wish if client is not None else None
         extra = (request.sampling_params and request.sampling_params.extra_args) or {}
         if XARG in extra:
             try:
                 wish = parse_wish(str(extra[XARG]))
             except ValueError as error:
-                raise ValueError(f"vllm_xargs.{XARG}: {error}") from None
+                raise ValueError(f"invalid vllm_xargs.{XARG} {error}") from None
         if wish is not None:
             return wish
-        _, response_id = _ids(http, request, parent)
+        _, response_id = _ids(client, request, parent)
         return is_sampled(response_id, self._kept_share)
 
     def _watch_end(self, state: Any) -> None:
@@ -232,13 +200,15 @@ class Registration:
         if state is not None:
             del state.make_request_output  # ends the cycle through its closure
             output_ids = np.array(state.detokenizer.output_token_ids, np.int32)
-            self._collector.tell("finish", [output_ids], internal_id=internal_id, reason=reason)
+            self._collector.tell(
+                "finish", [output_ids], internal_id=short_id(internal_id), reason=reason
+            )
 
 
-def _ids(http: RequestScope | None, request: Any, parent: Any) -> tuple[str, str]:
+def _ids(client: ClientRequest | None, request: Any, parent: Any) -> tuple[str, str]:
     """Return the engine's external id, and the id in the response: one for all its sequences."""
     external_id: str = parent.external_req_id if parent else request.external_req_id
-    return external_id, (http and http.response_id) or external_id
+    return external_id, (client and client.response_id) or external_id
 
 
 def prompt_number(external_id: str, response_id: str) -> int:
