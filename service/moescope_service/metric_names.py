@@ -1,6 +1,6 @@
 """Every metric of ours: name, kind, help and labels, in one place.
 
-``/metrics`` is made of this table, and tests hold the README's table and the dashboards to it.
+``/metrics`` is made of this table, and tests hold docs/metrics.md and the dashboards to it.
 Importing it starts nothing and needs no package.
 """
 
@@ -38,7 +38,8 @@ def _gauge(name: str, text: str, *labels: str) -> MetricSpec:
 _BALANCE = (
     _gauge(
         "layer_normalized_entropy",
-        "Entropy of a layer's selections in the window over its maximum: 1 is uniform.",
+        "Entropy of a layer's selections in the window over its maximum, log2(experts) bits: 1 is "
+        "uniform.",
         "layer",
         "phase",
     ),
@@ -75,6 +76,7 @@ _COUNTS = (
         "phase",
     ),
     _gauge("experts", "Routed experts a layer."),
+    _gauge("top_k", "Experts that a layer selects for a token."),
     _gauge("layers", "Layers with experts."),
     _counter("rows", "Rows (tokens) routed and captured, by phase.", "phase"),
 )
@@ -87,13 +89,22 @@ _CAPTURE = (
     _gauge("capture_on", "Whether rows are captured (0: paused)."),
     _gauge("collector_lag_seconds", "Age of the newest step when the collector received it."),
     _counter("collector_restarts", "Times that the collector process was started again."),
-    MetricSpec("moescope_collector_up", "gauge", "Whether the collector process answers.", ()),
+    _counter(
+        "collector_errors",
+        "Messages, replies and traces that failed in the collector and were left out.",
+    ),
+    MetricSpec(
+        "moescope_collector_up",
+        "gauge",
+        "Whether the collector process answered within the last second.",
+        (),
+    ),
 )
 _TRACES = (
     _counter("traces", "Finished traces, by completeness.", "status"),
     _counter(
         "trace_rows",
-        "Rows of finished traces, by source: computed, cached or missing.",
+        "Rows of finished traces, by source: computed, cached, recalled or missing.",
         "source",
     ),
     _counter("trace_rows_missing", "Missing rows of finished traces, by cause.", "cause"),
@@ -104,9 +115,22 @@ _TRACES = (
     ),
     _gauge("traces_kept", "Traces in the store."),
     _counter("traces_evicted", "Traces that made room for newer ones."),
+    _counter("log_traces_dropped", "Traces that the route log lacks, in whole or in part."),
     _counter("sequences_unclaimed", "Ended sequences that no API server asked for."),
+    _counter(
+        "registrations_lost",
+        "Sequences whose registration an API server gave up while the collector hung.",
+    ),
     _gauge("sequences_running", "Registered sequences that have no trace yet."),
-    _gauge("store_bytes", "Memory of the traces in the store, in bytes."),
+    _gauge(
+        "running_bytes",
+        "Memory of these: ids and tokens, and rows that wait for an API server, in bytes.",
+    ),
+    _gauge(
+        "prefix_bytes",
+        "Memory of rows whose blocks left the KV cache and may come back, in bytes.",
+    ),
+    _gauge("store_bytes", "Memory of the traces in the store, their ids included, in bytes."),
     _gauge("store_limit_bytes", "Upper bound of the store, in bytes."),
 )
 METRICS = {spec.name: spec for spec in (*_BALANCE, *_COUNTS, *_CAPTURE, *_TRACES)}

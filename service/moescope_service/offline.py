@@ -29,20 +29,22 @@ from typing import Any
 
 import numpy as np
 
-from moescope import formats
+from moescope import paging
 from moescope.trace import RouteTrace
 from moescope_service import runtime
-from moescope_service.api.collector_client import QUERY_TIMEOUT_S, CollectorClient
-from moescope_service.api.registration import Registration
 from moescope_service.errors import CollectorGoneError, RefusedError
+from moescope_service.frontend.collector_client import QUERY_TIMEOUT_S, CollectorClient
+from moescope_service.frontend.registration import Registration
+from moescope_service.ids import short_id
+from moescope_service.queries import RoutesQuery, SettleQuery, WaitQuery, Wanted
 from moescope_service.settings import Settings
+from moescope_service.vllm_contract.patching import wrap_once
 
 logger = logging.getLogger("moescope")
 
 SETTLE_TIMEOUT_S = 10.0
-"""How long to wait for the traces of requests that were answered; they follow in milliseconds."""
+"""Longest wait for the traces of finished requests; they usually come within milliseconds."""
 
-_MARK = "_moescope_wrapped"
 _CAPTURE = "_moescope_capture"
 _MAX_EMPTY_STEPS = 8
 
@@ -74,12 +76,22 @@ def routes(llm: Any, outputs: Sequence[Any]) -> list[list[RouteTrace]]:
 
 def install(engine_class: Any) -> None:
     """Wrap ``LLMEngine``, which servers do not use; a second call does nothing."""
-    init = engine_class.__init__
-    step, abort_request = engine_class.step, engine_class.abort_request
-    if getattr(init, _MARK, False):
-        return
+    step = engine_class.step
 
-    @functools.wraps(init)
+    def flushing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call_and_flush(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = function(self, *args, **kwargs)
+            _flush(self, step)
+            return result
+
+        return call_and_flush
+
+    wrap_once(engine_class, "__init__", _capturing)
+    wrap_once(engine_class, "step", flushing)
+    wrap_once(engine_class, "abort_request", flushing)
+
+
+def _capturing(init: Callable[..., None]) -> Callable[..., None]:
     def init_and_capture(self: Any, *args: Any, **kwargs: Any) -> None:
         if Settings.from_env().mode == "counts":
             raise RefusedError(
@@ -92,29 +104,16 @@ def install(engine_class: Any) -> None:
             setattr(self, _CAPTURE, OfflineCapture(self, Settings.from_env()))
         except Exception as error:
             reason = runtime.reported_reason()
-            runtime.release()()  # the next engine gets a collector that knows nothing of this one
+            runtime.release().end()  # the next engine gets a collector of its own
             if reason is not None and not isinstance(error, RefusedError):
                 raise RefusedError(reason) from error
             raise
 
-    @functools.wraps(step)
-    def step_and_end(self: Any) -> Any:
-        outputs = step(self)
-        _flush(self, step)
-        return outputs
-
-    @functools.wraps(abort_request)
-    def abort_and_end(self: Any, *args: Any, **kwargs: Any) -> None:
-        abort_request(self, *args, **kwargs)
-        _flush(self, step)
-
-    setattr(init_and_capture, _MARK, True)
-    engine_class.__init__ = init_and_capture
-    engine_class.step, engine_class.abort_request = step_and_end, abort_and_end
+    return init_and_capture
 
 
 def _flush(engine: Any, step: Callable[[Any], Any]) -> None:
-    """Where no request runs any more, take the steps that tell the worker which ones ended."""
+    """Where no request runs any more, run the steps that tell the worker which ones ended."""
     for _ in range(_MAX_EMPTY_STEPS):
         if engine.output_processor.has_unfinished_requests() or not _has_ended_requests(engine):
             break
@@ -139,18 +138,18 @@ class OfflineCapture:
         settings: What is captured.
 
     Raises:
-        RefusedError: No worker said hello: nothing would be captured.
+        RefusedError: No worker introduced itself: nothing would be captured.
     """
 
     def __init__(self, engine: Any, settings: Settings) -> None:
         self._collector = CollectorClient(runtime.collector_address())
         try:
-            hello = self._collector.wait_for_hello()
+            spec = self._collector.wait_for_workers()
         except RefusedError:
             self._collector.close()
             raise
         registration = Registration(
-            self._collector, model=hello["model"], kept_share=settings.kept_share
+            self._collector, model=spec.model, kept_share=settings.kept_share
         )
         registration.watch(engine.output_processor)
         end = functools.partial(_end, self._collector, runtime.release(), os.getpid())
@@ -161,27 +160,37 @@ class OfflineCapture:
 
     def routes(self, output: Any) -> list[RouteTrace]:
         """Return the traces of one request; see `routes`."""
-        reply = self._collector.ask_and_wait(
-            "routes",
+        self._collector.ask_and_wait(
+            WaitQuery(request_ids=[short_id(output.request_id)], wait_s=SETTLE_TIMEOUT_S),
             timeout_s=SETTLE_TIMEOUT_S + QUERY_TIMEOUT_S,
-            request_id=output.request_id,
-            wait_s=SETTLE_TIMEOUT_S,
         )
-        match reply.values["status"]:
-            case "finished":
-                traces = formats.load_npz(reply.arrays[0])
-            case "evicted":
-                raise LookupError(
-                    f"the routes of request {output.request_id!r} made room for newer ones: "
-                    "fetch them sooner, or set MOESCOPE_ROUTES_MEMORY"
-                )
-            case "running":
-                raise LookupError(f"request {output.request_id!r} has not ended")
-            case _:
-                return []
+        traces = paging.driven(
+            paging.all_pages(0), functools.partial(self._page, output.request_id)
+        )
+        if not traces:
+            return []
         traces.sort(key=lambda trace: trace.index)
         _check_tokens(output, traces)
         return traces
+
+    def _page(self, request_id: str, start: int) -> tuple[list[RouteTrace], int | None]:
+        reply = self._collector.ask_and_wait(
+            RoutesQuery(wanted=[Wanted(request_id=short_id(request_id), start=start)])
+        )
+        (found,) = reply.found
+        if found.status == "evicted":
+            raise LookupError(
+                f"the routes of request {request_id!r} made room for newer ones: fetch them "
+                "sooner, or set MOESCOPE_ROUTES_MEMORY"
+            )
+        if found.status == "lost":
+            raise LookupError(
+                f"the routes of request {request_id!r} are lost: the collector process hung for "
+                "so long that the request's registration was given up"
+            )
+        if found.status == "running":
+            raise LookupError(f"request {request_id!r} has not ended")
+        return reply.traces(), found.next_start
 
 
 def _check_tokens(output: Any, traces: Sequence[RouteTrace]) -> None:
@@ -204,17 +213,17 @@ def _has_tokens(trace: RouteTrace, tokens: list[int], *, with_prompt: bool) -> b
     return np.array_equal(trace.token_ids, tokens)
 
 
-def _end(collector: CollectorClient, end_collector: Callable[[], None], owner: int) -> None:
+def _end(collector: CollectorClient, deployment: runtime.Deployment, owner: int) -> None:
     """Wait for the traces of what was answered, then end the collector, which writes the log."""
     if os.getpid() != owner:  # a forked engine core has its parent's objects
         return
     try:
         reply = collector.ask_and_wait(
-            "settle", timeout_s=SETTLE_TIMEOUT_S + QUERY_TIMEOUT_S, wait_s=SETTLE_TIMEOUT_S
+            SettleQuery(wait_s=SETTLE_TIMEOUT_S), timeout_s=SETTLE_TIMEOUT_S + QUERY_TIMEOUT_S
         )
-        if unsettled := reply.values["unsettled"]:
+        if unsettled := reply.unsettled:
             logger.warning("the routes of %d sequences did not come in time", unsettled)
     except CollectorGoneError as error:
         logger.warning("routes may be lost: %s", error)
     collector.close()
-    end_collector()
+    deployment.end()

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import os
-import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from moescope_service.parsers import (
+    parse_choice,
+    parse_hosts,
+    parse_key,
+    parse_on_off,
+    parse_share,
+    parse_size,
+    parse_size_or_zero,
+    parse_window,
+    shown,
+)
 
 ENABLE = "MOESCOPE_ENABLE"
 """``1`` switches moescope on; without it an installed moescope does nothing at all."""
@@ -22,147 +32,162 @@ LOG_ALIAS = "VLLM_LOG_MOE"
 RUNTIME_DIR = "MOESCOPE_RUNTIME_DIR"
 """Set by the first process of a deployment: the directory of the collector's socket."""
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Return bytes for ``1GiB``, ``512MB``, ``1000`` ….
-
-    Raises:
-        ValueError: The text is no size, or zero.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
-    if size <= 0:
-        raise ValueError(f"{text!r} is no size: give bytes or a unit, such as 512MiB or 1GiB")
-    return size
-
-
-_RANGE = re.compile(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
-_MAX_LAYERS_CHARS = 1000
-_MAX_LAYERS = 10_000
-"""Clients of the server write such lists: what one costs is bounded."""
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Return layer numbers for ``0,5-7``, in that order, without repetition.
-
-    Raises:
-        ValueError: The text is no list of layers, or too long a one.
-    """
-    if len(text) > _MAX_LAYERS_CHARS:
-        raise ValueError(
-            f"a list of layers has at most {_MAX_LAYERS_CHARS} characters, got {len(text)}: give "
-            "ranges, such as 0,5-7"
-        )
-    spans = []
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(
-                f"{text!r} is no list of layers: give numbers and ranges, such as 0,5-7"
-            )
-        spans.append(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if sum(map(len, spans)) > _MAX_LAYERS:
-        raise ValueError(f"{text!r} names more than {_MAX_LAYERS:,} layers: name each one once")
-    return tuple(dict.fromkeys(itertools.chain(*spans)))
-
-
-def _choice(*allowed: str) -> Any:
-    def parse(text: str) -> str:
-        if text not in allowed:
-            raise ValueError(f"{text!r} is not one of {', '.join(allowed)}")
-        return text
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds <= 3600.0:
-        raise ValueError(f"{text!r} is no window: give seconds from above 0 to 3600")
-    return seconds
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{text!r} is no share: give a number from 0 to 1, such as 0.1")
-    return share
-
 
 def _setting(
-    default: str, parse: Any, metavar: str, text: str, default_text: str | None = None
+    name: str,
+    default: str,
+    parse: Callable[[str], Any],
+    metavar: str,
+    text: str,
+    default_text: str | None = None,
+    *,
+    is_secret: bool = False,
+    is_memory: bool = False,
 ) -> Any:
     text = f"{text} (default: {default_text or default or 'none'})"
-    metadata = {"parse": parse, "metavar": metavar, "help": text}
-    return dataclasses.field(default=parse(default) if default else None, metadata=metadata)
+    metadata = {
+        "name": name, "parse": parse, "metavar": metavar, "help": text,
+        "is_secret": is_secret, "is_memory": is_memory,
+    }  # fmt: skip
+    value = parse(default) if default else None
+    return dataclasses.field(default=value, metadata=metadata, repr=not is_secret)
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    from moescope.layers import parse_layers  # late: vLLM's plugin needs Python alone
+
+    return parse_layers(text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What can be set. Source of the flags, the variables and their documentation."""
+    """What can be set, in its type and unit. Flags, variables and help are made of it."""
 
-    mode: str = _setting(
+    mode: Literal["routes", "counts"] = _setting(
+        "mode",
         "routes",
-        _choice("routes", "counts"),
+        parse_choice("routes", "counts"),
         "routes|counts",
         "counts: only counts of experts leave the workers; no routes are kept.",
     )
-    memory: int = _setting(
-        "1GiB", parse_size, "SIZE", "Memory for finished traces; the oldest requests make room."
+    memory_bytes: int = _setting(
+        "memory",
+        "1GiB",
+        parse_size,
+        "SIZE",
+        "Memory for finished traces; the oldest requests make room.",
+        is_memory=True,
     )
-    queue: int = _setting(
-        "64MiB", parse_size, "SIZE", "Rows a worker may hold back before it drops rows, counted."
+    prefix_bytes: int = _setting(
+        "prefix_memory",
+        "256MiB",
+        parse_size_or_zero,
+        "SIZE",
+        "With a KV connector: memory for rows of blocks that left the KV cache and may come back; "
+        "0: they are missing.",
+        is_memory=True,
     )
-    weights_dtype: str = _setting(
-        "float16", _choice("float16", "float32"), "DTYPE", "Type of the routing weights."
+    queue_bytes: int = _setting(
+        "queue",
+        "64MiB",
+        parse_size,
+        "SIZE",
+        "Rows a worker may hold back before it drops rows, counted.",
+        is_memory=True,
     )
-    default: str = _setting(
+    weights_dtype: Literal["float16", "float32"] = _setting(
+        "weights_dtype",
+        "float16",
+        parse_choice("float16", "float32"),
+        "DTYPE",
+        "Type of the routing weights.",
+    )
+    keeps_by_default: bool = _setting(
+        "default",
         "on",
-        _choice("on", "off"),
+        parse_on_off,
         "on|off",
         "Keep the routes of requests that say nothing; off: only of those that ask for it.",
     )
-    sample: float = _setting(
+    sampled_share: float = _setting(
+        "sample",
         "1",
-        _share,
+        parse_share,
         "SHARE",
         "Of the requests that say nothing, keep the routes of this share, chosen by their ids.",
     )
-    token_ids: str = _setting(
-        "on", _choice("on", "off"), "on|off", "Keep the token ids in the traces."
+    keeps_token_ids: bool = _setting(
+        "token_ids", "on", parse_on_off, "on|off", "Keep the token ids in the traces."
     )
     log: Path | None = _setting(
-        "", Path, "PATH", "Also append the routes to this file as JSON Lines."
+        "log", "", Path, "PATH", "Also append the routes to this file as JSON Lines."
     )
     log_layers: tuple[int, ...] | None = _setting(
-        "", parse_layers, "LAYERS", "Layers that the log holds, such as 0,5-7.", "the first one"
+        "log_layers",
+        "",
+        _parse_layers,
+        "LAYERS",
+        "Layers that the log holds, such as 0,5-7.",
+        "the first one",
     )
-    metrics_window: float = _setting(
-        "60", _seconds, "SECONDS", "Window of the load balance metrics, up to 3600."
+    log_max_bytes: int | None = _setting(
+        "log_max_bytes",
+        "",
+        parse_size,
+        "SIZE",
+        "Size at which the log is renamed to PATH.1, PATH.1 to PATH.2 and so on to PATH.9, and "
+        "begun anew.",
     )
-    expert_metrics: str = _setting(
+    metrics_window_s: float = _setting(
+        "metrics_window",
+        "60",
+        parse_window,
+        "SECONDS",
+        "Window of the load balance metrics, up to 3600.",
+    )
+    expert_metrics: Literal["auto", "on", "off"] = _setting(
+        "expert_metrics",
         "auto",
-        _choice("auto", "on", "off"),
+        parse_choice("auto", "on", "off"),
         "auto|on|off",
         "Counts of every expert in /metrics; auto: up to 2,000 layers x experts.",
     )
-    allow_untested_vllm: str = _setting(
-        "off", _choice("on", "off"), "on|off", "Try a vLLM version that moescope was not tested on."
+    allowed_hosts: frozenset[str] | None = _setting(
+        "allowed_hosts",
+        "",
+        parse_hosts,
+        "NAMES",
+        "Names under which browsers may open a server without API keys, such as moe.example.org, "
+        "beside its addresses, names without a dot and the machine's own.",
+    )
+    is_private: bool = _setting(
+        "private",
+        "off",
+        parse_on_off,
+        "on|off",
+        "Only the API key that made a request reads and deletes its routes.",
+    )
+    admin_key: str | None = _setting(
+        "admin_key",
+        "",
+        parse_key,
+        "KEY",
+        "Key that pause, resume, reset and the deletion of others' routes want; set the variable, "
+        "since other users of the machine see flags.",
+        is_secret=True,
+    )
+    allows_untested_vllm: bool = _setting(
+        "allow_untested_vllm",
+        "off",
+        parse_on_off,
+        "on|off",
+        "Try a vLLM version that moescope was not tested on.",
     )
 
     @property
     def kept_share(self) -> float:
         """Share of the requests that say nothing whose routes are kept, 0 to 1."""
-        return self.sample if self.default == "on" else 0.0
+        return self.sampled_share if self.keeps_by_default else 0.0
 
     def log_refusal(self, captured: Sequence[int]) -> str | None:
         """Return why the log cannot hold the layers that it shall; None where it can.
@@ -187,13 +212,10 @@ class Settings:
         """
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            name = variable(field.name)
+            name = variable(field.metadata["name"])
             name = name if name in env else _ALIASES.get(name, name)
             if env.get(name):
-                try:
-                    values[field.name] = field.metadata["parse"](env[name])
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+                values[field.name] = _parsed(field, name, env[name])
         if values.get("mode") == "counts" and values.get("log"):
             raise ValueError(
                 f"{variable('mode')} is counts: there are no routes to log; leave "
@@ -208,13 +230,31 @@ _ALIASES = {
 }
 
 
+def _parsed(field: dataclasses.Field[Any], where: str, text: str) -> Any:
+    try:
+        value = field.metadata["parse"](text)
+    except ValueError as error:
+        got = "" if field.metadata["is_secret"] else f" {shown(text)}"
+        raise ValueError(f"invalid {where}{got}: {error}") from None
+    if field.metadata["is_memory"] and value > (most := memory_bytes()):
+        raise ValueError(
+            f"invalid {where} {shown(text)}: expected at most this machine's memory, {most:,} bytes"
+        )
+    return value
+
+
+def memory_bytes() -> int:
+    """Return the machine's memory; a container's limit may be lower."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def variable(name: str) -> str:
-    """Return the environment variable of a setting."""
+    """Return the environment variable of a setting, such as ``memory``."""
     return f"MOESCOPE_ROUTES_{name.upper()}"
 
 
 def flag(name: str) -> str:
-    """Return the command-line flag of a setting."""
+    """Return the command-line flag of a setting, such as ``memory``."""
     return f"--routes-{name.replace('_', '-')}"
 
 
@@ -229,13 +269,17 @@ def is_enabled(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the ``--routes-…`` flags as a group of their own."""
+    """Add the ``--routes-…`` flags as a group of their own; those not given leave no attribute.
+
+    Their help tells their defaults. vLLM's parser would add "(default: None)" otherwise.
+    """
     group = parser.add_argument_group("moescope", "What is captured, and how much of it is kept.")
     for field in dataclasses.fields(Settings):
         group.add_argument(
-            flag(field.name),
+            flag(field.metadata["name"]),
+            default=argparse.SUPPRESS,
             metavar=field.metadata["metavar"],
-            help=f"{field.metadata['help']} [{variable(field.name)}]",
+            help=f"{field.metadata['help']} [{variable(field.metadata['name'])}]",
         )
 
 
@@ -246,11 +290,11 @@ def export(args: argparse.Namespace, env: MutableMapping[str, str] = os.environ)
         ValueError: A value is not allowed; the message names the flag or the variable.
     """
     for field in dataclasses.fields(Settings):
-        value = getattr(args, f"routes_{field.name}")
+        name = field.metadata["name"]
+        value = getattr(args, f"routes_{name}", None)
         if value is not None:
-            try:
-                field.metadata["parse"](value)
-            except ValueError as error:
-                raise ValueError(f"{flag(field.name)}: {error}") from None
-            env[variable(field.name)] = value
+            _parsed(field, flag(name), value)
+            env[variable(name)] = value
+        if field.metadata["is_secret"]:
+            setattr(args, f"routes_{name}", None)  # what is left of the flags may be logged
     return Settings.from_env(env)

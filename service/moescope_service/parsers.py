@@ -1,0 +1,124 @@
+"""Parses the texts of settings and of query parameters.
+
+Every parser raises ``ValueError`` with what it expects ("expected …"); its caller says of what.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
+MAX_SIZE = 2**62
+"""Largest size: numbers in JSON and in indices of arrays have 64 bits."""
+
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+_KEY = re.compile(r"[!-~]+")
+_MAX_SHOWN_CHARS = 80
+
+
+def parse_size(text: str) -> int:
+    """Return bytes for ``1GiB``, ``512MB``, ``1000`` ….
+
+    Raises:
+        ValueError: The text is no size, less than 1, or more than `MAX_SIZE`.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0.0
+    if size < 1:
+        raise ValueError("expected bytes, or a size with a unit, such as 512MiB or 1GiB")
+    if size > MAX_SIZE:
+        raise ValueError(f"expected at most {MAX_SIZE:,} bytes")
+    return int(size)
+
+
+def parse_size_or_zero(text: str) -> int:
+    """Return bytes as `parse_size` does, or 0.
+
+    Raises:
+        ValueError: The text is neither a size nor 0.
+    """
+    return 0 if text.strip() == "0" else parse_size(text)
+
+
+def parse_on_off(text: str) -> bool:
+    """Return whether the text is ``on``.
+
+    Raises:
+        ValueError: It is neither ``on`` nor ``off``.
+    """
+    return parse_choice("on", "off")(text) == "on"
+
+
+def parse_hosts(text: str) -> frozenset[str]:
+    """Return the host names of ``moe.example.org,box.lan``, in small letters.
+
+    Raises:
+        ValueError: A name is none.
+    """
+    names = {name.strip().lower().removesuffix(".") for name in text.split(",")}
+    if not all(map(_HOST.fullmatch, names)):
+        raise ValueError(
+            "expected host names without scheme and port, such as moe.example.org,box.lan"
+        )
+    return frozenset(names)
+
+
+def parse_key(text: str) -> str:
+    """Return a key that an HTTP header can carry.
+
+    Raises:
+        ValueError: It is none; the message does not show it.
+    """
+    if not _KEY.fullmatch(text):
+        raise ValueError("expected visible ASCII characters without spaces")
+    return text
+
+
+def parse_choice(*allowed: str) -> Callable[[str], str]:
+    """Return a parser that takes nothing but the texts given."""
+
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"expected one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def parse_window(text: str) -> float:
+    """Return the seconds of a window, above 0 and up to an hour.
+
+    Raises:
+        ValueError: The text is no such number.
+    """
+    seconds = _number(text)
+    if not 0.0 < seconds <= 3600.0:
+        raise ValueError("expected seconds, from above 0 to 3600")
+    return seconds
+
+
+def parse_share(text: str) -> float:
+    """Return a share, from 0 to 1.
+
+    Raises:
+        ValueError: The text is no such number.
+    """
+    share = _number(text)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError("expected a share from 0 to 1, such as 0.1")
+    return share
+
+
+def shown(text: str) -> str:
+    """Return a received text as messages quote it: cut where it is long."""
+    quoted = repr(text[: _MAX_SHOWN_CHARS + 1])
+    return quoted if len(text) <= _MAX_SHOWN_CHARS else f"{quoted[:_MAX_SHOWN_CHARS]}…'"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
