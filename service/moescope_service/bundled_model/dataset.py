@@ -1,4 +1,4 @@
-"""Endless batches of fresh problems as the model reads them."""
+"""Endless batches of newly generated problems, tokenized for training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     """The tokens of the answers, `IGNORED` elsewhere."""
     real: torch.Tensor
-    """Whether a token is no padding."""
+    """False where a token is padding."""
 
     def to(self, device: str) -> Batch:
         """Return the batch on a device."""

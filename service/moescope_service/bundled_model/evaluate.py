@@ -1,4 +1,4 @@
-"""What a checkpoint answers to held-out problems, and how it routes them."""
+"""Measures a checkpoint on held-out problems: right answers, and the experts it selects."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Evaluation:
     exact_match: float
     """Share of the questions whose final number is right."""
     stopped: float
-    """Share of the answers that ended by themselves."""
+    """Share of the answers that ended with an end token, not at the length limit."""
     normalized_entropy: list[float]
-    """Of each layer's histogram of selected experts; 1 is uniform."""
+    """Entropy of each layer's histogram of selected experts, 0 to 1; 1 is uniform."""
     active_experts: list[int]
     """Experts of each layer that any token selected."""
 

@@ -1,6 +1,6 @@
-"""Grade-school word problems with worked solutions, as many as one likes.
+"""Generates grade-school word problems with worked solutions.
 
-They are printed as JSON lines by::
+To print some as JSON lines::
 
     python -m moescope_service.bundled_model.problems --count 100 --seed 7
 """
@@ -68,7 +68,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _draw_numbers(steps: list[_Step], rng: random.Random) -> dict[str, int]:
-    """Draw numbers until every step's result is a whole number of a fair size."""
+    """Draw numbers until every step's result is a whole number from 2 to 200."""
     ranges: dict[str, range] = {}
     for step in steps:
         ranges.setdefault(step.left, _FACTORS if step.sign == "*" else _TERMS)
@@ -82,7 +82,7 @@ def _draw_numbers(steps: list[_Step], rng: random.Random) -> dict[str, int]:
 
 
 def _apply(step: _Step, numbers: dict[str, int]) -> bool:
-    """Add the step's result to the numbers; return whether it is whole and of a fair size."""
+    """Add the step's result to the numbers; return whether it is whole and from 2 to 200."""
     left, right = numbers[step.left], numbers[step.right]
     numbers[step.result] = _OPERATORS[step.sign](left, right)
     exact = step.sign != "/" or left % right == 0
@@ -112,8 +112,8 @@ def _fill(text: str, slots: Mapping[str, str], rng: random.Random) -> str:
 def main() -> None:
     """Print problems as JSON lines, the answer's number repeated after ``####``."""
     parser = argparse.ArgumentParser(description="Print word problems as JSON lines.")
-    parser.add_argument("--count", type=int, default=100, help="problems")
-    parser.add_argument("--seed", type=int, default=7, help="seed of the generator")
+    parser.add_argument("--count", type=int, default=100, help="number of problems to print")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the random generator")
     options = parser.parse_args()
     rng = random.Random(options.seed)  # noqa: S311
     for _ in range(options.count):

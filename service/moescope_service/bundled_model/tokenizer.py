@@ -1,4 +1,4 @@
-"""The bundled model's tokenizer: a byte-level BPE whose digits are tokens of their own."""
+"""The bundled model's tokenizer: a byte-level BPE in which each digit is one token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 r"""Train the bundled model, from its tokenizer to its checkpoint.
 
-The model computes in bfloat16, as it is saved and served; only the optimizer sees more digits::
+The model computes in bfloat16, as it is saved and served; only the optimizer uses float32::
 
     python -m moescope_service.bundled_model.train \
         --held-out client/moescope/data/sample.jsonl --out runs/bundled --duration-s 300
@@ -107,7 +107,7 @@ def _learning_rate_scale(step: int, progress: float) -> float:
 
 
 def report(evaluation: Evaluation, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what is worth knowing about a training."""
+    """Return the record of a training: hardware, versions, options and figures."""
     on_gpu = options.device.startswith("cuda")
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
@@ -145,19 +145,33 @@ def parse_options() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--held-out", type=Path, required=True, help="problems never trained on, as JSON lines")
-    add("--out", type=Path, required=True, help="directory of the checkpoint")
-    add("--steps", type=int, default=20_000, help="most steps")
-    add("--duration-s", type=float, default=300, help="most seconds of training")
-    add("--batch-size", type=int, default=512, help="problems a step")
+    add(
+        "--held-out",
+        type=Path,
+        required=True,
+        help="JSON lines of problems to evaluate with; never trained on",
+    )
+    add("--out", type=Path, required=True, help="directory to write the checkpoint to")
+    add("--steps", type=int, default=20_000, help="steps of training at most")
+    add("--duration-s", type=float, default=300, help="seconds of training at most")
+    add("--batch-size", type=int, default=512, help="problems in one step")
     add("--learning-rate", type=float, default=3e-3, help="highest learning rate")
     add("--balance-weight", type=float, default=0.01, help="weight of the balance loss")
-    add("--target-entropy", type=float, default=0.94, help="entropy that ends the balance loss")
+    add(
+        "--target-entropy",
+        type=float,
+        default=0.94,
+        help="normalized entropy above which a layer has no balance loss",
+    )
     add("--seed", type=int, default=0, help="seed of the weights and the problems")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--workers", type=int, default=4, help="processes that make batches")
-    add("--log-every-steps", type=int, default=200, help="steps from line to line")
-    add("--save-every-s", type=float, default=60, help="seconds from save to save")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="torch device to train on",
+    )
+    add("--workers", type=int, default=4, help="number of processes that make batches")
+    add("--log-every-steps", type=int, default=200, help="steps between two printed lines")
+    add("--save-every-s", type=float, default=60, help="seconds between two saves")
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ _MAX_GRADIENT_NORM = 1.0
 
 
 class Losses(NamedTuple):
-    """What one step saw."""
+    """Losses and entropies of one step."""
 
     answers: torch.Tensor
     """Cross-entropy of the answers' tokens."""
