@@ -6,6 +6,7 @@
 >>> trace.topk_ids.shape  # [num_rows, num_layers, top_k]
 """
 
+from moescope._async_client import AsyncClient
 from moescope._client import Client
 from moescope._version import __version__
 from moescope.batch import RoutesBatch
@@ -19,15 +20,18 @@ from moescope.errors import (
     InvalidQueryError,
     LayerNotCapturedError,
     MoescopeError,
+    PermissionDeniedError,
     RequestNotFoundError,
+    ResponseTooLargeError,
     ServerError,
     StillRunningError,
     TraceEvictedError,
 )
-from moescope.records import ExpertCounts, RecentPage, SequenceInfo, ServerInfo, StoreInfo
+from moescope.records import ExpertCounts, LogInfo, RecentPage, SequenceInfo, ServerInfo, StoreInfo
 from moescope.trace import RouteTrace, Source
 
 __all__ = [
+    "AsyncClient",
     "AuthenticationError",
     "Client",
     "CollectorDownError",
@@ -38,9 +42,12 @@ __all__ = [
     "FormatError",
     "InvalidQueryError",
     "LayerNotCapturedError",
+    "LogInfo",
     "MoescopeError",
+    "PermissionDeniedError",
     "RecentPage",
     "RequestNotFoundError",
+    "ResponseTooLargeError",
     "RouteTrace",
     "RoutesBatch",
     "SequenceInfo",

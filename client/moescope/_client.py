@@ -2,54 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
-from urllib.parse import quote
+from typing import Literal, Self, TypeVar
 
 import httpx
 
-from moescope import _http, batch, formats
+from moescope import http, received
+from moescope.addresses import Verify
 from moescope.batch import RoutesBatch
-from moescope.errors import FormatError
+from moescope.calls import Calls, Layers
+from moescope.errors import ConnectionFailedError
 from moescope.records import ExpertCounts, RecentPage, SequenceInfo, ServerInfo
+from moescope.retries import Call, Pause, Query, Retries
 from moescope.trace import RouteTrace
 
 _T = TypeVar("_T")
+API_KEY_VARIABLE = "VLLM_API_KEY"
+"""The variable that holds the API key where none is given, as for vLLM's server."""
+RETRIES = 3
+TIMEOUT_S = 60.0
 
 
 class Client:
-    """Fetches routes and counts from a server. Not for use by several threads at once.
+    """Fetches routes and counts from a server; several threads may use it at once.
 
     >>> with moescope.Client("http://localhost:8000") as client:
     ...     (trace,) = client.routes("chatcmpl-…")
 
-    Every method raises `ConnectionFailedError` where the server does not answer, and a subclass
-    of `ServerError` where it answers with an error.
+    Every method raises `ConnectionFailedError` where the server does not respond, and a subclass
+    of `ServerError` where it responds with an error. What reads, pauses or resumes is tried again
+    where the connection fails or the server is unavailable (HTTP 503), with pauses between, for 30
+    seconds at most; each time a warning is logged as ``moescope``.
 
     Args:
-        base_url: The server's address, without ``/v1``.
-        api_key: The server's API key, if it wants one.
-        timeout_s: Seconds to wait for an answer.
+        base_url: The server's address, with or without ``/v1``.
+        api_key: The server's API key; ``VLLM_API_KEY`` by default, none where it is empty.
+        timeout_s: Seconds to wait for each part of a response.
         transport: httpx's transport, in place of the network.
+        max_bytes: Bytes that one response may have, as sent and decompressed; a larger one raises
+            `ResponseTooLargeError`. A server of moescope sends at most 48 MiB at a time.
+        verify: How the certificate of an ``https`` server is verified: True by ``SSL_CERT_FILE`` or
+            ``SSL_CERT_DIR``, or else certifi's list of authorities; a path by the authorities in
+            that PEM file or directory; False not at all; or an `ssl.SSLContext`.
+        retries: How often a call is tried again, at most.
     """
 
     def __init__(
         self,
         base_url: str,
         api_key: str | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float = TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
+        max_bytes: int = received.MAX_BYTES,
+        verify: Verify = True,
+        retries: int = RETRIES,
     ) -> None:
-        self._base_url = base_url
-        with _http.transport_errors(base_url):
-            self._http = httpx.Client(
-                base_url=base_url,
-                headers=_http.headers(api_key),
-                timeout=timeout_s,
-                transport=transport,
-                trust_env=_http.uses_environment(base_url),
-            )
+        key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+        self._http = http.connect(base_url, key, timeout_s, transport, max_bytes, verify)
+        self._calls = Calls(max_bytes=max_bytes, retries=Retries(count=retries))
 
     def __enter__(self) -> Self:
         return self
@@ -71,11 +84,14 @@ class Client:
         request_id: str,
         *,
         index: int | None = None,
-        layers: Sequence[int] | str | None = None,
+        layers: Layers = None,
         weights: bool = True,
         wait_s: float | None = None,
+        start: int = 0,
     ) -> list[RouteTrace]:
         """Fetch the traces of one request, one for each sequence.
+
+        Long ones come in several responses, and are joined.
 
         Of an id that several requests had, the newest come first, and older ones can be left out:
         `routes_batch` says where they are.
@@ -86,44 +102,55 @@ class Client:
             layers: Global layer numbers, or text such as ``0,5-7``; all layers where None.
             weights: Whether to fetch the routing weights too.
             wait_s: Seconds to wait for the end of a request; the server's default where None.
+            start: The first row to fetch: those before it are known, as in a conversation.
 
         Raises:
             RequestNotFoundError: The server never saw this id.
             StillRunningError: The request has not finished.
             TraceEvictedError: The trace made room for newer ones.
             InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
-            FormatError: The answer is no trace.
+            FormatError: The response holds no traces.
         """
-        params = _wanted(layers, weights, wait_s)
-        if index is not None:
-            params["index"] = index
-        response = self._send("GET", _path(request_id), params, one_request=True)
-        return formats.load_npz(response.content)
+        return self._run(
+            self._calls.routes(
+                request_id,
+                index=index,
+                layers=layers,
+                weights=weights,
+                wait_s=wait_s,
+                start=start,
+            )
+        )
 
     def routes_batch(
         self,
         request_ids: Sequence[str],
         *,
-        layers: Sequence[int] | str | None = None,
+        layers: Layers = None,
         weights: bool = True,
         wait_s: float | None = None,
+        start: int | Mapping[str, int] = 0,
     ) -> RoutesBatch:
-        """Fetch the traces of many requests at once.
+        """Fetch the traces of many requests, in as few responses as they fit into.
 
-        A request that has none is no error here: ``failed`` tells why.
+        A request that has none is no error here: ``failed`` says why.
 
         Args:
-            request_ids: Any ids of the requests that their clients saw: 1 to 1,024 of them.
+            request_ids: Any ids of the requests that their clients saw, any number of them.
             layers: Global layer numbers, or text such as ``0,5-7``; all layers where None.
             weights: Whether to fetch the routing weights too.
             wait_s: Seconds to wait for all of them to end; the server's default where None.
+            start: The first row to fetch of each request, or by id.
 
         Raises:
             InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
-            FormatError: The answer is no batch.
+            FormatError: The response holds no batch.
         """
-        body = {"request_ids": list(request_ids), **_wanted(layers, weights, wait_s)}
-        return batch.load_npz(self._send("POST", "/routes/batch", body=body).content)
+        return self._run(
+            self._calls.routes_batch(
+                request_ids, layers=layers, weights=weights, wait_s=wait_s, start=start
+            )
+        )
 
     def recent(self, limit: int = 50, before: int | None = None) -> RecentPage:
         """List recent sequences, newest first.
@@ -131,14 +158,26 @@ class Client:
         Args:
             limit: How many at most.
             before: The ``next_before`` of the page before this one.
+
+        Raises:
+            FormatError: The response is no such page: it has more, or does not get on.
         """
-        params = {"limit": limit} if before is None else {"limit": limit, "before": before}
-        values = self._json("GET", "/routes", params)
-        try:
-            sequences = tuple(map(SequenceInfo.from_json, values["sequences"]))
-            return RecentPage(sequences=sequences, next_before=values["next_before"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"not a list of sequences: {error!r}") from error
+        return self._run(self._calls.recent(limit, before))
+
+    def iter_recent(self, page_size: int = 1000) -> Iterator[SequenceInfo]:
+        """Iterate over all sequences that the server knows, newest first, page by page.
+
+        Args:
+            page_size: Sequences that are fetched at a time, at most 1000.
+
+        Raises:
+            FormatError: A response is no page of that list.
+        """
+        page = self.recent(page_size)
+        yield from page.sequences
+        while page.next_before is not None:
+            page = self.recent(page_size, page.next_before)
+            yield from page.sequences
 
     def experts(
         self,
@@ -155,14 +194,11 @@ class Client:
         Raises:
             InvalidQueryError: The window is longer than what the server keeps.
         """
-        params: dict[str, Any] = {"phase": phase}
-        if window_s is not None:
-            params["window_s"] = window_s
-        return ExpertCounts.from_json(self._json("GET", "/experts", params))
+        return self._run(self._calls.experts(phase, window_s))
 
     def info(self) -> ServerInfo:
         """Fetch what the server captures: model, layers, experts, versions, limits."""
-        return ServerInfo.from_json(self._json("GET", "/moescope/info"))
+        return self._run(self._calls.info())
 
     def delete(self, request_id: str) -> int:
         """Make the server forget a request.
@@ -173,16 +209,15 @@ class Client:
         Raises:
             RequestNotFoundError: The server never saw this id.
         """
-        response = self._send("DELETE", _path(request_id), one_request=True)
-        return _field(_http.json_object(response), "deleted", int)
+        return self._run(self._calls.delete(request_id))
 
     def pause(self) -> str:
         """Pause the capture; returns its state."""
-        return _field(self._json("POST", "/routes/pause"), "capture", str)
+        return self._run(self._calls.pause())
 
     def resume(self) -> str:
         """Resume the capture; returns its state."""
-        return _field(self._json("POST", "/routes/resume"), "capture", str)
+        return self._run(self._calls.resume())
 
     def reset(self) -> float:
         """Set the expert counts to zero.
@@ -190,49 +225,24 @@ class Client:
         Returns:
             The Unix time from which they run, in seconds.
         """
-        return _field(self._json("POST", "/routes/reset"), "since_s", float)
+        return self._run(self._calls.reset())
 
-    def _json(self, method: str, path: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
-        return _http.json_object(self._send(method, path, params))
+    def _run(self, call: Call[_T]) -> _T:
+        try:
+            step = next(call)
+            while True:
+                try:
+                    response = self._do(step)
+                except ConnectionFailedError as error:
+                    step = call.throw(error)
+                else:
+                    step = call.send(response)
+        except StopIteration as end:
+            found: _T = end.value
+            return found
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        params: dict[str, Any] | None = None,
-        *,
-        body: dict[str, Any] | None = None,
-        one_request: bool = False,
-    ) -> httpx.Response:
-        with _http.transport_errors(self._base_url):
-            response = self._http.request(method, path, params=params, json=body)
-        _http.check(response, one_request=one_request)
-        return response
-
-
-def _wanted(
-    layers: Sequence[int] | str | None, weights: bool, wait_s: float | None
-) -> dict[str, Any]:
-    """Return the parameters that say which part of a trace is wanted, as the server has them."""
-    wanted: dict[str, Any] = {"format": "npz"}
-    if layers is not None:
-        wanted["layers"] = layers if isinstance(layers, str) else ",".join(map(str, layers))
-    if not weights:
-        wanted["weights"] = False
-    if wait_s is not None:
-        wanted["wait_s"] = wait_s
-    return wanted
-
-
-def _path(request_id: str) -> str:
-    """Return the path of a request; an id may hold slashes, or be ``..``."""
-    if not request_id:
-        raise ValueError("the request id is empty")
-    return "/routes/" + quote(request_id, safe="").replace(".", "%2E")
-
-
-def _field(values: dict[str, Any], name: str, kind: Callable[[Any], _T]) -> _T:
-    try:
-        return kind(values[name])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"the answer has no valid {name!r}: {values}") from error
+    def _do(self, step: Query | Pause) -> httpx.Response | None:
+        if isinstance(step, Pause):
+            time.sleep(step.seconds)
+            return None
+        return self._http.request(**step.arguments())

@@ -1,4 +1,4 @@
-"""What all pictures look like."""
+"""The colors and settings that all pictures share."""
 
 from __future__ import annotations
 

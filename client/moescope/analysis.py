@@ -6,7 +6,9 @@ any selection gives NaN.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +25,34 @@ def shares(counts: Counts) -> Floats:
     return result
 
 
-def entropy(counts: Counts) -> Floats:
-    """Return the Shannon entropy of the selections in nats, ``[...]``."""
+def entropy_bits(counts: Counts) -> Floats:
+    """Return the Shannon entropy of the selections in bits, ``[...]``: ``-sum(p * log2(p))``.
+
+    ``p`` are the experts' shares of the selections. It is 0 where one expert has them all, and
+    `max_entropy_bits` where all experts have as many.
+
+    Source: Shannon 1948, "A Mathematical Theory of Communication", section 6.
+    """
     p = shares(counts)
-    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
-    result: Floats = -(p * logs).sum(axis=-1)
+    logs = np.log2(p, out=np.zeros_like(p), where=p > 0)
+    result: Floats = np.abs((p * logs).sum(axis=-1))  # a sum of terms <= 0; never -0.0
     return result
 
 
+def max_entropy_bits(num_experts: int) -> float:
+    """Return the entropy of a uniform load in bits, ``log2(num_experts)``."""
+    return math.log2(num_experts)
+
+
 def normalized_entropy(counts: Counts) -> Floats:
-    """Return the entropy over its maximum ``ln(num_experts)``, in [0, 1]; 1.0 is uniform."""
-    result: Floats = entropy(counts) / np.log(max(counts.shape[-1], 2))
+    """Return `entropy_bits` over `max_entropy_bits`, in [0, 1]: 1.0 is uniform."""
+    result: Floats = entropy_bits(counts) / max_entropy_bits(max(counts.shape[-1], 2))
+    return result
+
+
+def entropy(counts: Counts) -> Floats:
+    """Return `entropy_bits` in nats, ``[...]``."""
+    result: Floats = entropy_bits(counts) * math.log(2)
     return result
 
 
@@ -66,3 +85,75 @@ def top_experts(counts: Counts, k: int = 3) -> list[tuple[int, int, float]]:
     order = np.argsort(-counts.astype(np.int64), kind="stable")[:k]
     share = shares(counts)
     return [(int(expert), int(counts[expert]), float(share[expert])) for expert in order]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OverLayers:
+    """A figure of the balance over layers; those without any selection are left out."""
+
+    mean: float
+    """Of the layers."""
+    worst: float
+    """Of the layer whose load is the least even."""
+    worst_place: int
+    """That layer's place in the order given; the first of equal ones."""
+
+    @classmethod
+    def lowest(cls, values: npt.NDArray[Any]) -> Self:
+        """Make it of a figure that is low where the load is uneven, such as the entropy.
+
+        Args:
+            values: One a layer, ``[num_layers]``; NaN in a layer without any selection.
+
+        Raises:
+            ValueError: No layer has a selection.
+        """
+        place = int(np.nanargmin(values))
+        return cls(mean=float(np.nanmean(values)), worst=float(values[place]), worst_place=place)
+
+    @classmethod
+    def highest(cls, values: npt.NDArray[Any]) -> Self:
+        """Make it of a figure that is high where the load is uneven, such as MaxVio.
+
+        Args:
+            values: As of `lowest`.
+
+        Raises:
+            ValueError: No layer has a selection.
+        """
+        place = int(np.nanargmax(values))
+        return cls(mean=float(np.nanmean(values)), worst=float(values[place]), worst_place=place)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """The balance of a model's layers in a few figures."""
+
+    num_experts: int
+    """Routed experts a layer."""
+    max_entropy_bits: float
+    """As `max_entropy_bits` returns it."""
+    entropy_bits: OverLayers
+    normalized_entropy: OverLayers
+    max_violation: OverLayers
+    active_experts: OverLayers
+
+    @classmethod
+    def of(cls, counts: Counts) -> Self:
+        """Sum up the layers' figures.
+
+        Args:
+            counts: Selections, ``[num_layers, num_experts]``.
+
+        Raises:
+            ValueError: No layer has a selection.
+        """
+        active = np.where(counts.any(axis=-1), active_experts(counts), np.nan)
+        return cls(
+            num_experts=counts.shape[-1],
+            max_entropy_bits=max_entropy_bits(counts.shape[-1]),
+            entropy_bits=OverLayers.lowest(entropy_bits(counts)),
+            normalized_entropy=OverLayers.lowest(normalized_entropy(counts)),
+            max_violation=OverLayers.highest(max_violation(counts)),
+            active_experts=OverLayers.lowest(active),
+        )

@@ -6,7 +6,7 @@
 ``position``       int32: the token's position in the sequence, prompt first
 ``is_prompt``      bool
 ``token_id``       int32; null where the server keeps token ids out
-``source``         string, dictionary-encoded: ``computed``, ``cached`` or ``missing``
+``source``         string, dictionary-encoded: ``computed``, ``cached``, ``recalled`` or ``missing``
 ``topk_ids``       uint8 or uint16, ``[num_layers][top_k]``
 ``topk_weights``   float32, the same shape; no such column where the weights were left out
 =================  ==========================================================================
@@ -30,6 +30,16 @@ import orjson
 
 from moescope import formats
 from moescope.errors import FormatError
+from moescope.formats.shared import narrowed
+from moescope.received import (
+    MALFORMED,
+    MAX_BYTES,
+    MAX_TOKENS,
+    check_fields,
+    is_int,
+    parse_json,
+    shown,
+)
 from moescope.trace import RouteTrace, Source
 
 try:
@@ -45,12 +55,15 @@ _METADATA = b"moescope"
 _KEYS = pa.schema([("request_id", pa.string()), ("index", pa.int32()), ("position", pa.int32())])
 
 
-def to_table(traces: Sequence[RouteTrace], *, truncated: bool = False) -> pa.Table:
+def to_table(
+    traces: Sequence[RouteTrace], *, truncated: bool = False, next_start: int | None = None
+) -> pa.Table:
     """Return a table with a row for every token of traces of one model.
 
     Args:
         traces: At least one.
         truncated: Whether older requests of the same id are left out.
+        next_start: The first row that is left out; None where none is.
 
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
@@ -58,7 +71,10 @@ def to_table(traces: Sequence[RouteTrace], *, truncated: bool = False) -> pa.Tab
     if not traces:
         raise FormatError("a table needs at least one trace: its columns are those of the traces")
     formats.check_alike(traces)
-    metas = formats.meta_of(traces)
+    metas = [
+        {**meta, "num_rows": trace.num_rows}
+        for meta, trace in zip(formats.meta_of(traces), traces, strict=True)
+    ]
     routed = _routed(metas)
     source = np.zeros(len(routed), np.int8)
     source[routed] = np.concatenate([trace.source for trace in traces])
@@ -80,60 +96,112 @@ def to_table(traces: Sequence[RouteTrace], *, truncated: bool = False) -> pa.Tab
         "weights_dtype": weights[0].dtype.name if weights else None,
         "traces": metas,
     }
-    if truncated:
-        shared["truncated"] = True
+    shared |= formats.marks(truncated=truncated, next_start=next_start)
     return pa.table(columns, metadata={_METADATA: orjson.dumps(shared)})
 
 
-def dump_arrow(traces: Sequence[RouteTrace], *, truncated: bool = False) -> bytes:
-    """Write `to_table` as an Arrow IPC stream.
+def dump_arrow(
+    traces: Sequence[RouteTrace], *, truncated: bool = False, next_start: int | None = None
+) -> bytes:
+    """Write `to_table`, which takes the same, as an Arrow IPC stream.
 
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
     """
-    table, sink = to_table(traces, truncated=truncated), pa.BufferOutputStream()
+    table = to_table(traces, truncated=truncated, next_start=next_start)
+    sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 
 
-def dump_parquet(traces: Sequence[RouteTrace], *, truncated: bool = False) -> bytes:
-    """Write `to_table` as a Parquet file.
+def dump_parquet(
+    traces: Sequence[RouteTrace], *, truncated: bool = False, next_start: int | None = None
+) -> bytes:
+    """Write `to_table`, which takes the same, as a Parquet file.
 
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
     """
     sink = pa.BufferOutputStream()
-    parquet.write_table(to_table(traces, truncated=truncated), sink)
+    table = to_table(traces, truncated=truncated, next_start=next_start)
+    parquet.write_table(table, sink)
     return bytes(sink.getvalue())
 
 
-def from_table(table: pa.Table) -> list[RouteTrace]:
+def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> list[RouteTrace]:
     """Rebuild the traces of a table of `to_table`, such as ``pyarrow.parquet.read_table(…)``.
 
     Exact but for the ids and weights of missing rows, which mean nothing and become zero.
 
+    Args:
+        table: The table.
+        max_bytes: Bytes that the arrays of ids and weights may have; each missing row has its part.
+
     Raises:
-        FormatError: The table lacks moescope's metadata, or has not the rows that they tell of.
+        FormatError: The table lacks moescope's metadata, or other rows than they describe, or it
+            is too large.
     """
     try:
-        shared = orjson.loads((table.schema.metadata or {})[_METADATA])
-        _check_rows(table, shared["traces"])
+        table.validate(full=True)  # offsets of damaged bytes lead anywhere
+        shared = parse_json((table.schema.metadata or {})[_METADATA], max_bytes)
+        metas = shared["traces"]
+        for meta in metas:  # files of before there were pages
+            meta.setdefault("start", 0)
+            meta.setdefault("num_rows", max(0, meta["num_tokens"] - 1))
+        _check_metadata(table, shared, max_bytes)
+        _check_rows(table, metas)
         return _traces(table, shared)
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise FormatError(f"not a table of traces: {error!r}") from error
+    except (*MALFORMED, pa.ArrowException) as error:
+        raise FormatError(f"not a table of traces: {shown(error)}") from error
+
+
+def _check_metadata(table: pa.Table, shared: dict[str, Any], max_bytes: int) -> None:
+    """Check what the metadata say, before anything of these sizes is made."""
+    for meta in shared["traces"]:
+        check_fields(RouteTrace, meta)
+        for name in ("start", "num_rows", "num_tokens"):
+            if not is_int(meta[name]) or not 0 <= meta[name] <= MAX_TOKENS:
+                raise ValueError(f"{name} is {shown(meta[name], 80)}")
+    num_rows = sum(map(_num_tokens, shared["traces"]))
+    if num_rows != len(table) or any(_num_tokens(meta) < 0 for meta in shared["traces"]):
+        raise ValueError(
+            f"rows were left out, added or reordered since `to_table`: {num_rows} are described, "
+            f"{len(table)} here"
+        )
+    top_k, num_layers = shared["top_k"], len(shared["layers"])
+    if not is_int(top_k) or top_k < 0:
+        raise ValueError(f"top_k is {shown(top_k, 80)}")
+    if len(table) * num_layers * top_k * 4 > max_bytes:
+        raise ValueError(
+            f"[{len(table)}, {num_layers}, {top_k}] weights are more than max_bytes={max_bytes:,}"
+        )
+    if shared["weights_dtype"] not in {None, "float16", "float32"}:
+        raise ValueError(f"weights_dtype is {shown(shared['weights_dtype'], 80)}")
 
 
 def _routed(metas: list[dict[str, Any]]) -> npt.NDArray[np.bool_]:
-    """Return which rows of the table are rows of a trace: all but each sequence's last."""
-    return np.concatenate([np.arange(m["num_tokens"]) < m["num_tokens"] - 1 for m in metas])
+    """Return which rows of the table are rows of a trace: all but each sequence's last token."""
+    return np.concatenate([np.arange(_num_tokens(meta)) < meta["num_rows"] for meta in metas])
+
+
+def _num_tokens(meta: dict[str, Any]) -> int:
+    """Return how many rows of the table a trace, or a page of one, has: one for each token."""
+    end = meta["start"] + meta["num_rows"]
+    is_last = end >= meta["num_tokens"] - 1
+    return max(0, int((meta["num_tokens"] if is_last else end) - meta["start"]))
 
 
 def _positions(metas: list[dict[str, Any]]) -> dict[str, pa.Array]:
     """Return the columns that say which token a row is."""
-    lengths = [meta["num_tokens"] for meta in metas]
+    lengths = [_num_tokens(meta) for meta in metas]
     trace = np.repeat(np.arange(len(metas)), lengths)
-    position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    position = np.concatenate(
+        [
+            np.arange(length, dtype=np.int32) + np.int32(meta["start"])
+            for meta, length in zip(metas, lengths, strict=True)
+        ]
+    )
     prompt_len = np.array([meta["prompt_len"] for meta in metas])[trace]
     names = pa.array([meta["request_id"] for meta in metas]).dictionary_encode()
     return {
@@ -146,7 +214,8 @@ def _positions(metas: list[dict[str, Any]]) -> dict[str, pa.Array]:
 
 def _tokens(trace: RouteTrace) -> pa.Array:
     if trace.token_ids is None:
-        return pa.nulls(trace.num_tokens, pa.int32())
+        num_tokens = _num_tokens({**formats.meta(trace), "num_rows": trace.num_rows})
+        return pa.nulls(num_tokens, pa.int32())
     return pa.array(trace.token_ids)
 
 
@@ -160,8 +229,8 @@ def _nested(rows: list[npt.NDArray[Any]], present: npt.NDArray[np.bool_]) -> pa.
 
 
 def _check_rows(table: pa.Table, metas: list[dict[str, Any]]) -> None:
-    told = pa.table(_positions(metas)).select(_KEYS.names).cast(_KEYS)
-    if not table.select(_KEYS.names).cast(_KEYS).equals(told):
+    described = pa.table(_positions(metas)).select(_KEYS.names).cast(_KEYS)
+    if not table.select(_KEYS.names).cast(_KEYS).equals(described):
         raise ValueError("rows were left out, added or reordered since `to_table`")
 
 
@@ -171,7 +240,7 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
     def values(name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         array = np.zeros((len(table), len(shared["layers"]), shared["top_k"]), dtype)
         flat = pc.list_flatten(pc.list_flatten(table[name])).to_numpy()
-        array[present] = flat.reshape(-1, *array.shape[1:])
+        array[present] = narrowed(flat, dtype).reshape(-1, *array.shape[1:])
         return array
 
     ids = values("topk_ids", formats.id_dtype(shared["traces"][0]["num_experts"]))
@@ -182,8 +251,8 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
     tokens = table["token_id"].fill_null(0).to_numpy()
     traces, start = [], 0
     for meta in shared["traces"]:
-        end = start + meta["num_tokens"]
-        rows = slice(start, max(start, end - 1))
+        end = start + _num_tokens(meta)
+        rows = slice(start, start + meta.pop("num_rows"))
         traces.append(
             RouteTrace(
                 layers=np.array(shared["layers"], np.int32),
@@ -192,7 +261,7 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
                 source=source[rows],
                 token_ids=tokens[start:end] if meta.pop("has_token_ids") else None,
                 **meta,
-            )
+            ).check_values()
         )
         start = end
     return traces

@@ -44,9 +44,9 @@ def load(name: str, path: Path | None = None) -> list[Question]:
     if name == "gsm8k":
         return read_jsonl(path) if path else gsm8k_from_hub()
     raise DatasetError(
-        f"{name!r} is not a data set: take one of {', '.join(NAMES)}"
+        f"invalid data set {name!r}: expected {' or '.join(NAMES)}"
         if name not in NAMES
-        else "the data set sample is bundled: it is not read from a file"
+        else f"invalid --file '{path}': expected none, since the data set sample is bundled"
     )
 
 
@@ -89,32 +89,32 @@ def gsm8k_from_hub() -> list[Question]:
             f"cannot fetch {_HUB_REPOSITORY} from the Hugging Face hub "
             f"({type(error).__name__}); give a local file with --file test.jsonl"
         ) from error
-    rows = parquet.read_table(path, columns=["question", "answer"]).to_pylist()
-    return _questions(rows, _HUB_REPOSITORY)
+    records = parquet.read_table(path, columns=["question", "answer"]).to_pylist()
+    return _questions(records, _HUB_REPOSITORY)
 
 
 def _parse(data: bytes, where: str) -> list[Question]:
-    rows = []
+    records = []
     for number, line in enumerate(data.splitlines(), start=1):
         if line.strip():
             try:
-                rows.append(orjson.loads(line))
+                records.append(orjson.loads(line))
             except orjson.JSONDecodeError as error:
                 raise DatasetError(f"{where}, line {number}: not JSON ({error})") from error
-    return _questions(rows, where)
+    return _questions(records, where)
 
 
-def _questions(rows: Iterable[Any], where: str) -> list[Question]:
+def _questions(records: Iterable[Any], where: str) -> list[Question]:
     questions = []
-    for number, row in enumerate(rows, start=1):
+    for number, record in enumerate(records, start=1):
         try:
-            question = Question(row["question"], row["answer"])
+            question = Question(record["question"], record["answer"])
         except (TypeError, KeyError) as error:
             raise DatasetError(
-                f"{where}, record {number}: an object with question and answer is wanted"
+                f"{where}, record {number}: expected an object with question and answer"
             ) from error
         if not isinstance(question.question, str) or not question.question.strip():
-            raise DatasetError(f"{where}, record {number}: the question is no text")
+            raise DatasetError(f"{where}, record {number}: expected a question that is text")
         questions.append(question)
     if not questions:
         raise DatasetError(f"{where} holds no question")

@@ -4,21 +4,25 @@
 
     MoescopeError
     ├── LayerNotCapturedError (ValueError)   a layer the model or the trace does not have
-    ├── FormatError (ValueError)             bytes or text that are no trace
+    ├── FormatError (ValueError)             bytes or text that hold no trace
+    │   └── ResponseTooLargeError            a response of more than `max_bytes`
     ├── DatasetError (ValueError)            a data set that cannot be read
     ├── CommandError                         a command cannot do its work
-    ├── ConnectionFailedError                no answer from the server
-    └── ServerError                          the server answered with an error
+    │   └── StoppedError                     a signal ended it early
+    ├── ConnectionFailedError                no response from the server
+    └── ServerError                          the server responded with an error
         ├── AuthenticationError              401: no key, or a wrong one
+        ├── PermissionDeniedError            403: this key or page may not do this
         ├── RequestNotFoundError             404: the server never saw this id
         ├── StillRunningError                202: the request has not finished
         ├── TraceEvictedError                410: the trace made room for newer ones
         ├── InvalidQueryError                422: a parameter the server cannot take
-        └── CollectorDownError               503: the collector process does not answer
+        └── CollectorDownError               503: the collector process does not respond
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 
 
@@ -27,7 +31,7 @@ class MoescopeError(Exception):
 
 
 class LayerNotCapturedError(MoescopeError, ValueError):
-    """A layer was asked for that was not captured."""
+    """A requested layer was not captured."""
 
     def __init__(self, unknown: Iterable[int], captured: Iterable[int]) -> None:
         wanted = ", ".join(map(str, unknown))
@@ -39,6 +43,10 @@ class FormatError(MoescopeError, ValueError):
     """Bytes or text do not hold traces in the expected format."""
 
 
+class ResponseTooLargeError(FormatError):
+    """A response has more bytes than ``max_bytes``, as sent or once decompressed."""
+
+
 class DatasetError(MoescopeError, ValueError):
     """A data set is missing or malformed."""
 
@@ -47,28 +55,59 @@ class CommandError(MoescopeError):
     """A command cannot do its work; the message says why and what to do."""
 
 
+class StoppedError(CommandError):
+    """A signal ended a command early; the message says what was done until then.
+
+    Args:
+        message: What was done.
+        number: The signal; that of Ctrl-C by default.
+
+    Attributes:
+        exit_status: What the command exits with: 128 and the signal's number, as in shells.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
+
+
 class ConnectionFailedError(MoescopeError):
-    """The server did not answer."""
+    """The server did not respond.
+
+    Attributes:
+        is_transient: Whether it may respond later: the network or the server failed, not the
+            address or a certificate.
+    """
+
+    def __init__(self, message: str, *, is_transient: bool = False) -> None:
+        super().__init__(message)
+        self.is_transient = is_transient
 
 
 class ServerError(MoescopeError):
-    """The server answered with an error.
+    """The server responded with an error.
 
     Attributes:
         status_code: The HTTP status.
+        retry_after_s: Seconds after which the server asks to come back; None where it says nothing.
     """
 
-    def __init__(self, message: str, status_code: int) -> None:
+    def __init__(self, message: str, status_code: int, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status_code = status_code
+        self.retry_after_s = retry_after_s
 
 
 class AuthenticationError(ServerError):
-    """The server wants an API key that was not given, or another one."""
+    """The API key is missing or wrong."""
+
+
+class PermissionDeniedError(ServerError):
+    """The key may not do this, or the server does not know the host that was asked for."""
 
 
 class RequestNotFoundError(ServerError):
-    """The server never saw this request id, or was told to forget it."""
+    """The server never saw this request id, or has deleted it."""
 
 
 class StillRunningError(ServerError):
@@ -76,7 +115,7 @@ class StillRunningError(ServerError):
 
 
 class TraceEvictedError(ServerError):
-    """The trace was evicted from the server's bounded store."""
+    """The trace was evicted from the server's bounded store, or its registration was lost."""
 
 
 class InvalidQueryError(ServerError):
@@ -84,4 +123,4 @@ class InvalidQueryError(ServerError):
 
 
 class CollectorDownError(ServerError):
-    """The server's collector process does not answer."""
+    """The server's collector process does not respond."""

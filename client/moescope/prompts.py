@@ -2,7 +2,7 @@ r"""``prompts.txt``: one prompt a line, as UTF-8 text that can be read and edite
 
 Within a prompt a newline is written ``\n``, a carriage return ``\r`` and a backslash ``\\``; a
 backslash before anything else stands for itself. Writing and reading give the same prompts back.
-Blank lines mean nothing.
+Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from moescope import files
 from moescope.errors import DatasetError
 
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
@@ -28,7 +29,7 @@ def write(path: Path, prompts: Iterable[str]) -> None:
         if not prompt.strip():
             raise DatasetError(f"prompt {number} is blank")
         lines.append(re.sub(r"[\\\n\r]", lambda match: _ESCAPES[match[0]], prompt) + "\n")
-    path.write_bytes("".join(lines).encode())
+    files.write(path, "".join(lines).encode())
 
 
 def read(path: Path) -> list[str]:
@@ -45,7 +46,7 @@ def read(path: Path) -> list[str]:
         raise DatasetError(f"{path} is not UTF-8 text") from error
     prompts = [_unescape(line.removesuffix("\r")) for line in lines if line.strip()]
     if not prompts:
-        raise DatasetError(f"{path} holds no prompt")
+        raise DatasetError(f"{path} holds no prompt: expected one per line")
     return prompts
 
 

@@ -1,4 +1,4 @@
-"""What the endpoints answer, besides traces, as frozen records."""
+"""What the endpoints return, besides traces, as frozen records."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.errors import FormatError
+from moescope.received import MALFORMED, check_fields, is_int, shown
 
 
 class _Record:
@@ -23,9 +24,14 @@ class _Record:
         """
         names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         try:
-            return cls(**{name: value for name, value in values.items() if name in names})
-        except (TypeError, ValueError, KeyError) as error:
-            raise FormatError(f"not a {cls.__name__}: {error}") from error
+            known = {name: value for name, value in values.items() if name in names}
+            check_fields(cls, known)
+            for name, value in known.items():
+                if name != "seed" and is_int(value) and value < 0:
+                    raise ValueError(f"{name} must not be negative, got {value}")
+            return cls(**known)
+        except MALFORMED as error:
+            raise FormatError(f"not a {cls.__name__}: {shown(str(error))}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,16 @@ class StoreInfo(_Record):
     """Traces it holds."""
     evicted: int
     """Traces that made room since the server started."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogInfo(_Record):
+    """The route log that a server writes (``--routes-log``)."""
+
+    state: str
+    """``off``: it writes none; ``ok``; ``failing``: the file takes no lines, or too slowly."""
+    dropped: int
+    """Traces that it lacks, in whole or in part, since the collector started."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +98,8 @@ class ServerInfo(_Record):
     """The store of finished traces."""
     started_s: float
     """Unix time at which the collector started, in seconds."""
+    log: LogInfo | None = None
+    """The route log; None where the server does not tell."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -95,9 +113,10 @@ class ServerInfo(_Record):
                 "layers": tuple(values["layers"]),
                 "router_types": tuple(values["router_types"]),
                 "store": StoreInfo.from_json(values["store"]),
+                "log": LogInfo.from_json(values["log"]) if "log" in values else None,
             }
         except (TypeError, KeyError, AttributeError) as error:
-            raise FormatError(f"not a {cls.__name__}: {error!r}") from error
+            raise FormatError(f"not a {cls.__name__}: {shown(error)}") from error
         return super().from_json({**values, **nested})
 
 
@@ -115,7 +134,7 @@ class ExpertCounts(_Record):
     since_s: float
     """Unix time from which the counts run, in seconds."""
     window_s: float | None = None
-    """Seconds that a window covers: up to 10 more than asked for; less where not more is known."""
+    """Seconds that a window covers: up to 10 more than requested; fewer just after its start."""
     num_rows: int
     """Routed tokens counted."""
     num_experts: int
@@ -133,6 +152,8 @@ class ExpertCounts(_Record):
         """
         layers = np.asarray(self.layers, np.int32)
         counts = np.asarray(self.counts, np.int64)
+        if counts.size and counts.min() < 0:
+            raise ValueError(f"counts must not be negative, got {counts.min()}")
         if counts.shape != (len(layers), self.num_experts):
             raise ValueError(
                 f"counts must be [{len(layers)}, {self.num_experts}], got shape {counts.shape}"
@@ -156,7 +177,7 @@ class SequenceInfo(_Record):
     prompt_len: int
     """Prompt tokens."""
     num_tokens: int | None
-    """Prompt and output tokens; None while it runs, like all that only the end tells."""
+    """Prompt and output tokens; None while it runs, as is all that is only known at the end."""
     finish_reason: str | None
     """``stop``, ``length``, ``abort`` …"""
     complete: bool | None

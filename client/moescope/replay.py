@@ -5,44 +5,47 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 
-from moescope import _http
-from moescope.errors import CommandError, ConnectionFailedError, FormatError
+from moescope import files, http
+from moescope.errors import ConnectionFailedError, FormatError
+from moescope.received import check_fields, shown
 
 Clock = Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to ask."""
+class ReplayOptions:
+    """How every prompt is sent."""
 
     model: str | None = None
     """The model's name; the first that the server lists where None."""
     max_tokens: int = 128
-    """Output tokens at most."""
+    """Most output tokens of a request."""
     temperature: float = 0.0
     """0 is greedy."""
-    seed: int = 1234
-    """The sampling seed."""
+    seed: int | None = None
+    """The sampling seed; where None, the requests carry none."""
     concurrency: int = 8
-    """Requests in flight at most."""
+    """Most requests in flight at a time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """What came of one prompt."""
+    """The response to one prompt, or why there is none."""
 
     index: int
     """The prompt's number, from 0."""
     prompt: str
     request_id: str | None = None
     """The id under which the server keeps the routes."""
+    model: str | None = None
+    """The model that was asked."""
     text: str | None = None
     finish_reason: str | None = None
     prompt_tokens: int = 0
@@ -54,63 +57,37 @@ class Response:
     started_s: float
     """When the request was sent, in seconds since the replay's start."""
     latency_s: float
-    """Seconds from sending the request to its whole answer."""
+    """Seconds from sending the request to the end of its response."""
     error: str | None = None
-    """Why there is no answer; None where there is one."""
+    """Why there is no response; None where there is one."""
 
-
-def connect(
-    base_url: str,
-    api_key: str | None = None,
-    timeout_s: float = 600.0,
-    transport: httpx.AsyncBaseTransport | None = None,
-) -> httpx.AsyncClient:
-    """Return an HTTP client whose connections only `Options.concurrency` bounds.
-
-    Raises:
-        ConnectionFailedError: The address is malformed.
-    """
-    with _http.transport_errors(base_url):
-        return httpx.AsyncClient(
-            base_url=base_url,
-            headers=_http.headers(api_key),
-            timeout=timeout_s,
-            limits=httpx.Limits(max_connections=None),
-            transport=transport,
-            trust_env=_http.uses_environment(base_url),
-        )
-
-
-async def served_model(http: httpx.AsyncClient) -> str:
-    """Return the name of the first model that the server lists.
-
-    Raises:
-        MoescopeError: The server does not answer, or lists none.
-    """
-    with _http.transport_errors(str(http.base_url)):
-        response = await http.get("/v1/models")
-    _http.check(response)
-    try:
-        return str(_http.json_object(response)["data"][0]["id"])
-    except (LookupError, TypeError) as error:
-        raise FormatError(f"{http.base_url} lists no model: {response.text[:300]!r}") from error
+    @property
+    def end_s(self) -> float:
+        """When the response ended, in seconds since the replay's start."""
+        return self.started_s + self.latency_s
 
 
 async def replay(
     prompts: Sequence[str],
-    http: httpx.AsyncClient,
-    options: Options,
-    on_response: Callable[[Response], None] | None = None,
+    client: httpx.AsyncClient,
+    options: ReplayOptions,
+    on_response: Callable[[Response], Awaitable[None]] | None = None,
     clock: Clock = time.perf_counter,
+    *,
+    skip: Collection[int] = (),
+    offset_s: float = 0.0,
 ) -> list[Response]:
     """Send every prompt once; a request that fails is recorded, not repeated.
 
     Args:
         prompts: The user messages.
-        http: A client from `connect`.
-        options: How to ask.
-        on_response: Called after each answer or failure.
+        client: From `moescope.http.connect_async`.
+        options: How every prompt is sent.
+        on_response: Awaited after each response or failure, before the next prompt is sent in its
+            place.
         clock: Seconds from a monotonic clock.
+        skip: Numbers of prompts that are not sent, from 0.
+        offset_s: Seconds that the replay has taken before, where it was stopped and goes on.
 
     Returns:
         One response a prompt, in the order of the prompts.
@@ -118,25 +95,26 @@ async def replay(
     Raises:
         MoescopeError: The model is not given, and the server does not name it.
     """
-    model = options.model or await served_model(http)
-    start_s = clock()
-    waiting = iter(enumerate(prompts))
+    model = options.model or http.first_model(await client.get("/v1/models"))
+    start_s = clock() - offset_s
+    waiting = ((index, prompt) for index, prompt in enumerate(prompts) if index not in skip)
     responses: list[Response] = []
 
     async def work() -> None:
         for index, prompt in waiting:
             sent_s = clock()
-            answer = await _ask(http, _body(prompt, model, options))
+            fields = await _send(client, _body(prompt, model, options))
             response = Response(
                 index=index,
                 prompt=prompt,
+                model=model,
                 started_s=sent_s - start_s,
                 latency_s=clock() - sent_s,
-                **answer,
+                **fields,
             )
             responses.append(response)
             if on_response:
-                on_response(response)
+                await on_response(response)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(options.concurrency, len(prompts))):
@@ -144,33 +122,32 @@ async def replay(
     return sorted(responses, key=lambda response: response.index)
 
 
-def _body(prompt: str, model: str, options: Options) -> dict[str, Any]:
-    return {
+def _body(prompt: str, model: str, options: ReplayOptions) -> dict[str, Any]:
+    body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
-        "seed": options.seed,
         "return_token_ids": True,  # vLLM's extension; other servers ignore it
     }
+    return body if options.seed is None else {**body, "seed": options.seed}
 
 
-async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `Response` that the answer, or its failure, gives."""
+async def _send(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Response` that a response or failure gives."""
     try:
-        with _http.transport_errors(str(http.base_url)):
-            response = await http.post("/v1/chat/completions", json=body)
+        response = await client.post("/v1/chat/completions", json=body)
         if response.status_code != 200:
-            return {"error": f"HTTP {response.status_code}: {_http.error_message(response)}"}
-        return _answer(_http.json_object(response))
+            return {"error": f"HTTP {response.status_code}: {http.error_message(response)}"}
+        return _parsed(http.json_object(response))
     except (ConnectionFailedError, FormatError) as error:
         return {"error": str(error)}
 
 
-def _answer(values: dict[str, Any]) -> dict[str, Any]:
+def _parsed(values: dict[str, Any]) -> dict[str, Any]:
     try:
         choice, usage = values["choices"][0], values["usage"]
-        return {
+        fields = {
             "request_id": values["id"],
             "text": choice["message"]["content"] or "",
             "finish_reason": choice["finish_reason"],
@@ -179,30 +156,18 @@ def _answer(values: dict[str, Any]) -> dict[str, Any]:
             "prompt_token_ids": values.get("prompt_token_ids"),
             "token_ids": choice.get("token_ids"),
         }
-    except (LookupError, TypeError) as error:
-        raise FormatError(f"not a chat completion: {error!r}") from error
-
-
-def require_all(responses: Iterable[Response]) -> None:
-    """Raise if a request failed.
-
-    Raises:
-        CommandError: It names how many failed, and the first of them.
-    """
-    every = list(responses)
-    failed = [response for response in every if response.error]
-    if failed:
-        raise CommandError(
-            f"{len(failed)} of {len(every)} requests failed; "
-            f"prompt {failed[0].index + 1}: {failed[0].error}"
-        )
+        check_fields(Response, fields)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise FormatError(f"not a chat completion: {shown(error)}") from error
+    if min(fields["prompt_tokens"], fields["completion_tokens"]) < 0:
+        raise FormatError(f"not a chat completion: its usage is {shown(usage)}")
+    return fields
 
 
 def write_responses(path: Path, responses: Iterable[Response]) -> None:
     """Write one response a line, as JSON."""
-    path.write_bytes(
-        b"".join(orjson.dumps(response, option=orjson.OPT_APPEND_NEWLINE) for response in responses)
-    )
+    lines = (orjson.dumps(response, option=orjson.OPT_APPEND_NEWLINE) for response in responses)
+    files.write(path, b"".join(lines))
 
 
 def read_responses(path: Path) -> list[Response]:
@@ -214,4 +179,4 @@ def read_responses(path: Path) -> list[Response]:
     try:
         return [Response(**orjson.loads(line)) for line in path.read_bytes().splitlines()]
     except (OSError, TypeError, orjson.JSONDecodeError) as error:
-        raise FormatError(f"{path} is no file of responses: {error}") from error
+        raise FormatError(f"{path} is not a file of responses: {error}") from error

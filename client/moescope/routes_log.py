@@ -1,7 +1,7 @@
-"""A route log: a meta line, then one JSON line a routed token and layer.
+"""Reads a route log: a meta line, then one JSON line a routed token and layer.
 
-The schema is that of ``VLLM_LOG_MOE``, so what the server writes is read here as well; see
-`moescope.formats`.
+The schema is that of ``VLLM_LOG_MOE``, so what a server writes is read here as well as what
+``moescope replay`` writes (`moescope.log_draft`), and logs of other writers that say less.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from moescope import formats
-from moescope._client import Client
-from moescope.errors import FormatError, ServerError
-from moescope.records import ServerInfo
-from moescope.trace import RouteTrace
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    """What `fetch` wrote."""
-
-    sequences: int
-    """Traces written."""
-    rows: int
-    """Their rows: routed tokens."""
-    missing_rows: int
-    """Rows that were not captured; their ids are null in the log."""
-    failed: dict[str, str]
-    """The requests without routes: request id, and why."""
+from moescope.errors import FormatError
+from moescope.received import MAX_EXPERTS
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +26,8 @@ class LoggedRoutes:
     """Counts of a route log."""
 
     meta: dict[str, Any]
-    """The meta line."""
+    """The fields of the meta line; None where the log does not say them, but for those that
+    ``inferred`` speaks of."""
     layers: list[int]
     """Global layer numbers in the log."""
     counts: npt.NDArray[np.int64]
@@ -56,6 +40,8 @@ class LoggedRoutes:
     """Routed tokens whose ids are null."""
     torn_lines: int
     """Lines cut off, where a server was killed while it wrote; what they said is not counted."""
+    inferred: tuple[str, ...] = ()
+    """What no meta line says and the records were taken for, in words."""
 
     @property
     def num_experts(self) -> int:
@@ -63,78 +49,23 @@ class LoggedRoutes:
         return int(self.counts.shape[1])
 
 
-def fetch(
-    client: Client,
-    request_ids: Iterable[str],
-    path: Path,
-    layers: str | None = None,
-    on_fetched: Callable[[], None] | None = None,
-) -> Fetched:
-    """Fetch the routes of requests and write them as a route log.
-
-    Args:
-        client: The server's client.
-        request_ids: Ids that the server gave in its responses.
-        path: The log; an existing file is overwritten.
-        layers: Layers to fetch, such as ``0,5-7``; all captured layers where None.
-        on_fetched: Called after each request.
-
-    Raises:
-        MoescopeError: The server's ``/moescope/info`` does not answer. What fails for one
-            request is noted in the result instead.
-    """
-    info = client.info()
-    logged: list[int] | None = None
-    failed: dict[str, str] = {}
-    sequences = rows = missing = 0
-    with path.open("wb") as file:
-        for request_id in request_ids:
-            traces: list[RouteTrace] = []
-            try:
-                traces = client.routes(request_id, layers=layers)
-            except (ServerError, FormatError) as error:
-                failed[request_id] = str(error)
-            for trace in traces:
-                if logged is None:
-                    logged = trace.layers.tolist()
-                    file.write(_meta_line(info, logged))
-                file.writelines(formats.route_lines(trace))
-                sequences += 1
-                rows += trace.num_rows
-                missing += trace.num_rows - int(trace.present.sum())
-            if on_fetched:
-                on_fetched()
-        if logged is None:
-            file.write(_meta_line(info, info.layers))
-    return Fetched(sequences=sequences, rows=rows, missing_rows=missing, failed=failed)
-
-
-def _meta_line(info: ServerInfo, layers: Sequence[int]) -> bytes:
-    return formats.meta_line(
-        model=info.model,
-        versions=info.versions,
-        device=info.device,
-        seed=info.seed,
-        layers=layers,
-        top_k=info.top_k,
-        num_experts=info.num_experts,
-    )
-
-
-def read(path: Path, num_experts: int | None = None) -> LoggedRoutes:
+def read(path: Path, num_experts: int | None = None, top_k: int | None = None) -> LoggedRoutes:
     """Count the selections in a route log.
 
-    A line may be cut off where a server was killed: the last one, or the one before the meta line
-    of the next server.
+    What no meta line says is inferred from the records. A line may be cut off where a server was
+    killed: the last one, or the one before the meta line of the next server.
 
     Args:
         path: The log.
-        num_experts: Routed experts a layer, for a log whose meta line does not say it.
+        num_experts: Routed experts a layer, for a log that does not say it.
+        top_k: Experts a token and layer, for a log that does not say it.
 
     Raises:
-        FormatError: The file is no route log, or does not say the number of experts.
+        FormatError: The file is not a route log, contradicts itself or the arguments, or has too
+            little to infer from.
     """
-    reader = _Reader()
+    given = {"num_experts": num_experts, "top_k": top_k}
+    reader = _Reader({name: value for name, value in given.items() if value is not None})
     try:
         with path.open("rb") as file:
             lines = itertools.pairwise(itertools.chain(file, (b"",)))
@@ -143,100 +74,155 @@ def read(path: Path, num_experts: int | None = None) -> LoggedRoutes:
                     reader.add(line, following)
                 except KeyError as error:
                     raise FormatError(f"{path}, line {number}: it has no {error}") from error
-                except (TypeError, ValueError, OverflowError) as error:
+                except (AttributeError, TypeError, ValueError, OverflowError) as error:
                     raise FormatError(f"{path}, line {number}: not a route: {error}") from error
+        return reader.result()
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
-    meta = reader.meta
-    if meta is None:
-        raise FormatError(f"{path} is empty: no meta line")
-    experts = meta.get("num_experts") or num_experts
-    if experts is None:
-        raise FormatError(
-            f"the meta line of {path} does not say how many experts a layer has: "
-            "give it with --num-experts"
-        )
-    return reader.result(meta, experts, path)
+    except _UnusableError as error:
+        raise FormatError(f"{path} {error}") from error
 
 
-_META: dict[str, Any] = {
+class _UnusableError(Exception):
+    """A log as a whole cannot be used; the message goes on where the path ends."""
+
+
+_META: dict[str, type] = {
     "model_id": str,
-    "vllm_version": str | None,
-    "torch_version": str | None,
+    "vllm_version": str,
+    "torch_version": str,
     "device": str,
-    "seed": int | None,
+    "seed": int,
     "layers_logged": list,
     "top_k": int,
+    "num_experts": int,
 }
-"""What a meta line has."""
-_META_START = b'{"type":"meta"'
+"""The fields of a meta line, and their types; one that is null is not said."""
+_SAME = ("model_id", "layers_logged", "top_k", "num_experts")
+"""Fields that are the same in all meta lines of a log."""
+_META_START = re.compile(rb'\s*\{\s*"type"\s*:\s*"meta"')
 
 
 class _Reader:
-    """Collects the lines of a log; ids of each layer as two bytes each, counted at the end."""
+    """Collects the lines of a log; ids of each layer as two bytes each, counted at the end.
 
-    def __init__(self) -> None:
-        self.meta: dict[str, Any] | None = None
+    Args:
+        said: Fields of the meta line that are known without one.
+    """
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        self._said = said
+        self._top_k: int | None = said.get("top_k")
         self._ids: dict[int, array.array[int]] = {}
-        self._first_layer = 0
+        self._first_layer: int | None = None
         self._sequences: set[tuple[str, int]] = set()
-        self._rows = self._missing = self._torn = 0
+        self._lines = self._rows = self._missing = self._torn = 0
 
     def add(self, line: bytes, following: bytes) -> None:
+        self._lines += 1
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError:
             is_last = not (following or line.endswith(b"\n"))
-            if not is_last and not following.startswith(_META_START):
+            if not is_last and not _META_START.match(following):
                 raise
             self._torn += 1
             return
-        if record["type"] == "meta":
+        if record.get("type") == "meta":
             self._add_meta(record)
-            return
-        if self.meta is None:
-            raise ValueError("the first line is no meta line")
-        layer, ids = record["layer"], record["topk_ids"]
-        if layer not in self._ids:
-            raise ValueError(f"layer {layer} is not in the meta line's layers_logged")
-        if ids is not None:
-            self._ids[layer].extend(ids)
-        if layer == self._first_layer:  # every row has one line a layer
-            self._rows += 1
-            self._missing += ids is None
-            self._sequences.add((record["req_id"], record.get("index", 0)))
+        else:
+            self._add_route(record)
 
     def _add_meta(self, record: dict[str, Any]) -> None:
         for name, kind in _META.items():
-            if not isinstance(record[name], kind):
-                raise TypeError(f"{name} is {record[name]!r} in the meta line")
-        if not isinstance(record.get("num_experts"), int | None):
-            raise TypeError(f"num_experts is {record['num_experts']!r} in the meta line")
-        if self.meta is None:
-            self._ids = {layer: array.array("H") for layer in record["layers_logged"]}
-            self._first_layer = record["layers_logged"][0] if self._ids else 0
-            self.meta = record
-            return
-        for name in ("model_id", "layers_logged", "top_k"):  # a server that started again
-            if record[name] != self.meta[name]:
-                raise ValueError(f"a second meta line with another {name}: {record[name]}")
+            value = record.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r} in the meta line")
+            if self._said.setdefault(name, value) != value and name in _SAME:
+                raise ValueError(f"{name} is {value} in the meta line, not {self._said[name]}")
+        layers = self._said.get("layers_logged")
+        if layers is not None:
+            ids = {layer: self._ids.pop(layer, array.array("H")) for layer in layers}
+            if self._ids:
+                raise ValueError(f"layer {next(iter(self._ids))} is not in layers_logged {layers}")
+            self._ids = ids
+        top_k = self._said.get("top_k")
+        if top_k is not None and self._top_k not in (None, top_k):
+            raise ValueError(f"top_k is {top_k} in the meta line, not {self._top_k}")
+        self._top_k = top_k or self._top_k
 
-    def result(self, meta: dict[str, Any], num_experts: int, path: Path) -> LoggedRoutes:
-        counts = np.zeros((len(self._ids), num_experts), np.int64)
-        for row, (layer, ids) in enumerate(self._ids.items()):
-            found = np.bincount(np.frombuffer(ids, np.uint16), minlength=num_experts)
-            if len(found) > num_experts:
-                raise FormatError(
-                    f"{path} names expert {len(found) - 1} in layer {layer}, "
-                    f"of {num_experts} experts (0 to {num_experts - 1})"
-                )
-            counts[row] = found
+    def _add_route(self, record: dict[str, Any]) -> None:
+        layer, ids, request_id = record["layer"], record["topk_ids"], record["req_id"]
+        if layer not in self._ids:
+            if "layers_logged" in self._said:
+                raise ValueError(f"layer {layer} is not in the meta line's layers_logged")
+            if not isinstance(layer, int):
+                raise TypeError(f"layer is {layer!r}")
+            self._ids[layer] = array.array("H")
+        if ids is not None:
+            if len(ids) != (self._top_k or len(ids)):
+                raise ValueError(f"topk_ids has {len(ids)} experts, and top_k is {self._top_k}")
+            self._top_k = len(ids)
+            self._ids[layer].extend(ids)
+        if self._first_layer is None:
+            self._first_layer = layer
+        if layer == self._first_layer:  # every row has one line a layer
+            self._rows += 1
+            self._missing += ids is None
+            self._sequences.add((request_id, record.get("index", 0)))
+
+    def result(self) -> LoggedRoutes:
+        """Return the counts.
+
+        Raises:
+            _UnusableError: There is too little to infer from, or an expert that cannot be.
+        """
+        if not self._lines:
+            raise _UnusableError("is empty: expected a meta line or a route")
+        found = {
+            layer: np.bincount(np.frombuffer(ids, np.uint16)) for layer, ids in self._ids.items()
+        }
+        num_experts = self._num_experts(found)
+        if self._top_k is None:
+            raise _UnusableError("names no expert, nor how many a token takes: add --top-k")
+        padded = [np.pad(one, (0, num_experts - len(one))) for one in found.values()]
+        known = {"layers_logged": [*found], "top_k": self._top_k, "num_experts": num_experts}
         return LoggedRoutes(
-            meta=meta,
-            layers=list(self._ids),
-            counts=counts,
+            meta={**dict.fromkeys(_META), **self._said, **known},
+            layers=[*found],
+            counts=np.array(padded, np.int64).reshape(len(found), num_experts),
             sequences=len(self._sequences),
             rows=self._rows,
             missing_rows=self._missing,
             torn_lines=self._torn,
+            inferred=self._inferred(known),
         )
+
+    def _num_experts(self, found: dict[int, npt.NDArray[np.int64]]) -> int:
+        lengths = {layer: len(one) for layer, one in found.items()}
+        num_experts = int(self._said.get("num_experts", max(lengths.values(), default=0)))
+        if not num_experts and "num_experts" not in self._said:
+            raise _UnusableError("names no expert, nor how many a layer has: add --num-experts")
+        if not 0 < num_experts <= MAX_EXPERTS:
+            raise _UnusableError(
+                f"is of {num_experts} experts a layer: expected 1 to {MAX_EXPERTS}, whose ids take "
+                "two bytes"
+            )
+        for layer, length in lengths.items():
+            if length > num_experts:
+                raise _UnusableError(
+                    f"names expert {length - 1} in layer {layer}, of {num_experts} experts "
+                    f"(0 to {num_experts - 1})"
+                )
+        return num_experts
+
+    def _inferred(self, known: dict[str, Any]) -> tuple[str, ...]:
+        words = {
+            "layers_logged": f"layers {', '.join(map(str, known['layers_logged']))}",
+            "top_k": f"top-{known['top_k']}",
+            "num_experts": f"{known['num_experts']} experts a layer, by the highest that was "
+            "selected: --num-experts says more",
+        }
+        return tuple(said for name, said in words.items() if name not in self._said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from moescope.errors import CommandError
@@ -35,7 +36,7 @@ class RunDir:
 
     @property
     def histogram(self) -> Path:
-        """Selections per expert, over all layers."""
+        """Selections per expert in the worst layer, and the balance of all."""
         return self.path / "expert_hist.png"
 
     @property
@@ -62,6 +63,18 @@ class RunDir:
         """Return the path of the log of a server that moescope started."""
         return self.path / f"server_{arm}.log"
 
+    def check(self) -> None:
+        """Check that files can be written to the directory; makes nothing.
+
+        Raises:
+            CommandError: It is no directory and cannot be made, or cannot be written to.
+        """
+        there = next(one for one in (self.path, *self.path.absolute().parents) if one.exists())
+        if not there.is_dir():
+            raise CommandError(f"cannot write to {self.path}: {there} is not a directory")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise CommandError(f"cannot write to {self.path}: no permission to write to {there}")
+
     def create(self) -> None:
         """Make the directory, where there is none.
 
@@ -73,13 +86,17 @@ class RunDir:
         except OSError as error:
             raise CommandError(f"cannot make {self.path}: {error.strerror}") from error
 
-    def clear(self) -> None:
-        """Remove the files of an earlier run, and nothing else."""
-        self.clear_replay()
-        for file in (self.prompts, self.timing, self.overhead, self.report):
-            file.unlink(missing_ok=True)
+    def clear_routes(self) -> None:
+        """Remove the routes of an earlier replay, and what was drawn of them."""
+        self.routes.unlink(missing_ok=True)
+        self.clear_pictures()
 
-    def clear_replay(self) -> None:
-        """Remove what an earlier replay left, and what was drawn of it."""
-        for file in (self.responses, self.routes, self.histogram, self.layers):
+    def clear_pictures(self) -> None:
+        """Remove what was drawn of routes: `moescope.plot` draws it anew."""
+        self.histogram.unlink(missing_ok=True)
+        self.layers.unlink(missing_ok=True)
+
+    def clear_comparison(self) -> None:
+        """Remove what an earlier comparison left, and the report of it."""
+        for file in (self.timing, self.overhead, self.report):
             file.unlink(missing_ok=True)

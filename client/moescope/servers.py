@@ -12,16 +12,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
-import httpx
-
-from moescope.errors import CommandError
+from moescope import http
+from moescope.errors import CommandError, ConnectionFailedError
 
 _POLL_S = 0.5
+_HEALTH_TIMEOUT_S = 5.0
 _STOP_S = 20.0
 _TAIL_LINES = 15
+_PYTHON = (sys.executable, "-P")
+"""Imports what is installed, whatever lies in the working directory."""
 _PLUGIN = "moescope"
 _PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -35,7 +37,7 @@ class Server:
     """A server process in a process group of its own; a context manager that ends it.
 
     Args:
-        name: What to call it in messages.
+        name: Its name in messages.
         command: The command line.
         url: Where it will listen.
         log: The file that its output goes to.
@@ -74,20 +76,28 @@ class Server:
         """The process's id; 0 before it was started."""
         return self._process.pid if self._process else 0
 
+    def suspend(self) -> None:
+        """Take the processor from all processes of its group, until `resume` or `stop`."""
+        self._signal_group(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the processes of its group go on."""
+        self._signal_group(signal.SIGCONT)
+
     def stop(self) -> None:
         """End the process: SIGTERM first, then SIGKILL to what is left of its group."""
         if self._process is None:
             return
+        self.resume()  # a suspended process does not see SIGTERM
         self._process.terminate()
         try:
             self.wait_exit(_STOP_S)
         finally:  # a second Ctrl-C while it waits leaves nothing behind either
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._signal_group(signal.SIGKILL)
             self._process.wait()
 
     def is_ready(self) -> bool:
-        """Return whether ``/health`` answers.
+        """Return whether ``/health`` responds with 200.
 
         Raises:
             CommandError: The process has ended; the message holds the end of its log.
@@ -98,16 +108,23 @@ class Server:
                 f"the {self.name} server ended with status {status} before it was ready; "
                 f"the end of {self.log}:\n{self._tail()}"
             )
-        with contextlib.suppress(httpx.TransportError):
-            answer = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False)
-            return answer.status_code == 200
+        with (
+            contextlib.suppress(ConnectionFailedError),
+            http.connect(self.url, timeout_s=_HEALTH_TIMEOUT_S) as client,
+        ):
+            return client.get("/health").status_code == 200
         return False
 
     def wait_exit(self, timeout_s: float) -> None:
-        """Wait until the process ends, but not longer than that."""
+        """Wait until the process ends, at most so many seconds."""
         if self._process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        if self._process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
@@ -115,10 +132,10 @@ class Server:
 
 
 def wait_ready(servers: Sequence[Server], timeout_s: float) -> None:
-    """Wait until every server answers.
+    """Wait until every server is ready.
 
     Raises:
-        CommandError: One ended, or was not ready in time.
+        CommandError: A server ended, or was not ready in time.
     """
     deadline_s = time.monotonic() + timeout_s
     waiting = list(servers)
@@ -133,7 +150,7 @@ def wait_ready(servers: Sequence[Server], timeout_s: float) -> None:
 
 def captured_command(args: Sequence[str]) -> list[str]:
     """Return the command of a server with capture."""
-    return [sys.executable, "-m", "moescope", "serve", *args]
+    return [*_PYTHON, "-m", "moescope", "serve", *args]
 
 
 def stock_command(args: Sequence[str]) -> list[str]:
@@ -142,11 +159,11 @@ def stock_command(args: Sequence[str]) -> list[str]:
     Source: vLLM 0.32.0, ``vllm/entrypoints/launchers/api_server/entry.py``. ``vllm serve`` does
     not start with vLLM's CPU wheel.
     """
-    return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
+    return [*_PYTHON, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
 
 
 def stock_env(env: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which vLLM does not even load moescope's plugin.
+    """Return an environment in which vLLM does not load moescope's plugin.
 
     Where ``VLLM_PLUGINS`` is unset vLLM would load it, though it does nothing unless it is enabled:
     then all others are named.
@@ -203,3 +220,13 @@ def free_ports(count: int) -> list[int]:
         for item in sockets:
             item.bind(("127.0.0.1", 0))
         return [int(item.getsockname()[1]) for item in sockets]
+
+
+def end_servers_on_signals() -> None:
+    """Make SIGTERM and SIGHUP unwind the stack, so that servers this process started end too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)

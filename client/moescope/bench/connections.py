@@ -1,32 +1,37 @@
-"""Connections to the server under test, and what to call their failures."""
+"""Connections to the server under test, and the kinds of their failures."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
-import ssl
 from collections.abc import AsyncIterator
 
 import httpx
 
-from moescope import _http
-from moescope.bench.stream import MalformedStreamError, ServerStreamError
+from moescope import addresses, bodies, http
+from moescope.addresses import Verify
+from moescope.bench.stream import MalformedStreamError, StreamError
+from moescope.errors import ConnectionFailedError
+from moescope.failures import ended_early, transport_errors
+from moescope.received import MAX_BYTES
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The server that is asked."""
+    """The server under test."""
 
     base_url: str
-    """Its address, without ``/v1``."""
+    """Its address, with or without ``/v1``."""
     api_key: str | None = None
     timeout_s: float = 600.0
     """Seconds that one request may take."""
+    verify: Verify = True
+    """How its certificate is verified."""
 
 
 class HTTPStatusError(Exception):
-    """The server answered with another status than 200."""
+    """The server responded with another status than 200."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"HTTP {status}: {message}")
@@ -35,32 +40,30 @@ class HTTPStatusError(Exception):
 
 FAILURES = (
     HTTPStatusError,
-    MalformedStreamError,
-    ServerStreamError,
+    StreamError,
+    ConnectionFailedError,
     TimeoutError,
     httpx.RequestError,
 )
-"""What can become of a request that is not answered as it should be."""
+"""The exceptions of a request that fails."""
 
 _KINDS = (
-    (MalformedStreamError, "malformed"),
-    (ServerStreamError, "server_error"),
-    (httpx.DecodingError, "malformed"),
+    (ConnectionFailedError, "malformed"),
     (TimeoutError, "timeout"),
     (httpx.TimeoutException, "timeout"),
     (httpx.ConnectError, "connect"),
     (httpx.NetworkError, "reset"),
 )
-_GONE = ("disconnected", "closed")
-"""Words of httpx's protocol errors about a connection that ended too early."""
 
 
 def kind_of(failure: Exception) -> str:
-    """Return what to count a failure as; see `Record.error_kind`."""
+    """Return the kind that a failure is counted as; see `MeasuredRequest.error_kind`."""
     if isinstance(failure, HTTPStatusError):
         return f"http_{failure.status}"
+    if isinstance(failure, StreamError):
+        return failure.kind
     if isinstance(failure, httpx.RemoteProtocolError):
-        return "reset" if any(word in str(failure) for word in _GONE) else "malformed"
+        return "reset" if ended_early(failure) else "malformed"
     return next((name for kind, name in _KINDS if isinstance(failure, kind)), "transport")
 
 
@@ -72,29 +75,27 @@ class Connections:
     """
 
     def __init__(self, target: Target, path: str) -> None:
-        with _http.transport_errors(target.base_url):
-            self._url = httpx.URL(target.base_url.rstrip("/") + path)
+        with transport_errors(target.base_url):
+            self._url = httpx.URL(addresses.base_url(target.base_url) + path)
             self._headers = httpx.Headers(
                 {
                     "Host": self._url.netloc.decode(),
                     "Content-Type": "application/json",
                     "Accept": "text/event-stream",
-                    **_http.headers(target.api_key),
+                    **http.headers(target.api_key),
                 }
             )
         self._timeout_s = target.timeout_s
-        secure = self._url.scheme == "https"  # reading the certificates takes tens of milliseconds
-        self._tls = (
-            ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        )
+        self._tls = addresses.tls_context(self._url, target.verify)
         self._idle: list[httpx.AsyncHTTPTransport] = []
 
     @contextlib.asynccontextmanager
     async def stream(self, body: bytes) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Send a request; gives the parts of the answer's body as they come.
+        """Send a request; gives the parts of the response's body as they arrive.
 
         Raises:
-            HTTPStatusError: The answer is not 200.
+            HTTPStatusError: The status is not 200.
+            ConnectionFailedError: It is not, and the body cannot be decompressed.
             TimeoutError: The request took too long.
             httpx.TransportError: There is no connection, or it failed.
         """
@@ -105,10 +106,11 @@ class Connections:
                 response = await transport.handle_async_request(request)
                 try:
                     if response.status_code != 200:
-                        await response.aread()
-                        message = _http.error_message(response)
+                        response.request = request
+                        whole = await bodies.aread(response, MAX_BYTES, self._timeout_s)
+                        message = http.error_message(whole)
                         raise HTTPStatusError(response.status_code, message)
-                    yield response.aiter_raw()
+                    yield _bounded(response.aiter_raw())
                 finally:
                     await response.aclose()
         finally:
@@ -120,14 +122,14 @@ class Connections:
         httpx imports its backend with the first request: 40 ms that would be the first TTFT.
         """
 
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             await writer.drain()
             writer.close()
 
         transport = self._new()
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             request = httpx.Request("GET", f"http://127.0.0.1:{port}/")
             response = await transport.handle_async_request(request)
@@ -142,3 +144,12 @@ class Connections:
 
     def _new(self) -> httpx.AsyncHTTPTransport:
         return httpx.AsyncHTTPTransport(verify=self._tls, limits=httpx.Limits(max_connections=1))
+
+
+async def _bounded(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    num_bytes = 0
+    async for part in parts:
+        num_bytes += len(part)
+        if num_bytes > MAX_BYTES:
+            raise MalformedStreamError(f"the response has more than {MAX_BYTES:,} bytes")
+        yield part

@@ -1,4 +1,4 @@
-"""Sends the requests of a load test and keeps a record of each."""
+"""Sends the requests of a load test and measures each."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from moescope.bench.connections import FAILURES, Connections, Target, kind_of
-from moescope.bench.record import Record
+from moescope.bench.measured_request import MeasuredRequest
 from moescope.bench.schedule import Pacer
-from moescope.bench.stream import Answer, EventParser
-from moescope.bench.workload import PATHS, Ask, Conversation, Dialogue
+from moescope.bench.stream import EventParser, StreamedResponse
+from moescope.bench.workload import PATHS, Conversation, Dialogue, RequestOptions
 
 Clock = Callable[[], float]
 
@@ -22,7 +22,7 @@ Clock = Callable[[], float]
 class Pace:
     """When conversations start.
 
-    With ``due_s`` the loop is open: each starts when it is due, whatever became of the others.
+    With ``due_s`` the loop is open: each starts when it is due, whether or not others have ended.
     Without, it is closed: ``max_concurrency`` of them go on at a time.
     """
 
@@ -37,38 +37,38 @@ class Pace:
 
 
 class Run:
-    """One run of a load test; what was measured is there while it goes on.
+    """One run of a load test; its attributes can be read while it goes on.
 
     Args:
-        conversations: What to ask.
-        ask: How to ask.
-        target: Whom.
-        pace: When.
+        conversations: What to send.
+        options: How every request is sent.
+        target: The server.
+        pace: When conversations start.
         clock: Seconds from a monotonic clock.
 
     Attributes:
-        records: One a request that has ended, in the order of their ends.
+        requests: Those that have ended, in the order of their ends.
         in_flight: Requests that were sent and have not ended.
         start_s: The clock at the start.
         duration_s: Seconds from the start to the last request's end; 0 until the run has ended.
-        cpu_s: CPU seconds of this process meanwhile.
+        cpu_s: CPU seconds of this process during the run.
         interrupted: Requests that were in flight when the run was stopped.
     """
 
     def __init__(
         self,
         conversations: Sequence[Conversation],
-        ask: Ask,
+        options: RequestOptions,
         target: Target,
         pace: Pace,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self._dialogues = [Dialogue(one, ask) for one in conversations]
+        self._dialogues = [Dialogue(one, options) for one in conversations]
         self._pace, self._clock = pace, clock
-        self._http = Connections(target, PATHS[ask.endpoint])
+        self._http = Connections(target, PATHS[options.endpoint])
         self._tasks: set[asyncio.Task[None]] = set()
-        self._on_record: Callable[[Record], None] | None = None
-        self.records: list[Record] = []
+        self._on_request: Callable[[MeasuredRequest], None] | None = None
+        self.requests: list[MeasuredRequest] = []
         self.in_flight = 0
         self.start_s = self.duration_s = self.cpu_s = 0.0
         self.interrupted = 0
@@ -81,15 +81,15 @@ class Run:
     async def go(
         self,
         stop: asyncio.Event | None = None,
-        on_record: Callable[[Record], None] | None = None,
+        on_request: Callable[[MeasuredRequest], None] | None = None,
     ) -> None:
         """Send all requests and wait for their ends.
 
         Args:
-            stop: When set, what is in flight is given up and the run ends.
-            on_record: Called with each record.
+            stop: When set, requests in flight are given up and the run ends.
+            on_request: Called with each request that has ended.
         """
-        self._on_record = on_record
+        self._on_request = on_request
         await self._http.warm_up()
         waiter = asyncio.create_task((stop or asyncio.Event()).wait())
         with _frozen_heap():
@@ -148,19 +148,19 @@ class Run:
     async def _converse(self, number: int, due_s: float, queue_s: float = 0.0) -> None:
         dialogue = self._dialogues[number]
         for turn in range(len(dialogue.turns)):
-            record, answer = await self._ask(number, turn, due_s, queue_s)
-            self.records.append(record)
-            if self._on_record:
-                self._on_record(record)
-            if answer is None:
+            request, response = await self._send(number, turn, due_s, queue_s)
+            self.requests.append(request)
+            if self._on_request:
+                self._on_request(request)
+            if response is None:
                 return
-            dialogue.answered("".join(answer.text), answer.token_ids)
+            dialogue.add_response("".join(response.text), response.token_ids)
             due_s, queue_s = self._clock() - self.start_s, 0.0
 
-    async def _ask(
+    async def _send(
         self, number: int, turn: int, due_s: float, queue_s: float
-    ) -> tuple[Record, Answer | None]:
-        dialogue, answer, error = self._dialogues[number], Answer(), None
+    ) -> tuple[MeasuredRequest, StreamedResponse | None]:
+        dialogue, response, error = self._dialogues[number], StreamedResponse(), None
         self.in_flight += 1
         sent_s = self._clock()
         try:
@@ -168,36 +168,38 @@ class Run:
                 events = EventParser()
                 async for part in parts:
                     now_s = self._clock()
-                    for data in events.feed(part):
-                        answer.take(data, now_s)
-            answer.require_whole(token_ids=dialogue.needs_token_ids)
+                    for event in events.feed(part):
+                        response.take(event, now_s)
+                for event in events.end():
+                    response.take(event, self._clock())
+            response.require_whole(token_ids=dialogue.needs_token_ids)
         except FAILURES as failure:
             error = failure
         finally:
             self.in_flight -= 1
-        ended_s = self._clock() if error else answer.chunk_times_s[-1]
-        record = Record(
+        ended_s = self._clock() if error else response.chunk_times_s[-1]
+        request = MeasuredRequest(
             conversation=number,
             turn=turn,
             due_s=due_s,
             queue_s=queue_s,
             sent_s=sent_s - self.start_s,
-            chunk_s=[one - sent_s for one in answer.chunk_times_s],
+            chunk_s=[one - sent_s for one in response.chunk_times_s],
             e2el_s=ended_s - sent_s,
-            prompt_tokens=answer.prompt_tokens or 0,
-            completion_tokens=answer.completion_tokens or 0,
-            text="".join(answer.text),
-            token_ids=answer.token_ids or None,
-            finish_reason=answer.finish_reason,
+            prompt_tokens=response.prompt_tokens or 0,
+            completion_tokens=response.completion_tokens or 0,
+            text="".join(response.text),
+            token_ids=response.token_ids or None,
+            finish_reason=response.finish_reason,
             error_kind=kind_of(error) if error else None,
             error=(str(error) or type(error).__name__) if error else None,
         )
-        return record, None if error else answer
+        return request, None if error else response
 
 
 @contextlib.contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """Keep the garbage collector away from what is there already: its pauses would be measured."""
+    """Exclude existing objects from garbage collection: its pauses would be measured."""
     gc.collect()
     gc.freeze()
     try:

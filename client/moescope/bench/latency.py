@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moescope.bench.record import Record
+from moescope.bench.measured_request import MeasuredRequest
 from moescope.errors import CommandError
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -21,9 +21,9 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 LAG_LIMIT = 0.01
-"""A lag of more than this part of the TTFT is warned of."""
+"""Part of the TTFT; a larger lag is warned of."""
 CPU_LIMIT = 0.8
-"""The part of one core beyond which the client's own work shows in the latencies."""
+"""Part of one core; a busier client shows in the latencies."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +60,13 @@ class Lag:
 
     @property
     def warning(self) -> str | None:
-        """What to say where the lag is too large to trust the load; None where it is not."""
+        """The warning of a lag that is too large to trust the load; None for a smaller one."""
         if self.of_ttft <= LAG_LIMIT:
             return None
         return (
             f"the client lagged behind its schedule by {self.mean_ms:.2f} ms on average and "
             f"{self.p99_ms:.2f} ms at the 99th percentile, {self.of_ttft:.1%} of the TTFT: the "
-            "load was not quite what was asked for (the latencies count from the sending)"
+            "load was not quite the requested one (latencies count from the sending)"
         )
 
 
@@ -78,7 +78,7 @@ class Summary:
     completed: int
     failed: int
     errors: dict[str, int]
-    """Failed requests by kind; see `Record.error_kind`."""
+    """Failed requests by kind; see `MeasuredRequest.error_kind`."""
     total_input_tokens: int
     """Prompt tokens of completed requests, by the server's usage, like the next."""
     total_output_tokens: int
@@ -93,7 +93,7 @@ class Summary:
     max_concurrent_requests: int
     """Peak of requests in flight, failed ones among them, interrupted ones not."""
     max_output_tokens_per_s: float
-    """Output tokens of the best whole second, those of a chunk being the answer's mean."""
+    """Output tokens of the best whole second; each chunk counts as the response's mean."""
     latencies: dict[str, Distribution]
     """By the names of `METRICS`."""
     queue: Distribution
@@ -104,7 +104,7 @@ class Summary:
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against these figures."""
+        """Reasons to doubt these figures."""
         busy = (
             f"the client's core was {self.client_cpu:.0%} busy: its own work is in the latencies; "
             "split the load between several clients"
@@ -116,32 +116,32 @@ class Summary:
 
 
 def summarize(
-    records: Sequence[Record],
+    requests: Sequence[MeasuredRequest],
     duration_s: float,
     *,
     cpu_s: float = 0.0,
     percentiles: Sequence[float] = (50.0, 90.0, 99.0),
     goodput_ms: Mapping[str, float] | None = None,
 ) -> Summary:
-    """Make the figures of a run.
+    """Compute the figures of a run.
 
     Args:
-        records: All requests that ended.
+        requests: All requests that ended.
         duration_s: Seconds of the run.
-        cpu_s: CPU seconds of the client meanwhile.
+        cpu_s: CPU seconds of the client during the run.
         percentiles: Percentiles of every latency.
         goodput_ms: Limits in milliseconds by name: of `GOODPUT_METRICS`.
     """
-    good = [record for record in records if record.error is None]
-    prompt_tokens = sum(record.prompt_tokens for record in good)
-    output_tokens = sum(record.completion_tokens for record in good)
+    good = [request for request in requests if request.error is None]
+    prompt_tokens = sum(request.prompt_tokens for request in good)
+    output_tokens = sum(request.completion_tokens for request in good)
     seconds = duration_s or float("inf")
     return Summary(
         duration_s=duration_s,
         completed=len(good),
-        failed=len(records) - len(good),
+        failed=len(requests) - len(good),
         errors=dict(
-            collections.Counter(one.error_kind for one in records if one.error_kind).most_common()
+            collections.Counter(one.error_kind for one in requests if one.error_kind).most_common()
         ),
         total_input_tokens=prompt_tokens,
         total_output_tokens=output_tokens,
@@ -149,26 +149,26 @@ def summarize(
         output_throughput=output_tokens / seconds,
         total_token_throughput=(prompt_tokens + output_tokens) / seconds,
         request_goodput=within(good, goodput_ms) / seconds if goodput_ms else None,
-        max_concurrent_requests=peak_concurrency(records),
+        max_concurrent_requests=peak_concurrency(requests),
         max_output_tokens_per_s=float(max(tokens_by_second(good), default=0.0)),
         latencies={
             name: Distribution.of(values, percentiles) for name, values in samples(good).items()
         },
-        queue=Distribution.of([record.queue_s for record in good], percentiles),
-        lag=lag(records),
+        queue=Distribution.of([request.queue_s for request in good], percentiles),
+        lag=lag(requests),
         client_cpu=cpu_s / seconds,
     )
 
 
-def samples(good: Iterable[Record]) -> dict[str, list[float]]:
-    """Return the seconds that each latency's figures are of, by the names of `METRICS`."""
+def samples(good: Iterable[MeasuredRequest]) -> dict[str, list[float]]:
+    """Return the samples of each latency in seconds, by the names of `METRICS`."""
     every = list(good)
-    tpots = [record.tpot_s for record in every]
+    tpots = [request.tpot_s for request in every]
     return {
-        "ttft": [record.ttft_s for record in every],
+        "ttft": [request.ttft_s for request in every],
         "tpot": [tpot for tpot in tpots if tpot is not None],
-        "itl": [gap for record in every for gap in record.itls_s],
-        "e2el": [record.e2el_s for record in every],
+        "itl": [gap for request in every for gap in request.itls_s],
+        "e2el": [request.e2el_s for request in every],
     }
 
 
@@ -176,7 +176,7 @@ def parse_goodput(items: Iterable[str]) -> dict[str, float]:
     """Parse limits such as ``ttft:500``, in milliseconds.
 
     Raises:
-        CommandError: Another name, or no number.
+        CommandError: The name is another one, or the value is not a positive number.
     """
     limits = {}
     for item in items:
@@ -187,55 +187,55 @@ def parse_goodput(items: Iterable[str]) -> dict[str, float]:
             name = ""
         if name not in GOODPUT_METRICS or not limits[name] > 0:
             raise CommandError(
-                f"{item!r} is no limit: write one of {', '.join(GOODPUT_METRICS)}, a colon and "
-                "milliseconds, such as ttft:500"
+                f"invalid --goodput {item!r}: expected one of {', '.join(GOODPUT_METRICS)}, a "
+                "colon and milliseconds, such as ttft:500"
             )
     return limits
 
 
-def within(good: Iterable[Record], limits_ms: Mapping[str, float]) -> int:
-    """Count the requests within all limits; an answer of one token has a TPOT of 0."""
+def within(good: Iterable[MeasuredRequest], limits_ms: Mapping[str, float]) -> int:
+    """Count the requests within all limits; an output of one token has a TPOT of 0."""
     return sum(
-        all(_value_ms(record, name) <= limit for name, limit in limits_ms.items())
-        for record in good
+        all(_value_ms(request, name) <= limit for name, limit in limits_ms.items())
+        for request in good
     )
 
 
-def _value_ms(record: Record, name: str) -> float:
-    values = {"ttft": record.ttft_s, "tpot": record.tpot_s or 0.0, "e2el": record.e2el_s}
+def _value_ms(request: MeasuredRequest, name: str) -> float:
+    values = {"ttft": request.ttft_s, "tpot": request.tpot_s or 0.0, "e2el": request.e2el_s}
     return 1e3 * values[name]
 
 
-def peak_concurrency(records: Sequence[Record]) -> int:
+def peak_concurrency(requests: Sequence[MeasuredRequest]) -> int:
     """Return how many requests were in flight at once, at most, of those that ended."""
-    if not records:
+    if not requests:
         return 0
-    starts = np.array([record.sent_s for record in records])
-    ends = starts + [record.e2el_s for record in records]
+    starts = np.array([request.sent_s for request in requests])
+    ends = starts + [request.e2el_s for request in requests]
     times = np.concatenate((ends, starts))
-    change = np.repeat((-1, 1), len(records))
+    change = np.repeat((-1, 1), len(requests))
     order = np.lexsort((change, times))  # at the same time an end comes before a start
     return int(np.cumsum(change[order]).max())
 
 
-def tokens_by_second(good: Sequence[Record]) -> npt.NDArray[np.float64]:
+def tokens_by_second(good: Sequence[MeasuredRequest]) -> npt.NDArray[np.float64]:
     """Return the output tokens that came in each second of the run, ``[num_seconds]``."""
     if not good:
         return np.zeros(0)
-    times = np.concatenate([record.sent_s + np.asarray(record.chunk_s) for record in good])
+    times = np.concatenate([request.sent_s + np.asarray(request.chunk_s) for request in good])
     tokens = np.concatenate(
         [
-            np.full(len(record.chunk_s), record.completion_tokens / len(record.chunk_s))
-            for record in good
+            np.full(len(request.chunk_s), request.completion_tokens / len(request.chunk_s))
+            for request in good
         ]
     )
     return np.bincount(times.astype(np.int64), weights=tokens).astype(np.float64)
 
 
-def lag(records: Sequence[Record]) -> Lag:
+def lag(requests: Sequence[MeasuredRequest]) -> Lag:
     """Return how far the client lagged behind its schedule."""
-    lags = Distribution.of([record.lag_s for record in records], (99.0, 100.0))
-    ttfts = [record.ttft_s for record in records if record.chunk_s]
+    lags = Distribution.of([request.lag_s for request in requests], (99.0, 100.0))
+    ttfts = [request.ttft_s for request in requests if request.chunk_s]
     ttft = Distribution.of(ttfts, (99.0,))
     p99_ms, max_ms = lags.percentiles_ms[99.0], lags.percentiles_ms[100.0]
     ratios = (lags.mean_ms, ttft.mean_ms), (p99_ms, ttft.percentiles_ms[99.0])

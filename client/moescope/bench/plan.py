@@ -1,4 +1,4 @@
-"""A load test as it is asked for, and what follows from that."""
+"""What a load test sends, when and how, as the command line describes it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from rich.console import Console
 
 from moescope import datasets
-from moescope.bench import latency, result, session, table, workload
-from moescope.bench.connections import Target
-from moescope.bench.driver import Pace, Run
+from moescope.bench import result, workload
+from moescope.bench.driver import Pace
 from moescope.bench.schedule import RampUp, due_times
-from moescope.bench.workload import Ask, Conversation, Endpoint
+from moescope.bench.workload import Conversation, Endpoint, RequestOptions
 from moescope.errors import CommandError
+
+DATASETS = (*datasets.NAMES, "random")
+"""What ``--dataset-name`` takes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to ask, when and how; the command's options, which its help describes."""
+    """What to send, when and how; the command's options, which its help describes."""
 
     model: str | None = None
     endpoint: str | None = None
@@ -43,7 +44,7 @@ class Plan:
     num_warmups: int = 0
     ignore_eos: bool | None = None
     temperature: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     extra_body: str = "{}"
 
     @property
@@ -56,8 +57,16 @@ class Plan:
 
         Raises:
             DatasetError: The data set cannot be read.
-            CommandError: The range of token ids is empty.
+            CommandError: There is no such data set, or the range of token ids is empty.
         """
+        if self.dataset_name not in DATASETS:
+            *others, last = DATASETS
+            raise CommandError(
+                f"invalid --dataset-name {self.dataset_name!r}: expected {', '.join(others)} or "
+                f"{last}"
+            )
+        if self.is_random and self.file:
+            raise CommandError(f"invalid --file '{self.file}' for --dataset-name random")
         num = self.num_warmups + self.num_prompts
         if not self.is_random:
             texts = [one.question for one in datasets.load(self.dataset_name, self.file)]
@@ -67,7 +76,9 @@ class Plan:
         else:
             low, high = self.token_range
             if not 0 <= low < high:
-                raise CommandError(f"the range of token ids {low} to {high} is empty")
+                raise CommandError(
+                    f"invalid --token-range {low} {high}: expected two ids, the second larger"
+                )
             made = workload.random_tokens(
                 num_conversations=num,
                 turns=self.turns,
@@ -76,22 +87,28 @@ class Plan:
                 range_ratio=self.range_ratio,
                 prefix_len=self.prefix_len,
                 token_range=self.token_range,
-                seed=self.seed,
+                seed=self.seed or 0,
             )
         return made[: self.num_warmups], made[self.num_warmups :]
 
-    def ask(self, model: str) -> Ask:
-        """Return how every request is asked.
+    def request_options(self, model: str) -> RequestOptions:
+        """Return how every request is sent.
 
         Raises:
-            CommandError: The endpoint or the further fields are malformed.
+            CommandError: The endpoint or the extra body is malformed.
         """
         endpoint: Endpoint = "completions" if self.is_random else "chat"
         if self.endpoint is not None:
             if self.endpoint not in workload.PATHS:
-                raise CommandError(f"{self.endpoint!r} is no endpoint: take chat or completions")
+                raise CommandError(
+                    f"invalid --endpoint {self.endpoint!r}: expected chat or completions"
+                )
             endpoint = self.endpoint
-        return Ask(
+        if self.is_random and endpoint == "chat":
+            raise CommandError(
+                "invalid --endpoint 'chat' for --dataset-name random: token ids go to completions"
+            )
+        return RequestOptions(
             model=model,
             endpoint=endpoint,
             temperature=self.temperature,
@@ -114,19 +131,19 @@ class Plan:
             request_rate=self.request_rate,
             burstiness=self.burstiness,
             ramp_up=ramp_up,
-            seed=self.seed,
+            seed=self.seed or 0,
         )
         return Pace(max_concurrency=self.max_concurrency, due_s=due_s.tolist())
 
-    def setting(self, ask: Ask, num_requests: int) -> result.Setting:
+    def requested_load(self, request: RequestOptions, num_requests: int) -> result.RequestedLoad:
         """Return what the result file says of it."""
         ramp_up = self._ramp_up()
         options = dataclasses.asdict(self)
         options["request_rate"] = options["request_rate"] if self.request_rate < math.inf else "inf"
         options["file"] = self.file.name if self.file else None
-        return result.Setting(
-            model=ask.model,
-            endpoint=ask.endpoint,
+        return result.RequestedLoad(
+            model=request.model,
+            endpoint=request.endpoint,
             num_prompts=num_requests,
             request_rate=self.request_rate,
             burstiness=self.burstiness,
@@ -141,6 +158,20 @@ class Plan:
             options=options,
         )
 
+    def words(self) -> str:
+        """Return what the load is, in words."""
+        load = f"{self.num_prompts} conversations of {self.dataset_name}"
+        if self.turns > 1:
+            load += f", {self.turns} turns each"
+        if self.request_rate < math.inf:
+            load += f", {self.request_rate:g} a second (burstiness {self.burstiness:g})"
+        if ramp_up := self._ramp_up():
+            rates = f"{ramp_up.start_rps:g} to {ramp_up.end_rps:g} a second"
+            load += f", {rates} ({ramp_up.strategy}, burstiness {self.burstiness:g})"
+        if self.max_concurrency:
+            load += f", {self.max_concurrency} at a time"
+        return load
+
     def _ramp_up(self) -> RampUp | None:
         given = (self.ramp_up_strategy, self.ramp_up_start_rps, self.ramp_up_end_rps)
         if given == (None, None, None):
@@ -148,89 +179,10 @@ class Plan:
         strategy, start, end = given
         if strategy not in {"linear", "exponential"} or start is None or end is None:
             raise CommandError(
-                "a ramp-up needs --ramp-up-strategy linear or exponential, --ramp-up-start-rps "
-                "and --ramp-up-end-rps"
+                f"invalid ramp-up {strategy!r} from {start} to {end}: expected --ramp-up-strategy "
+                "linear or exponential, --ramp-up-start-rps and --ramp-up-end-rps"
             )
         return RampUp(strategy=strategy, start_rps=start, end_rps=end)  # type: ignore[arg-type]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What to make of a run."""
-
-    goodput: tuple[str, ...] = ()
-    metrics: str = ",".join(latency.METRICS)
-    percentiles: str = "50,90,99"
-    result: Path | None = None
-    save_detailed: bool = False
-    plot: Path | None = None
-
-    def parsed(self) -> tuple[list[str], list[float], dict[str, float]]:
-        """Return the metrics, percentiles and limits.
-
-        Raises:
-            CommandError: One of them is malformed.
-        """
-        names = self.metrics.split(",")
-        if unknown := [name for name in names if name not in latency.METRICS]:
-            raise CommandError(f"{unknown[0]!r} is no latency: take of {','.join(latency.METRICS)}")
-        try:
-            percentiles = [float(item) for item in self.percentiles.split(",")]
-        except ValueError:
-            percentiles = [-1.0]
-        if not all(0 <= percentile <= 100 for percentile in percentiles):
-            raise CommandError(f"{self.percentiles!r} are no percentiles: such as 50,99,99.9")
-        return names, percentiles, latency.parse_goodput(self.goodput)
-
-
-def run(plan: Plan, target: Target, report: Report, console: Console) -> Run:
-    """Run a load test, show its figures, write its files.
-
-    Raises:
-        MoescopeError: Something asked for is malformed, the server does not answer, or not one
-            request was answered.
-    """
-    names, percentiles, limits = report.parsed()
-    warm_up, conversations = plan.conversations()
-    pace = plan.pace()
-    ask = plan.ask(plan.model or session.served_model(target))
-    measured = session.run(conversations, ask, target, pace, warm_up=warm_up, console=console)
-    summary = latency.summarize(
-        measured.records,
-        measured.duration_s,
-        cpu_s=measured.cpu_s,
-        percentiles=percentiles,
-        goodput_ms=limits,
-    )
-    console.print(table.render(summary, metrics=names, interrupted=measured.interrupted))
-    if report.result:
-        values = result.build(
-            measured,
-            summary,
-            plan.setting(ask, measured.num_requests),
-            metrics=names,
-            detailed=report.save_detailed,
-        )
-        result.write(report.result, values)
-        console.print(report.result)
-    if report.plot:
-        from moescope.bench import plot  # noqa: PLC0415 - matplotlib is slow to import
-
-        plot.draw(report.plot, measured.records, measured.duration_s, _subtitle(plan, ask.model))
-        console.print(report.plot)
-    if not summary.completed:
-        first = next((one.error for one in measured.records), "stopped before the first answer")
-        raise CommandError(f"no request was answered: {first}")
-    return measured
-
-
-def _subtitle(plan: Plan, model: str) -> str:
-    load = f"{plan.num_prompts} conversations of {plan.dataset_name}"
-    if plan.request_rate < math.inf:
-        load += f", {plan.request_rate:g} a second (burstiness {plan.burstiness:g})"
-    if plan.max_concurrency:
-        load += f", {plan.max_concurrency} at a time"
-    return f"{model}: {load}"
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -239,5 +191,5 @@ def _json_object(text: str) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         values = None
     if not isinstance(values, dict):
-        raise CommandError(f"--extra-body wants a JSON object, not {text!r}")
+        raise CommandError(f"invalid --extra-body {text!r}: expected a JSON object")
     return values

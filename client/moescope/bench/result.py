@@ -3,7 +3,7 @@
 Source: vLLM 0.32.0, ``vllm/benchmarks/serve.py``, ``benchmark`` and ``main_async``. All times are
 seconds but those named ``_ms``. What differs: ``max_concurrent_requests`` and
 ``max_output_tokens_per_s`` are exact where vLLM counts by whole seconds, and chunks as tokens; and
-``failed`` requests are counted by kind, under ``moescope``, with all else that vLLM's file lacks.
+``failed`` requests are counted by kind. What vLLM's file lacks is under ``moescope``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 import orjson
 
-from moescope import __version__, environment
+from moescope import __version__, environment, files
 from moescope.bench import latency
 from moescope.bench.driver import Run
-from moescope.bench.record import Record
+from moescope.bench.measured_request import MeasuredRequest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What was asked for, as the result file has it."""
+class RequestedLoad:
+    """The load that was requested, as the result file has it."""
 
     model: str
     endpoint: str
@@ -42,7 +42,7 @@ class Setting:
 def build(
     run: Run,
     summary: latency.Summary,
-    setting: Setting,
+    load: RequestedLoad,
     *,
     metrics: Iterable[str] = latency.METRICS,
     detailed: bool = False,
@@ -52,40 +52,43 @@ def build(
     Args:
         run: The run.
         summary: Its figures.
-        setting: What was asked for.
+        load: The load that was requested.
         metrics: Latencies to write figures of.
         detailed: Whether to write every request's figures and text.
     """
-    records = sorted(run.records, key=lambda record: record.sent_s)
-    backend = "openai-chat" if setting.endpoint == "chat" else "openai"
+    requests = sorted(run.requests, key=lambda request: request.sent_s)
+    backend = "openai-chat" if load.endpoint == "chat" else "openai"
     values = {
         "date": dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": backend,
         "backend": backend,
         "label": None,
-        "model_id": setting.model,
+        "model_id": load.model,
         "tokenizer_id": None,
-        "num_prompts": setting.num_prompts,
-        "request_rate": "inf" if math.isinf(setting.request_rate) else setting.request_rate,
-        "burstiness": setting.burstiness,
-        "max_concurrency": setting.max_concurrency,
-        **(setting.ramp_up or {}),
+        "num_prompts": load.num_prompts,
+        "request_rate": "inf" if math.isinf(load.request_rate) else load.request_rate,
+        "burstiness": load.burstiness,
+        "max_concurrency": load.max_concurrency,
+        **(load.ramp_up or {}),
         **_totals(summary),
-        "latencies": [record.e2el_s for record in records],
-        "queue_times": [record.queue_s for record in records],
+        "latencies": [request.e2el_s for request in requests],
+        "queue_times": [request.queue_s for request in requests],
         **_figures({name: summary.latencies[name] for name in metrics}),
     }
-    if setting.max_concurrency is not None and not math.isinf(setting.request_rate):
+    if load.max_concurrency is not None and not math.isinf(load.request_rate):
         values |= _figures({"client_queue_time": summary.queue})
     if detailed:
-        values |= _details(records, run.start_s)
-    return values | {"moescope": _ours(run, summary, setting)}
+        values |= _details(requests, run.start_s)
+    return values | {"moescope": _ours(run, summary, load)}
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
-    """Write a result file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE))
+    """Write a result file, as a whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    files.write(path, orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def percentile_word(percentile: float) -> str:
@@ -121,26 +124,26 @@ def _figures(distributions: dict[str, latency.Distribution]) -> dict[str, float]
     return values
 
 
-def _details(records: Sequence[Record], start_s: float) -> dict[str, list[Any]]:
+def _details(requests: Sequence[MeasuredRequest], start_s: float) -> dict[str, list[Any]]:
     return {
-        "input_lens": [record.prompt_tokens for record in records],
-        "output_lens": [record.completion_tokens for record in records],
-        "ttfts": [record.chunk_s[0] if record.chunk_s else 0.0 for record in records],
-        "itls": [record.itls_s for record in records],
-        "start_times": [start_s + record.sent_s for record in records],
-        "generated_texts": [record.text for record in records],
-        "errors": [record.error or "" for record in records],
+        "input_lens": [request.prompt_tokens for request in requests],
+        "output_lens": [request.completion_tokens for request in requests],
+        "ttfts": [request.chunk_s[0] if request.chunk_s else 0.0 for request in requests],
+        "itls": [request.itls_s for request in requests],
+        "start_times": [start_s + request.sent_s for request in requests],
+        "generated_texts": [request.text for request in requests],
+        "errors": [request.error or "" for request in requests],
     }
 
 
-def _ours(run: Run, summary: latency.Summary, setting: Setting) -> dict[str, Any]:
+def _ours(run: Run, summary: latency.Summary, load: RequestedLoad) -> dict[str, Any]:
     return {
         "errors": summary.errors,
         "interrupted": run.interrupted,
         "schedule_lag": dataclasses.asdict(summary.lag),
         "client_cpu": summary.client_cpu,
         "warnings": summary.warnings,
-        "options": setting.options,
+        "options": load.options,
         "hardware": environment.hardware(),
         "versions": {"moescope": __version__, **environment.system()},
     }

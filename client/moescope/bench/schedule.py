@@ -1,4 +1,4 @@
-"""When requests are sent, in an open loop: times that no answer can delay."""
+"""When requests are sent in an open loop: at times that do not depend on responses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def due_times(
     The gaps are independent draws of a gamma distribution with the shape ``burstiness`` and the
     mean of one over the rate: 1 makes a Poisson process, less comes in bursts, more is steadier,
     infinity has equal gaps. Without a ramp all times are scaled so that the last is due after
-    ``num / request_rate`` seconds: the rate is then the one asked for, whatever the seed.
+    ``num / request_rate`` seconds: the rate is then the given one for every seed.
 
     Source: vLLM 0.32.0, ``vllm/benchmarks/serve.py``, ``get_request``.
 
@@ -56,13 +56,17 @@ def due_times(
         Seconds from the start, ascending, ``[num]``.
 
     Raises:
-        CommandError: A rate or the burstiness is not positive, or both rates are given.
+        CommandError: A rate or the burstiness is not positive, or a rate and a ramp-up are given.
     """
     if ramp_up and not math.isinf(request_rate):
-        raise CommandError("give a request rate or a ramp-up, not both")
+        raise CommandError(
+            f"invalid --request-rate {request_rate:g} with a ramp-up: expected one of the two"
+        )
     rates = _rates(num, ramp_up) if ramp_up else np.full(num, float(request_rate))
-    if not (rates > 0).all() or not burstiness > 0:
-        raise CommandError("request rates and burstiness must be more than 0")
+    if not (rates > 0).all():
+        raise CommandError(f"invalid request rate {rates.min():g}: expected more than 0")
+    if not burstiness > 0:
+        raise CommandError(f"invalid --burstiness {burstiness:g}: expected more than 0")
     if math.isinf(burstiness):
         gaps = 1.0 / rates
     else:
@@ -79,7 +83,7 @@ def _rates(num: int, ramp_up: RampUp) -> npt.NDArray[np.float64]:
     if ramp_up.strategy == "linear":
         return start + (end - start) * progress
     if start <= 0 or end <= 0:
-        raise CommandError("request rates and burstiness must be more than 0")
+        raise CommandError(f"invalid request rate {min(start, end):g}: expected more than 0")
     return np.asarray(start * (end / start) ** progress)
 
 

@@ -4,98 +4,113 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from moescope import replay
+from moescope import http
 from moescope.bench import live
 from moescope.bench.connections import Target
 from moescope.bench.driver import Pace, Run
-from moescope.bench.workload import Ask, Conversation
-from moescope.errors import CommandError
+from moescope.bench.workload import Conversation, RequestOptions
+from moescope.errors import CommandError, StoppedError
 
 
-def served_model(target: Target) -> str:
-    """Return the name of the first model that the server lists.
+def served_model(target: Target, wanted: str | None = None) -> str:
+    """Return the name of the model to ask for.
+
+    Args:
+        target: The server.
+        wanted: The name, which the server has to list; the first that it lists where None.
 
     Raises:
-        MoescopeError: The server does not answer, or lists none.
+        MoescopeError: The server does not respond, lists none, or does not serve the wanted one.
     """
-
-    async def ask() -> str:
-        async with replay.connect(target.base_url, target.api_key) as http:
-            return await replay.served_model(http)
-
-    return asyncio.run(ask())
+    with http.connect(
+        target.base_url, target.api_key, target.timeout_s, verify=target.verify
+    ) as client:
+        return http.served_model(client.get("/v1/models"), wanted)
 
 
 def run(
     conversations: Sequence[Conversation],
-    ask: Ask,
+    options: RequestOptions,
     target: Target,
     pace: Pace,
     *,
     warm_up: Sequence[Conversation] = (),
     console: Console,
-) -> Run:
+) -> tuple[Run, signal.Signals | None]:
     """Run a load test; Ctrl-C or SIGTERM ends it with what was measured so far.
 
     Args:
-        conversations: What to ask.
-        ask: How to ask.
-        target: Whom.
-        pace: When.
-        warm_up: What to ask before, uncounted and as many at a time as the run may have.
+        conversations: What to send.
+        options: How every request is sent.
+        target: The server.
+        pace: When conversations start.
+        warm_up: What to send before, not counted; as many at a time as in the run.
         console: Where to show live numbers.
 
+    Returns:
+        The run, and the signal that ended it, if one did.
+
     Raises:
-        CommandError: A request of the warm-up failed, or the warm-up was stopped.
+        CommandError: A request of the warm-up failed.
+        StoppedError: A signal ended the warm-up.
     """
 
-    async def go() -> Run:
-        stop = asyncio.Event()
-        with _stopping(stop):
+    async def go() -> tuple[Run, signal.Signals | None]:
+        with _signals() as stop:
             if warm_up:
                 at_once = min(pace.max_concurrency or len(warm_up), len(warm_up))
-                first = Run(warm_up, ask, target, Pace(max_concurrency=at_once))
-                await first.go(stop)
-                _require_all(first)
-            measured = Run(conversations, ask, target, pace)
+                first = Run(warm_up, options, target, Pace(max_concurrency=at_once))
+                await first.go(stop.event)
+                _require_all(first, stop.by)
+            measured = Run(conversations, options, target, pace)
             async with live.shown(console, measured):
-                await measured.go(stop)
-        return measured
+                await measured.go(stop.event)
+        return measured, stop.by
 
     return asyncio.run(go())
 
 
+@dataclasses.dataclass(slots=True)
+class _Stop:
+    """Whether a signal has arrived, and which."""
+
+    event: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    by: signal.Signals | None = None
+
+
 @contextlib.contextmanager
-def _stopping(stop: asyncio.Event) -> Iterator[None]:
-    """Set an event on the first Ctrl-C or SIGTERM; the second does what it always does."""
-    loop = asyncio.get_running_loop()
+def _signals() -> Iterator[_Stop]:
+    """Take the first Ctrl-C or SIGTERM; the second does what it always does."""
+    loop, stop = asyncio.get_running_loop(), _Stop()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
-    def on_signal() -> None:
-        stop.set()
-        for number in numbers:
-            loop.remove_signal_handler(number)
+    def on_signal(number: signal.Signals) -> None:
+        stop.by = number
+        stop.event.set()
+        for one in numbers:
+            loop.remove_signal_handler(one)
 
     for number in numbers:
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     try:
-        yield
+        yield stop
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
 
 
-def _require_all(warm_up: Run) -> None:
-    failed = [record for record in warm_up.records if record.error]
+def _require_all(warm_up: Run, stopped_by: signal.Signals | None) -> None:
+    failed = [request for request in warm_up.requests if request.error]
     if failed:
         raise CommandError(
             f"{len(failed)} of {warm_up.num_requests} requests of the warm-up failed; the first: "
             f"{failed[0].error}"
         )
-    if len(warm_up.records) < warm_up.num_requests:
-        raise CommandError("stopped in the warm-up: nothing was measured")
+    if stopped_by:
+        raise StoppedError("stopped in the warm-up: nothing was measured", stopped_by)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich import box
 from rich.console import Group
@@ -18,17 +18,32 @@ def render(
     *,
     metrics: Iterable[str] = latency.METRICS,
     interrupted: int = 0,
+    about: Mapping[str, str] | None = None,
 ) -> Group:
     """Return the tables of a run.
 
     Args:
         summary: Its figures.
-        metrics: The latencies to show.
+        metrics: The latencies to show, where a request was completed.
         interrupted: Requests that were in flight when it was stopped.
+        about: What was run, by what it is: the model, the server, the load.
     """
-    parts: list[Table | Text] = [_totals(summary, interrupted), _latencies(summary, metrics)]
+    parts: list[Table | Text] = [
+        _facts(about or {}),
+        _totals(summary, interrupted),
+        *([_latencies(summary, metrics)] if summary.completed else ()),
+    ]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in summary.warnings]
     return Group(*parts)
+
+
+def _facts(about: Mapping[str, str]) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in about.items():
+        table.add_row(name, value)
+    return table
 
 
 def _totals(summary: latency.Summary, interrupted: int) -> Table:
@@ -36,7 +51,7 @@ def _totals(summary: latency.Summary, interrupted: int) -> Table:
     table.add_column()
     table.add_column(justify="right")
     errors = ", ".join(f"{kind}: {count}" for kind, count in summary.errors.items())
-    rows = [
+    facts = [
         ("requests completed", f"{summary.completed:,}"),
         ("requests failed", f"{summary.failed:,}" + (f" ({errors})" if errors else "")),
         ("seconds", f"{summary.duration_s:,.2f}"),
@@ -53,26 +68,26 @@ def _totals(summary: latency.Summary, interrupted: int) -> Table:
         ),
     ]
     if summary.client_cpu:
-        rows.append(("the client's core busy", f"{summary.client_cpu:.0%}"))
+        facts.append(("the client's core busy", f"{summary.client_cpu:.0%}"))
     if summary.request_goodput is not None:
-        rows.insert(6, ("good requests/s", f"{summary.request_goodput:,.2f}"))
+        facts.insert(6, ("good requests/s", f"{summary.request_goodput:,.2f}"))
     if interrupted:
-        rows.insert(2, ("requests given up when stopped", f"{interrupted:,}"))
-    for row in rows:
-        table.add_row(*row)
+        facts.insert(2, ("requests given up when stopped", f"{interrupted:,}"))
+    for fact in facts:
+        table.add_row(*fact)
     return table
 
 
 def _latencies(summary: latency.Summary, metrics: Iterable[str]) -> Table:
     table = Table(box=box.SIMPLE)
     names = list(metrics)
-    percentiles = list(summary.queue.percentiles_ms)
-    heads = ["mean", "median", "std", *(f"p{percentile_word(p)}" for p in percentiles)]
+    shown = [percentile for percentile in summary.queue.percentiles_ms if percentile != 50]
+    heads = ["mean", "median", "std", *(f"p{percentile_word(one)}" for one in shown)]
     table.add_column("ms")
     for head in heads:
         table.add_column(head, justify="right")
     for name in names:
         one = summary.latencies[name]
-        values = (one.mean_ms, one.median_ms, one.std_ms, *one.percentiles_ms.values())
+        values = (one.mean_ms, one.median_ms, one.std_ms, *(one.percentiles_ms[p] for p in shown))
         table.add_row(name.upper(), *(f"{value:,.2f}" for value in values))
     return table

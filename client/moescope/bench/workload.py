@@ -1,4 +1,4 @@
-"""What is asked: conversations of one turn or more, each a request to the server."""
+"""What is sent: conversations of one turn or more; each turn is a request to the server."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Turn:
 
     @property
     def num_prompts(self) -> int:
-        """Of how many prompts it is; conversations of several turns have one each."""
+        """How many prompts it has; turns of longer conversations have one each."""
         several = isinstance(self.content, list) and isinstance(next(iter(self.content), 0), list)
         return len(self.content) if several else 1
 
 
 Conversation = tuple[Turn, ...]
-"""Turns that follow one another: each is sent when the one before it was answered."""
+"""Turns that follow one another: each is sent when the response to the one before it has ended."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """How every request is asked."""
+class RequestOptions:
+    """How every request is sent."""
 
     model: str
     endpoint: Endpoint = "chat"
@@ -51,29 +51,33 @@ class Ask:
     seed: int | None = None
     """The sampling seed."""
     ignore_eos: bool = False
-    """vLLM's extension: answers of exactly ``max_tokens`` tokens."""
+    """vLLM's extension: outputs of exactly ``max_tokens`` tokens."""
     token_ids: bool = False
-    """vLLM's extension ``return_token_ids``: keep the answers' token ids."""
+    """vLLM's extension ``return_token_ids``: keep the token ids of outputs."""
     extra_body: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further fields of the body, such as vLLM's ``cache_salt``."""
 
 
 class Dialogue:
-    """A conversation as it goes: every request holds all that was said before.
+    """A conversation as it goes on: every request holds all turns and responses before it.
 
     Args:
         conversation: Its turns.
-        ask: How to ask.
+        options: How every request is sent.
 
     Raises:
         CommandError: Token ids are to go to the chat endpoint.
     """
 
-    def __init__(self, conversation: Conversation, ask: Ask) -> None:
-        if ask.endpoint == "chat" and any(isinstance(turn.content, list) for turn in conversation):
-            raise CommandError("token ids go to /v1/completions: take the endpoint completions")
+    def __init__(self, conversation: Conversation, options: RequestOptions) -> None:
+        if options.endpoint == "chat" and any(
+            isinstance(turn.content, list) for turn in conversation
+        ):
+            raise CommandError(
+                "invalid endpoint 'chat' for prompts of token ids: expected completions"
+            )
         self.turns = conversation
-        self._ask = ask
+        self._options = options
         self._said: Any = None
         self._number = 0
         self._body: bytes | None = None
@@ -82,51 +86,51 @@ class Dialogue:
     def prepare(self) -> None:
         """Encode the next request, so that sending it costs no time."""
         turn = self.turns[self._number]
-        ask = self._ask
+        options = self._options
         body: dict[str, Any] = {
-            "model": ask.model,
+            "model": options.model,
             "max_tokens": turn.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if ask.endpoint == "chat":
+        if options.endpoint == "chat":
             self._said = [*(self._said or ()), {"role": "user", "content": turn.content}]
             body["messages"] = self._said
         else:
             self._said = turn.content if self._said is None else self._said + turn.content
             body["prompt"] = self._said
         optional = {
-            "temperature": ask.temperature,
-            "seed": ask.seed,
-            "ignore_eos": ask.ignore_eos or None,
-            "return_token_ids": ask.token_ids or self.needs_token_ids or None,
+            "temperature": options.temperature,
+            "seed": options.seed,
+            "ignore_eos": options.ignore_eos or None,
+            "return_token_ids": options.token_ids or self.needs_token_ids or None,
         }
         body |= {name: value for name, value in optional.items() if value is not None}
-        self._body = orjson.dumps(body | ask.extra_body)
+        self._body = orjson.dumps(body | options.extra_body)
 
     @property
     def body(self) -> bytes:
         """The next request's body, as JSON."""
         if self._body is None:
-            raise ValueError("the answer to the turn before is not known yet")
+            raise ValueError("the response to the turn before is not known yet")
         return self._body
 
     @property
     def needs_token_ids(self) -> bool:
-        """Whether the conversation cannot go on without its answers' token ids."""
+        """Whether the conversation cannot go on without the token ids of its outputs."""
         return len(self.turns) > 1 and isinstance(self.turns[0].content, list)
 
-    def answered(self, text: str, token_ids: list[int] | None) -> bool:
-        """Take the answer into the conversation and prepare its next turn.
+    def add_response(self, text: str, token_ids: list[int] | None) -> bool:
+        """Add a response to the conversation and prepare the next turn.
 
         Returns:
-            Whether there is one.
+            Whether there is a next turn.
         """
         self._number += 1
         self._body = None
         if self._number == len(self.turns):
             return False
-        if self._ask.endpoint == "chat":
+        if self._options.endpoint == "chat":
             self._said = [*self._said, {"role": "assistant", "content": text}]
         else:
             self._said = self._said + (token_ids if isinstance(self._said, list) else text)
@@ -137,7 +141,7 @@ class Dialogue:
 def from_texts(
     texts: Sequence[str], *, num_conversations: int, turns: int, max_tokens: int
 ) -> list[Conversation]:
-    """Make conversations of texts, in their order, from the first again when they run out."""
+    """Make conversations of texts in their order; when they run out, start from the first again."""
     endless = itertools.cycle(texts)
     return [
         tuple(Turn(next(endless), max_tokens) for _ in range(turns))

@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from moescope import __version__
-from moescope.cli import bench, demo, overhead, plot, prompts, replay, serve, verify
-from moescope.errors import MoescopeError
+from moescope.cli import bench, demo, overhead, plot, prompts, replay, routes, serve, verify
+from moescope.errors import MoescopeError, StoppedError
+from moescope.received import escaped
+
+_LAYOUT = "\n\t"  # the end of a server's log has lines
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns Ctrl-C into an error of ours before typer turns it into a silent exit."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise StoppedError("stopped by Ctrl-C") from error
+
 
 app = typer.Typer(
     name="moescope",
-    help="Serve mixture-of-experts models with vLLM, and see which experts every token took.",
+    cls=_Commands,
+    help="Serve mixture-of-experts models with vLLM, and see which experts every token used.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(
     cls=serve.PassThrough,
     add_help_option=False,
-    help="Start vLLM's OpenAI-compatible server with capture; takes all of its flags.",
+    help="Start vLLM's OpenAI-compatible server with capture; accepts all of its flags.",
 )(serve.serve)
 app.command()(prompts.prompts)
 app.command()(replay.replay)
+app.command()(routes.routes)
 app.command()(plot.plot)
 app.command()(bench.bench)
 app.command()(overhead.overhead)
@@ -43,10 +62,16 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version",
+            "-v",  # as vLLM's
+            callback=_print_version,
+            is_eager=True,
+            help="Print moescope's version and exit.",
+        ),
     ] = False,
 ) -> None:
-    """Options that stand before the command."""
+    """Options that precede the command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,10 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; the process's own where None.
 
     Returns:
-        1 after an error, told in one line; otherwise typer exits itself.
+        1 after an error, printed in one line, and 128 and the signal's number after a signal (130
+        after Ctrl-C); otherwise typer exits itself.
     """
     try:
         app(None if argv is None else list(argv), prog_name="moescope")
+    except StoppedError as error:
+        _fail(str(error))
+        return error.exit_status
     except MoescopeError as error:
         return _fail(str(error))
     except OSError as error:  # a file or directory that was named
@@ -69,5 +98,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"moescope: {message}", file=sys.stderr)
+    print(f"moescope: {escaped(message, keep=_LAYOUT)}", file=sys.stderr)
     return 1

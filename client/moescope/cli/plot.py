@@ -5,13 +5,22 @@ from __future__ import annotations
 from moescope.cli import _options
 
 
-def plot(*, run_dir: _options.RunDirOption, num_experts: _options.NumExpertsOption = None) -> None:
+def plot(
+    *,
+    run_dir: _options.RunDirOption,
+    num_experts: _options.NumExpertsOption = None,
+    top_k: _options.TopKOption = None,
+) -> None:
     """Draw how evenly the experts were used, from RUN_DIR/moe_routes.jsonl."""
     from moescope import plot as plotting
-    from moescope import report
+    from moescope import report, routes_log
     from moescope.run_dir import RunDir
 
     run = RunDir(run_dir)
-    plotting.draw_run(run, num_experts)
-    report.write(run, num_experts)
+    run.check()
+    routes = routes_log.read(run.routes, num_experts, top_k)
+    if routes.inferred:
+        print(f"inferred from the records of {run.routes}: {'; '.join(routes.inferred)}")
+    plotting.draw_run(run, routes)
+    report.write(run, routes)
     print(f"{run.histogram}\n{run.layers}")

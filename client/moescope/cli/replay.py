@@ -14,49 +14,72 @@ def replay(
     *,
     run_dir: _options.RunDirOption,
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, one a line; RUN_DIR/prompts.txt by default.")
+        Path | None,
+        typer.Option(help="File of prompts, one per line; RUN_DIR/prompts.txt by default."),
     ] = None,
-    base_url: Annotated[
-        str, typer.Option(help="The server's address, without /v1.")
-    ] = "http://localhost:8000",
+    base_url: _options.BaseUrlOption = _options.DEFAULT_BASE_URL,
     api_key: _options.ApiKeyOption = None,
+    ca_cert: _options.CaCertOption = None,
     model: _options.ModelNameOption = None,
     max_tokens: _options.MaxTokensOption = 128,
     temperature: _options.TemperatureOption = 0.0,
-    seed: _options.SeedOption = 1234,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the sampling; the requests carry none by default."),
+    ] = None,
     concurrency: _options.ConcurrencyOption = 8,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to fetch, such as 0,5-7; all by default.")
+        str | None,
+        typer.Option(help="Layers whose routes are fetched, such as 0,5-7; all by default."),
     ] = None,
     routes: Annotated[
-        bool, typer.Option(help="Fetch the routes; --no-routes for a server without moescope.")
+        bool,
+        typer.Option(
+            help="Whether to fetch routes; use --no-routes for a server without moescope."
+        ),
     ] = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Send only the prompts without an answer, and keep what is there."
+        ),
+    ] = False,
+    force: _options.ForceOption = False,
 ) -> None:
-    """Send every prompt to a server, then fetch the routes of all answers."""
+    """Send every prompt to a server, and fetch the routes of the responses as they come."""
+    from moescope import earlier_run, replay_stage, report
     from moescope import prompts as prompts_file
     from moescope import replay as replaying
-    from moescope import report, steps
+    from moescope.errors import CommandError
     from moescope.run_dir import RunDir
 
+    if resume and force:
+        raise CommandError("--resume keeps what is there, --force replaces it: give one of them")
     run = RunDir(run_dir)
     texts = prompts_file.read(prompts or run.prompts)
-    run.create()
-    run.clear_replay()
-    prompts_file.write(run.prompts, texts)
-    options = replaying.Options(
-        model=model,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        concurrency=concurrency,
+    run.check()
+    kept = earlier_run.answers(run, texts) if resume else []
+    if not resume and not force:
+        earlier_run.require_no_answers(run, "--resume goes on with them, ")
+    if not kept and not force:
+        earlier_run.require_prompts(run, texts)
+    plan = replay_stage.Plan(
+        prompts=texts,
+        options=replaying.ReplayOptions(
+            model=model,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            concurrency=concurrency,
+        ),
+        base_url=base_url,
+        api_key=api_key,
+        verify=ca_cert or True,
+        routes=routes,
+        layers=layers,
+        kept=kept,
     )
-    console = _options.console()
-    responses = steps.replay_prompts(
-        run, texts, base_url=base_url, api_key=api_key, options=options, console=console
-    )
-    if routes:
-        steps.fetch_routes(
-            run, responses, base_url=base_url, api_key=api_key, layers=layers, console=console
-        )
-    report.write(run)
-    replaying.require_all(responses)
+    done = replay_stage.run(run, plan, _options.console())
+    if run.responses.exists():
+        report.write(run, done.routes)
+    done.require_whole()

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 import typer.core
 
-from moescope import _service
+from moescope import service
 
 
 class PassThrough(typer.core.TyperCommand):
@@ -21,5 +21,5 @@ class PassThrough(typer.core.TyperCommand):
 
 def serve(ctx: typer.Context) -> None:
     """Start the server and exit with its status."""
-    service = _service.find("serve", needs=("vllm",))
-    raise typer.Exit(service.main(list(ctx.args)))
+    module = service.find("serve", needs=("vllm",))
+    raise typer.Exit(module.main(list(ctx.args)))

@@ -12,42 +12,54 @@ from moescope.cli import _options
 
 def verify(
     *,
-    url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:8000",
+    base_url: Annotated[
+        str,
+        typer.Option("--base-url", "--url", help="The server's address, with or without /v1."),
+    ] = _options.DEFAULT_BASE_URL,
     model: Annotated[
         str | None,
-        typer.Option(help="The checkpoint that is served: a directory, or a hub's name."),
+        typer.Option(
+            help="Checkpoint that is served: a directory, or a name on the Hugging Face hub."
+        ),
     ] = None,
     against: Annotated[
         Literal["transformers", "vllm"],
-        typer.Option(help="vllm: its own ids, of a server with --enable-return-routed-experts."),
+        typer.Option(
+            help="Reference: HF transformers, or vLLM's own --enable-return-routed-experts."
+        ),
     ] = "transformers",
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, one a line; 8 problems of our own by default.")
+        Path | None,
+        typer.Option(help="File of prompts, one per line; the bundled sample by default."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many prompts to ask.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts to send.")] = 8,
     max_tokens: _options.MaxTokensOption = 32,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="What the server computes in; the checkpoint's dtype by default."),
+        typer.Option(help="Dtype that the server computes in; by default what vLLM takes."),
     ] = None,
     reference_dtype: Annotated[
-        Literal["float64", "float32"], typer.Option(help="What the reference computes in.")
+        Literal["float64", "float32"], typer.Option(help="Dtype that the reference computes in.")
     ] = "float64",
-    device: Annotated[str, typer.Option(help="Where the reference runs.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Device that the reference runs on, such as cuda.")
+    ] = "cpu",
     api_key: _options.ApiKeyOption = None,
+    ca_cert: _options.CaCertOption = None,
 ) -> None:
-    """Compare the routes of a running server with those of its model; 1 where they differ."""
-    from moescope import _service, datasets
+    """Compare a running server's routes with its model's; exit with 1 if they differ."""
+    from moescope import datasets, service
     from moescope import prompts as prompts_file
 
     needs = ("torch", "transformers") if against == "transformers" else ()
-    service = _service.find("verify.run", needs=needs)
+    module = service.find("verify.run", needs=needs)
     texts = prompts_file.read(prompts) if prompts else [one.question for one in datasets.sample()]
-    is_good = service.main(
-        url,
+    is_good = module.main(
+        base_url,
         api_key,
         texts[:limit],
         print,
+        ca_cert=ca_cert,
         against=against,
         model=model,
         dtype=dtype,

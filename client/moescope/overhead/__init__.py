@@ -1,5 +1,5 @@
 """Measures what the capture costs: the same load against several servers in shuffled rounds.
 
 ``arms`` are the servers, ``hosting`` starts them, ``rounds`` puts the load on them, ``comparison``
-says what the differences are worth, ``timing`` writes ``timing.json``, ``plot`` draws it.
+computes the differences, ``timing`` writes ``timing.json``, ``plot`` draws it.
 """

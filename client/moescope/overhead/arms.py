@@ -21,10 +21,10 @@ COUNTS, PAUSED, INSTALLED = "counts", "paused", "installed"
 ROUTED_EXPERTS = "routed-experts"
 BUILT_IN = {
     STOCK: "vLLM as it is",
-    STOCK_AGAIN: "the same again: what differs between the two is the noise of the run",
+    STOCK_AGAIN: "the same again: the difference between the two is the noise of the run",
     MOESCOPE: "with capture",
     COUNTS: "with capture of counts alone, no routes of tokens",
-    PAUSED: "with a capture that is held by POST /routes/pause",
+    PAUSED: "with a capture that POST /routes/pause has paused",
     INSTALLED: "vLLM as it is, but it loads moescope's plugin, which is not enabled",
     ROUTED_EXPERTS: "vLLM's own --enable-return-routed-experts; not on the CPU",
 }
@@ -71,19 +71,19 @@ class Arm:
         if not given:
             if name not in BUILT_IN:
                 raise CommandError(
-                    f"{name!r} is not an arm: take of {', '.join(BUILT_IN)}, or NAME=COMMAND with "
-                    "{port} in it, or NAME=http://… of a server that runs"
+                    f"invalid --arm {name!r}: expected one of {', '.join(BUILT_IN)}, NAME=COMMAND "
+                    "with {port} in it, or NAME=http://… of a running server"
                 )
             return cls(name=name)
         if value.startswith(("http://", "https://")):
             return cls(name=name, url=value)
         if "{port}" not in value:
-            raise CommandError(f"the command of the arm {name} has no {{port}} in it: {value!r}")
+            raise CommandError(f"invalid --arm {text!r}: expected {{port}} in the command")
         return cls(name=name, command=value)
 
     @property
     def is_stock(self) -> bool:
-        """Whether it must be vLLM with nothing of moescope enabled."""
+        """Whether nothing of moescope may be enabled in it."""
         return self.name in {STOCK, STOCK_AGAIN, INSTALLED, ROUTED_EXPERTS}
 
     def command_line(self, model: Model, port: int) -> list[str]:
@@ -114,12 +114,14 @@ def parse_all(texts: Sequence[str]) -> list[Arm]:
     parsed = [Arm.parse(text) for text in texts]
     names = [arm.name for arm in parsed]
     if len(set(names)) != len(names) or len(names) < 2:
-        raise CommandError(f"two arms or more with different names are wanted, not {names}")
+        raise CommandError(
+            f"invalid --arm {', '.join(names)}: expected two or more with different names"
+        )
     return parsed
 
 
 def bring_up(arm: Arm, url: str, api_key: str | None = None) -> ServerInfo | None:
-    """Bring a server into the state that its arm names, and check that it is in it.
+    """Bring a server into the state that its arm names, and check it.
 
     Returns:
         As `check`.
@@ -147,14 +149,14 @@ def prepare(
 def check(
     arm: Arm, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None
 ) -> ServerInfo | None:
-    """Check that a server is what its arm must be.
+    """Check that a server is in the state that its arm names.
 
     Returns:
-        What a server with moescope says of itself; None of others.
+        What a server with moescope reports about itself; None for others.
 
     Raises:
         CommandError: A stock server answers ``/moescope/info``, since a paused capture makes no
-            stock arm; or the capture of ``moescope`` is not on, that of ``paused`` not held.
+            stock arm; or the capture of ``moescope`` is not on, that of ``paused`` not paused.
     """
     with Client(url, api_key, transport=transport) as client:
         try:
@@ -169,7 +171,7 @@ def check(
             problem = _problem(arm, info)
             if not problem:
                 return info
-    raise CommandError(f"the arm {arm.name} at {url} is not what it should be: {problem}")
+    raise CommandError(f"the arm {arm.name} at {url} is not what its name says: {problem}")
 
 
 def _problem(arm: Arm, info: ServerInfo) -> str:

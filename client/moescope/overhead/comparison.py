@@ -1,8 +1,9 @@
-"""Says what the differences between arms are worth."""
+"""Computes the differences between arms, their intervals and the noise of the run."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,15 @@ from statistics import NormalDist
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
+from moescope.overhead import engine
 from moescope.overhead.arms import AGAIN
 from moescope.overhead.rounds import Pass, Round
 
 METRICS = {
     "s_per_token": "wall time per token",
+    engine.ITL: "ITL, mean, engine's clock",
     "output_throughput": "output tokens a second",
     "request_throughput": "requests a second",
     **{
@@ -24,7 +28,13 @@ METRICS = {
         for statistic, word in (("mean", "mean"), ("median", "median"), ("p99", "99th percentile"))
     },
 }
-"""What is compared: the names in the file, those of ``vllm bench serve``, and in words."""
+"""What is compared: the names in the file, as of ``vllm bench serve``, and in words. The client's
+clock measures all but the engine's."""
+
+HEADLINE = ("s_per_token", engine.ITL)
+"""What is told in words."""
+MAX_NOISE_PERCENT = 25.0
+"""A metric by which the first arm and the same again may differ by more tells nothing."""
 
 _BOOTSTRAP_SAMPLES = 10_000
 _Z = NormalDist().inv_cdf(0.975)
@@ -87,11 +97,19 @@ def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float
         values: One value a round.
         seed: Seed of the resampling.
     """
-    generator = np.random.default_rng(seed)
-    picks = generator.integers(0, len(values), size=(_BOOTSTRAP_SAMPLES, len(values)))
-    low, high = np.percentile(np.asarray(values)[picks].mean(axis=1), (2.5, 97.5))
+    low, high = np.percentile(_resampling(len(values), seed) @ np.asarray(values), (2.5, 97.5))
     mean, factor = float(np.mean(values)), _small_sample_factor(len(values))
     return mean + factor * (float(low) - mean), mean + factor * (float(high) - mean)
+
+
+@functools.lru_cache(maxsize=1)  # it is the same for every arm and metric
+def _resampling(num: int, seed: int) -> npt.NDArray[np.float64]:
+    """Return the weight of each value in each bootstrap mean, ``[num_samples, num]``."""
+    picks = np.random.default_rng(seed).integers(0, num, size=(_BOOTSTRAP_SAMPLES, num))
+    picks += num * np.arange(_BOOTSTRAP_SAMPLES)[:, None]
+    counts = np.bincount(picks.ravel(), minlength=picks.size).reshape(picks.shape)
+    weights: npt.NDArray[np.float64] = counts / num
+    return weights
 
 
 def _small_sample_factor(num: int) -> float:
@@ -135,7 +153,7 @@ def _log(percent: float) -> float:
 def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Difference]]:
     """Compare every arm with the first in every metric.
 
-    Metrics that a pass lacks, such as a TPOT of answers of one token, are left out.
+    Metrics that a pass lacks, such as a TPOT of outputs of one token, are left out.
 
     Args:
         rounds: The rounds that are done, one at least.
@@ -167,6 +185,35 @@ def differences(rounds: Sequence[Round], seed: int) -> dict[str, dict[str, Diffe
         }
         for arm in others
     }
+
+
+def telling(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the metrics that tell something, in words: `HEADLINE`, and what noise leaves.
+
+    Args:
+        differences: By arm and metric, as `Difference.as_json` has them.
+    """
+    arms = differences.values()
+    noises = {
+        metric: max(by_metric[metric]["noise_percent"] or 0.0 for by_metric in arms)
+        for metric in next(iter(arms))
+    }
+    return {
+        metric: words
+        for metric, words in METRICS.items()
+        if metric in noises and (metric in HEADLINE or noises[metric] <= MAX_NOISE_PERCENT)
+    }
+
+
+def left_out(differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return in words how many metrics `telling` leaves out; nothing where there is none."""
+    number = len(METRICS.keys() & next(iter(differences.values()))) - len(telling(differences))
+    if not number:
+        return ""
+    return (
+        f"{number} more in timing.json: there equal servers may differ by more than "
+        f"{MAX_NOISE_PERCENT:.0f}%"
+    )
 
 
 def _has(item: Round, metric: str) -> bool:
@@ -224,5 +271,9 @@ def _equal(pairs: Sequence[tuple[Pass, Pass]]) -> dict[str, int]:
 
 
 def means(passes: Sequence[Pass]) -> Mapping[str, float]:
-    """Return the mean of every metric over an arm's passes."""
-    return {metric: float(np.mean([made.metrics[metric] for made in passes])) for metric in METRICS}
+    """Return the mean of every metric over an arm's passes, of those that all of them have."""
+    return {
+        metric: float(np.mean([made.metrics[metric] for made in passes]))
+        for metric in METRICS
+        if all(metric in made.metrics for made in passes)
+    }

@@ -1,4 +1,4 @@
-"""Where the arms run: side by side, or one after the other where memory is short."""
+"""Starts the arms: side by side, or one after the other where memory is short."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from moescope import servers
 from moescope.errors import CommandError
@@ -21,9 +21,6 @@ from moescope.run_dir import RunDir
 Placement = Literal["auto", "together", "in-turn"]
 _MARGIN = 1.2
 """An arm may need this much more memory than the first took."""
-SETTLE_S = 1.5
-"""vLLM's processes go on spinning for a second after the last request, on cores that the next arm
-needs: vLLM 0.32.0, ``distributed/device_communicators/shm_broadcast.py`` (``SpinCondition``)."""
 _WANTS_V2 = "Model Runner V2"
 """Words of vLLM 0.32.0's refusal, ``vllm/config/vllm.py``."""
 
@@ -43,22 +40,45 @@ def available_memory() -> dict[str, int]:
     return free
 
 
+class Arrangement(Protocol):
+    """How arms are reached."""
+
+    @property
+    def stays_up(self) -> bool:
+        """Whether a server is the same from one visit to the next."""
+
+    def visit(self, name: str) -> contextlib.AbstractContextManager[str]:
+        """Give an arm's address for the time of a visit."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class Running:
-    """Arms that are all up."""
+class SideBySide:
+    """Arms that are all up at the same time.
+
+    The next visit needs the cores of the arm before: vLLM's processes go on spinning for a second
+    after the last request. What a suspended server has left to do it does in its own next visit.
+
+    Source: vLLM 0.32.0, ``distributed/device_communicators/shm_broadcast.py`` (``SpinCondition``).
+    """
 
     urls: Mapping[str, str]
     """By arm."""
-    settle_s: float = 0.0
-    """How long the arm that was visited is given to come to rest before the next visit."""
+    suspended: Mapping[str, servers.Server] = dataclasses.field(default_factory=dict)
+    """By arm: servers that run during their visits alone."""
     stays_up: ClassVar[bool] = True
-    """A server is the same from one visit to the next."""
 
     @contextlib.contextmanager
     def visit(self, name: str) -> Iterator[str]:
-        """Give an arm's address."""
-        yield self.urls[name]
-        time.sleep(self.settle_s)
+        """Give an arm's address; its server runs for the time of the visit."""
+        server = self.suspended.get(name)
+        if server is None:
+            yield self.urls[name]
+            return
+        server.resume()
+        try:
+            yield self.urls[name]
+        finally:
+            server.suspend()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,7 +92,7 @@ class InTurn:
 
     @contextlib.contextmanager
     def visit(self, name: str) -> Iterator[str]:
-        """Start an arm, where it is not one that runs; give its address.
+        """Start an arm, unless its address was given; give its address.
 
         Raises:
             CommandError: It does not start.
@@ -86,10 +106,6 @@ class InTurn:
             yield server.url
 
 
-Host = Running | InTurn
-"""Gives the arms' addresses, each for the time of a visit."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
     """How servers are started."""
@@ -99,8 +115,9 @@ class Launcher:
     timeout_s: float
     """Seconds to wait until a server is ready."""
     tell: Callable[[str], object]
-    """Says what happens."""
-    settle_s: float = SETTLE_S
+    """Called with each message about the start."""
+    suspends_idle: bool = True
+    """Whether servers that stay up are suspended between their visits."""
     free_memory: Callable[[], dict[str, int]] = available_memory
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
 
@@ -132,27 +149,38 @@ class Launcher:
         }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Hosted:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StartedArms:
     """Arms that can be measured."""
 
-    host: Host
-    names: list[str]
-    """Arms in the order given, without those refused."""
-    refused: dict[str, str]
-    """Why others are not among them."""
+    arms: Sequence[Arm]
+    """In the order given, without those refused."""
+    arrangement: Arrangement
+    """How they are reached."""
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """By name of an arm that did not start: the reason."""
+    commands: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """By name: the command line or address, those refused among them."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the arms."""
+        return [arm.name for arm in self.arms]
 
 
 @contextlib.contextmanager
-def hosted(launcher: Launcher, arms: Sequence[Arm], placement: Placement) -> Iterator[Hosted]:
-    """Start the arms, or make ready to start them in turn; end them afterwards.
+def start_arms(
+    launcher: Launcher, arms: Sequence[Arm], placement: Placement
+) -> Iterator[StartedArms]:
+    """Start the arms, or prepare to start them in turn; end them afterwards.
 
-    ``auto`` starts the first, and the others beside it if the memory that it took is there for each
-    of them.
+    ``auto`` starts the first, and the others beside it if there is as much memory as it took for
+    each of them.
 
     Raises:
         CommandError: The first arm does not start, or no other does.
     """
+    start_s, commands = time.monotonic(), launcher.commands(arms)
     with contextlib.ExitStack() as stack:
         started: dict[str, servers.Server] = {}
         together = placement != "in-turn"
@@ -160,13 +188,26 @@ def hosted(launcher: Launcher, arms: Sequence[Arm], placement: Placement) -> Ite
             together = _first_fits(launcher, arms, stack, started)
         if not together:
             stack.close()
-            by_name = {arm.name: arm for arm in arms}
-            yield Hosted(InTurn(launcher, by_name), list(by_name), {})
+            in_turn = InTurn(launcher, {arm.name: arm for arm in arms})
+            yield StartedArms(arms=arms, arrangement=in_turn, commands=commands)
             return
         urls, refused = _start(launcher, arms, stack, started)
         if len(urls) < 2:
             raise CommandError("; ".join(refused.values()))
-        yield Hosted(Running(urls, launcher.settle_s), list(urls), refused)
+        launcher.tell(f"ready after {time.monotonic() - start_s:.0f} s: {', '.join(urls)}")
+        to_suspend = {
+            name: server
+            for name, server in started.items()
+            if name in urls and launcher.suspends_idle
+        }
+        for server in to_suspend.values():
+            server.suspend()  # leaving the stack ends it, suspended or not
+        yield StartedArms(
+            arms=[arm for arm in arms if arm.name in urls],
+            arrangement=SideBySide(urls, to_suspend),
+            refused=refused,
+            commands=commands,
+        )
 
 
 def _first_fits(
@@ -180,13 +221,13 @@ def _first_fits(
     if len(to_start) < 2:
         return True
     first, *more = to_start
-    launcher.tell(f"starting {first.name}, to see what memory it takes")
+    launcher.tell(f"starting {first.name}, to see how much memory it takes")
     before = launcher.free_memory()
     started[first.name] = stack.enter_context(launcher.server(first))
     servers.wait_ready((started[first.name],), launcher.timeout_s)
     if fits(before, launcher.free_memory(), len(more)):
         return True
-    launcher.tell("memory is short: the arms run in turn, started anew in every round")
+    launcher.tell("memory is short: the arms run in turn, each started anew in every round")
     return False
 
 
@@ -196,7 +237,7 @@ def _start(
     stack: contextlib.ExitStack,
     started: dict[str, servers.Server],
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Start arms at once; return the addresses, and why some did not start: never the first."""
+    """Start arms at once; return addresses and reasons of those refused, never the first."""
     to_start = [arm for arm in arms if not arm.url and arm.name not in started]
     if to_start:
         names = ", ".join(arm.name for arm in to_start)
@@ -232,12 +273,12 @@ def refusal(name: str, error: CommandError, log: Path) -> str:
 
 
 def fits(before: Mapping[str, int], after: Mapping[str, int], more: int) -> bool:
-    """Return whether as much memory as the first server took is there for more of them.
+    """Return whether there is as much memory as the first server took for each of the others.
 
     Args:
         before: Free memory before it was started, in bytes.
         after: Free memory now.
-        more: How many more.
+        more: How many others.
     """
     return all(
         after[name] >= _MARGIN * more * max(0, before[name] - after[name])

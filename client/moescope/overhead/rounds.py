@@ -13,18 +13,18 @@ from typing import Self
 from moescope.bench import latency, session
 from moescope.bench.connections import Target
 from moescope.bench.driver import Pace, Run
-from moescope.bench.workload import Ask, Conversation, Turn
+from moescope.bench.workload import Conversation, RequestOptions, Turn
 from moescope.errors import CommandError
-from moescope.overhead.hosting import Host
-from moescope.replay import Options
+from moescope.overhead.hosting import Arrangement
+from moescope.replay import ReplayOptions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One arm's answers to all that is asked of it in one round."""
+    """One arm's responses to the load of one round."""
 
     wall_s: float
-    """Seconds from the first request to the end of the last answer."""
+    """Seconds from the first request to the end of the last response."""
     prompt_tokens: int
     completion_tokens: int
     metrics: dict[str, float]
@@ -40,7 +40,7 @@ class Round:
     """One pass of each arm."""
 
     order: tuple[str, ...]
-    """In which order they went."""
+    """The order of the visits."""
     passes: dict[str, Pass]
     """By arm, in the order in which the arms were given."""
 
@@ -67,27 +67,28 @@ class Load:
 
     conversations: Callable[[int], Sequence[Conversation]]
     """Makes those of a round by its number, from 1; those of number 0 warm the servers up."""
-    ask: Ask
-    """How to ask: a server's first model where it names none. Each pass adds a cache salt."""
+    options: RequestOptions
+    """How every request is sent: to a server's first model where none is named. Each pass adds a
+    cache salt."""
     pace: Pace
 
     @classmethod
-    def of_prompts(cls, prompts: Sequence[str], options: Options) -> Self:
+    def of_prompts(cls, prompts: Sequence[str], options: ReplayOptions) -> Self:
         """Make a load of the same user messages in every round."""
         conversations = [(Turn(prompt, options.max_tokens),) for prompt in prompts]
-        ask = Ask(
+        request = RequestOptions(
             model=options.model or "",
             temperature=options.temperature,
             seed=options.seed,
             token_ids=True,
         )
         pace = Pace(max_concurrency=options.concurrency)
-        return cls(conversations=lambda number: conversations, ask=ask, pace=pace)
+        return cls(conversations=lambda number: conversations, options=request, pace=pace)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
-    """What is called meanwhile."""
+    """What is called during the measurement."""
 
     on_visit: Callable[[str, str], object] = lambda name, url: None
     """Called with an arm's name and address before load is put on it."""
@@ -100,7 +101,7 @@ class Hooks:
 
 def measure(
     loads: Sequence[Load],
-    host: Host,
+    arrangement: Arrangement,
     names: Sequence[str],
     *,
     rounds: int,
@@ -111,29 +112,31 @@ def measure(
     """Run the warm-up and all rounds; gives each round of every load when it is done.
 
     A visit puts all loads on an arm, one after the other: starting a server for each would take
-    longer than measuring. Each pass has a cache salt of its own: no prompt is answered from the
+    longer than measuring. Each pass has a cache salt of its own: no prompt is found in the
     prefix cache that an earlier round or run filled, or another arm on the same server. So prefill
     is measured as well.
 
     Args:
         loads: What to put on the arms.
-        host: Where the arms are.
-        names: The arms.
+        arrangement: How the arms are reached.
+        names: The arms that are measured.
         rounds: Rounds that count.
-        seed: Of the order.
-        api_key: The key that all of them want, if any.
-        hooks: What to call meanwhile.
+        seed: Seed of the arms' order.
+        api_key: The API key of all of them, if any.
+        hooks: What to call during the measurement.
 
     Raises:
         MoescopeError: A request failed, an arm generated nothing, or with ``ignore_eos`` another
-            number of tokens than it was asked for.
+            number of tokens than was requested.
     """
-    visits = _Visits(loads, host, api_key, hooks)
-    if host.stays_up:
+    visits = _Visits(loads, arrangement, api_key, hooks)
+    if arrangement.stays_up:
         for name in names:
             visits.visit(name, 0, warm_up=True)
     for number, order in enumerate(shuffled_orders(names, rounds, seed), start=1):
-        made = {name: visits.visit(name, number, warm_up=not host.stays_up) for name in order}
+        made = {
+            name: visits.visit(name, number, warm_up=not arrangement.stays_up) for name in order
+        }
         yield [
             Round(order=order, passes={name: made[name][place] for name in names})
             for place in range(len(loads))
@@ -144,9 +147,10 @@ class _Visits:
     """Puts the loads on one arm after the other."""
 
     def __init__(
-        self, loads: Sequence[Load], host: Host, api_key: str | None, hooks: Hooks
+        self, loads: Sequence[Load], arrangement: Arrangement, api_key: str | None, hooks: Hooks
     ) -> None:
-        self._loads, self._host, self._api_key, self._hooks = loads, host, api_key, hooks
+        self._loads, self._arrangement = loads, arrangement
+        self._api_key, self._hooks = api_key, hooks
         self._run_id, self._passes = uuid.uuid4().hex, itertools.count()
         self._models: dict[str, str] = {}
         self._counters: dict[str, Mapping[str, float]] = {}  # by address: arms may share a server
@@ -154,7 +158,7 @@ class _Visits:
     def visit(self, name: str, number: int, *, warm_up: bool) -> list[Pass]:
         """Put the loads of a round on an arm; number 0 is no round."""
         passes = []
-        with self._host.visit(name) as url:
+        with self._arrangement.visit(name) as url:
             self._hooks.on_visit(name, url)
             for load in self._loads:
                 if warm_up:
@@ -166,18 +170,18 @@ class _Visits:
     def _pass(self, name: str, url: str, load: Load, number: int) -> Pass:
         target = Target(base_url=url, api_key=self._api_key)
         if name not in self._models:
-            self._models[name] = load.ask.model or session.served_model(target)
+            self._models[name] = load.options.model or session.served_model(target)
         salt = f"{self._run_id}-{next(self._passes)}"  # servers other than vLLM ignore it
-        ask = dataclasses.replace(
-            load.ask,
+        options = dataclasses.replace(
+            load.options,
             model=self._models[name],
-            extra_body={**load.ask.extra_body, "cache_salt": salt},
+            extra_body={**load.options.extra_body, "cache_salt": salt},
         )
         conversations = load.conversations(number)
-        run = Run(conversations, ask, target, load.pace)
+        run = Run(conversations, options, target, load.pace)
         asyncio.run(run.go())
         made = summarize(run, url)
-        if ask.ignore_eos:
+        if options.ignore_eos:
             _require_lengths(run, conversations, url)
         self._hooks.on_pass()
         before, now = self._counters.get(url, {}), self._hooks.counters(name, url)
@@ -187,19 +191,19 @@ class _Visits:
 
 
 def _require_lengths(run: Run, conversations: Sequence[Conversation], where: str) -> None:
-    """Check that all answers have as many tokens as was asked for: the arms do the same work."""
-    for record in run.records:
-        turn = conversations[record.conversation][record.turn]
+    """Check that all outputs have as many tokens as requested: the arms do the same work."""
+    for request in run.requests:
+        turn = conversations[request.conversation][request.turn]
         wanted = turn.num_prompts * turn.max_tokens
-        if record.completion_tokens != wanted:
+        if request.completion_tokens != wanted:
             raise CommandError(
-                f"{where} answered with {record.completion_tokens} tokens where {wanted} were "
-                "asked for: arms that do not do the same work cannot be compared"
+                f"{where} generated {request.completion_tokens} tokens where {wanted} were "
+                "requested: arms that do not do the same work cannot be compared"
             )
 
 
 def summarize(run: Run, where: str) -> Pass:
-    """Make a pass of a run.
+    """Return the pass that a run was.
 
     Args:
         run: The run.
@@ -208,12 +212,12 @@ def summarize(run: Run, where: str) -> Pass:
     Raises:
         CommandError: A request failed, or no token was generated.
     """
-    failed = [record for record in run.records if record.error]
+    failed = [request for request in run.requests if request.error]
     if failed:
         raise CommandError(
-            f"{len(failed)} of {len(run.records)} requests to {where} failed: {failed[0].error}"
+            f"{len(failed)} of {len(run.requests)} requests to {where} failed: {failed[0].error}"
         )
-    summary = latency.summarize(run.records, run.duration_s, percentiles=(99.0,))
+    summary = latency.summarize(run.requests, run.duration_s, percentiles=(99.0,))
     if not summary.total_output_tokens:
         raise CommandError(f"{where} generated no token: there is nothing to measure")
     metrics = {
@@ -231,6 +235,6 @@ def summarize(run: Run, where: str) -> Pass:
         completion_tokens=summary.total_output_tokens,
         metrics=metrics,
         token_ids=[
-            record.token_ids for record in sorted(run.records, key=lambda one: one.conversation)
+            request.token_ids for request in sorted(run.requests, key=lambda one: one.conversation)
         ],
     )

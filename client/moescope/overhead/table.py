@@ -7,24 +7,25 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from moescope.overhead.comparison import METRICS
+from moescope.overhead import comparison
 
 
 def render(values: dict[str, Any]) -> Table:
-    """Return a table of what timing.json holds: a row a metric, a column an arm."""
+    """Return a table of those differences in timing.json that tell something, by metric and arm."""
     differences = values["differences"]
-    table = Table(box=box.SIMPLE, caption="n.d.: not distinguishable from zero")
-    table.add_column(f"change to {next(iter(values['arms']))} in %")
-    for arm in differences:
-        table.add_column(arm, justify="right")
-    first = next(iter(differences.values()))
-    for metric in METRICS:
-        if metric in first:
-            table.add_row(METRICS[metric], *(_cell(one[metric]) for one in differences.values()))
+    captions = ("n.d.: not distinguishable from zero", comparison.left_out(differences))
+    table = Table(box=box.SIMPLE, caption="\n".join(filter(None, captions)))
+    table.add_column(f"change to {next(iter(values['arms']))}")
+    table.add_column("arm", overflow="fold")
+    for head in ("in %", "95% interval", ""):
+        table.add_column(head, justify="right", no_wrap=True)
+    for metric, words in comparison.telling(differences).items():
+        for number, (arm, one) in enumerate(differences.items()):
+            table.add_row("" if number else words, arm, *_cells(one[metric]))
     return table
 
 
-def _cell(one: dict[str, Any]) -> str:
+def _cells(one: dict[str, Any]) -> tuple[str, str, str]:
     low, high = one["claim_percent"]
-    mark = "     " if one["distinguishable"] else " n.d."
-    return f"{one['percent']:+.1f} [{low:+.1f}, {high:+.1f}]{mark}"
+    mark = "" if one["distinguishable"] else "n.d."
+    return f"{one['percent']:+.1f}", f"[{low:+.1f}, {high:+.1f}]", mark

@@ -11,10 +11,11 @@ from moescope.errors import CommandError
 DEMO_MODEL = "moescope-demo"
 """The name under which the bundled model is served."""
 
-_INSTALL = (
+INSTALL = (
     "in a clone of moescope, pip install '.[cuda]' on a machine with an NVIDIA GPU, make setup on "
     "one without"
 )
+"""What to do where the service, or something that it needs, is not installed."""
 
 
 def require(*packages: str) -> None:
@@ -25,7 +26,7 @@ def require(*packages: str) -> None:
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise CommandError(f"{package} is not installed: {_INSTALL}")
+            raise CommandError(f"{package} is not installed: {INSTALL}")
 
 
 def find(name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
@@ -42,7 +43,7 @@ def find(name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
     try:
         return importlib.import_module(f"moescope_service.{name}")
     except ImportError as error:
-        raise CommandError(f"cannot import moescope_service.{name}: {error}; {_INSTALL}") from error
+        raise CommandError(f"cannot import moescope_service.{name}: {error}; {INSTALL}") from error
 
 
 def bundled_model() -> str:

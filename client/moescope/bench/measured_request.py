@@ -1,4 +1,4 @@
-"""What came of one request."""
+"""One request of a load test, as the client measured it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class MeasuredRequest:
     """One request: when it was sent, what came back and when.
 
     Times are seconds; those named after the run's start count from it, all others from sending.
@@ -28,15 +28,16 @@ class Record:
     e2el_s: float
     """End-to-end latency: from sending to the last token chunk, or to the failure."""
     prompt_tokens: int = 0
-    """Of the server's usage, like the next one."""
+    """By the server's usage, like the next one."""
     completion_tokens: int = 0
     text: str = ""
     token_ids: list[int] | None = None
-    """The answer's token ids; None where the server does not send them."""
+    """The output's token ids; None where the server does not send them."""
     finish_reason: str | None = None
     error_kind: str | None = None
-    """``http_429`` and other statuses, ``connect``, ``reset``, ``timeout``, ``malformed``,
-    ``server_error`` (sent within the stream), ``transport``; None: the answer is whole."""
+    """``http_429`` and other statuses, ``connect``, ``reset``, ``timeout``, ``transport``,
+    ``server_error`` (sent within the stream), ``aborted`` (by the server), ``empty``, ``no_token``,
+    ``no_usage``, ``malformed``; None: the response is whole."""
     error: str | None = None
     """What went wrong, in words."""
 
