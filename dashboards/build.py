@@ -16,7 +16,7 @@ BOARDS = {"overview": overview.build, "experts": experts.build, "serving": servi
 def render(name: str) -> str:
     """Return a dashboard's JSON, as Grafana imports and provisions it."""
     board = BOARDS[name]().build()
-    return json.dumps(board, cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+    return json.dumps(board, cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 
 
 def main() -> None:

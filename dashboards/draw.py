@@ -1,116 +1,141 @@
-"""Draws what the Experts dashboard shows, with its own queries, where no Grafana can run.
+"""Draws the dashboards from their own JSON and queries, where no Grafana can run.
 
-``python -m dashboards.draw --prometheus http://localhost:9090 --out experts.png``
+``python -m dashboards.draw --prometheus http://localhost:9090 --range 1h --out pictures``
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
-import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
-from dashboards.experts import SELECTIONS, balance
+from dashboards.build import BOARDS, GENERATED
+from dashboards.draw_panels import DRAW, Rect
 
 Ask = Callable[[str], list[dict[str, Any]]]
+"""Answers an instant query with the result's series."""
 
-BALANCE = {
-    "Entropy over its maximum": balance("normalized_entropy"),
-    "MaxVio": balance("max_violation"),
-    "Active experts": balance("active_experts"),
-}
-
-TABLES = {"topk": "Hottest experts", "bottomk": "Coldest experts"}
+COLUMN_IN, ROW_IN, HEAD_IN = 0.6, 0.29, 0.45
+"""Inches of a column and a row of Grafana's grid of 24 columns, and of the dashboard's title."""
+DPI, COLORS = 72, 64
+STEPS = 120
+"""Points of a line."""
 
 
-def draw(ask: Ask, path: Path) -> None:
-    """Draw selections by layer and expert, and the balance of every layer.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Answers the queries of panels as Grafana would send them.
 
     Args:
-        ask: Answers an instant query, with Grafana's variables in it, with the result's series.
-        path: The PNG.
+        ask: The Prometheus.
+        range_s: How far the dashboard looks back.
+        rate_interval_s: What ``$__rate_interval`` stands for.
+        variables: Values of further variables by name; those left out choose everything.
     """
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["map", "map", "map", TABLES["topk"]], [*BALANCE, TABLES["bottomk"]]],
-        height_ratios=[1.2, 1.0],
-        width_ratios=[1.0, 1.0, 1.0, 0.75],
-    )
-    _draw_map(figure, axes["map"], ask(SELECTIONS))
-    for function, title in TABLES.items():
-        _draw_table(axes[title], title, ask(f"{function}(8, {SELECTIONS})"))
-    for title, expression in BALANCE.items():
-        _draw_layers(axes[title], title, ask(expression))
-    figure.suptitle("moescope: experts, as a Prometheus saw them", fontsize=13, x=0.01, ha="left")
-    figure.savefig(path, dpi=110)
 
+    ask: Ask
+    range_s: int
+    rate_interval_s: int
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-def _draw_map(figure: Figure, axes: Any, found: list[dict[str, Any]]) -> None:  # noqa: ANN401
-    layers = sorted({int(one["metric"]["layer"]) for one in found})
-    experts = 1 + max(int(one["metric"]["expert"]) for one in found)
-    counts = np.zeros((len(layers), experts))
-    for one in found:
-        row = layers.index(int(one["metric"]["layer"]))
-        counts[row, int(one["metric"]["expert"])] = float(one["value"][1])
-    load = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
-    image = axes.imshow(load, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
-    axes.set(xlabel="expert", ylabel="layer", title="Load over the layer's mean, all tokens")
-    axes.set_yticks(range(len(layers)), layers)
-    figure.colorbar(image, ax=axes, pad=0.01)
-
-
-def _draw_layers(axes: Any, title: str, found: list[dict[str, Any]]) -> None:  # noqa: ANN401
-    layers = sorted({int(one["metric"]["layer"]) for one in found})
-    for number, phase in enumerate(("prefill", "decode")):
+    def expression(self, text: str) -> str:
+        """Return a panel's expression with its variables filled in."""
         values = {
-            int(one["metric"]["layer"]): float(one["value"][1])
-            for one in found
-            if one["metric"]["phase"] == phase
+            "__range": f"{self.range_s}s",
+            "__rate_interval": f"{self.rate_interval_s}s",
+            **self.variables,
         }
-        places = np.array([layers.index(layer) for layer in values]) + 0.4 * (number - 0.5)
-        color = mpl.colormaps["viridis"](0.25 + 0.45 * number)
-        axes.bar(places, list(values.values()), width=0.38, label=phase, color=color)
-    axes.set(xlabel="layer", title=title)
-    axes.set_xticks(range(len(layers)), layers)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+        return re.sub(r"\$(\w+)", lambda found: values.get(found[1], ".+"), text)
+
+    def now(self, text: str) -> list[dict[str, Any]]:
+        """Return the series of an expression, each with its latest ``value``."""
+        return self.ask(self.expression(text))
+
+    def over_time(self, text: str) -> list[dict[str, Any]]:
+        """Return the series of an expression, each with its ``values`` in the time shown."""
+        step = max(1, self.range_s // STEPS)
+        return self.ask(f"({self.expression(text)})[{self.range_s}s:{step}s]")
 
 
-def _draw_table(axes: Any, title: str, found: list[dict[str, Any]]) -> None:  # noqa: ANN401
-    cells = [
-        [one["metric"]["layer"], one["metric"]["expert"], f"{float(one['value'][1]):,.0f}"]
-        for one in found
-    ]
-    axes.set_axis_off()
-    axes.set_title(title)
-    made = axes.table(cells, colLabels=["layer", "expert", "selections"], loc="upper center")
-    made.scale(1.0, 1.35)
+def first_values(board: Mapping[str, Any], ask: Ask) -> dict[str, str]:
+    """Return the value of every variable that takes a single one, as Grafana first chooses it."""
+    chosen = {}
+    everything = Source(ask, 1, 1)
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query" and not variable["multi"]:
+            text = variable["query"].removeprefix("label_values(")[:-1]
+            selector, label = text.rsplit(", ", 1)
+            found = {one["metric"][label] for one in everything.now(selector)}
+            chosen[variable["name"]] = min(found, key=lambda value: (len(value), value))
+    return chosen
+
+
+def draw(name: str, ask: Ask, path: Path, *, range_s: int, rate_interval_s: int) -> None:
+    """Draw one dashboard.
+
+    Args:
+        name: ``overview``, ``experts`` or ``serving``.
+        ask: Answers an instant query.
+        path: The PNG.
+        range_s: How far to look back.
+        rate_interval_s: What ``$__rate_interval`` stands for: four scrapes or more.
+    """
+    board = json.loads((GENERATED / f"{name}.json").read_text())
+    source = Source(ask, range_s, rate_interval_s, first_values(board, ask))
+    bottom = max(one["gridPos"]["y"] + one["gridPos"]["h"] for one in board["panels"])
+    size_in = (24 * COLUMN_IN, bottom * ROW_IN + HEAD_IN)
+    figure = Figure(figsize=size_in, facecolor="#f4f5f5")
+    figure.text(0.1 / size_in[0], 1 - 0.3 / size_in[1], board["title"], fontsize=13, weight="bold")
+    chosen = ", ".join(f"{key} = {value}" for key, value in source.variables.items())
+    told = ", ".join((f"last {range_s / 60:g} min", *([chosen] if chosen else [])))
+    figure.text(1 - 0.1 / size_in[0], 1 - 0.3 / size_in[1], told, ha="right")
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        rect = Rect(
+            figure,
+            place["x"] * COLUMN_IN,
+            (bottom - place["y"] - place["h"]) * ROW_IN,
+            place["w"] * COLUMN_IN,
+            place["h"] * ROW_IN,
+        )
+        DRAW[panel["type"]](rect, panel, source)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=DPI)
+        Image.open(buffer).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
 
 
 def main() -> None:
-    """Draw from a running Prometheus."""
+    """Draw all dashboards from a running Prometheus."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prometheus", default="http://localhost:9090", help="Its address.")
-    parser.add_argument("--range", default="1h", help="How far to look back.")
-    parser.add_argument("--out", type=Path, default=Path("experts.png"), help="The picture.")
+    parser.add_argument("--range", type=int, default=3600, help="Seconds to look back.")
+    parser.add_argument("--rate-interval", type=int, default=60, help="Seconds of a rate.")
+    parser.add_argument("--out", type=Path, default=Path(), help="Folder of the pictures.")
     args = parser.parse_args()
 
     def ask(expression: str) -> list[dict[str, Any]]:
-        query = expression.replace("$__range", args.range)
-        query = re.sub(r"\$(model|instance|layer)", ".+", query)
-        answer = httpx.get(f"{args.prometheus}/api/v1/query", params={"query": query})
+        url = f"{args.prometheus}/api/v1/query"
+        answer = httpx.get(url, params={"query": expression}, timeout=60.0)
         answer.raise_for_status()
         found: list[dict[str, Any]] = answer.json()["data"]["result"]
         return found
 
-    draw(ask, args.out)
-    print(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in BOARDS:
+        path = args.out / f"{name}.png"
+        draw(name, ask, path, range_s=args.range, rate_interval_s=args.rate_interval)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the dashboards are made of: variables, queries, and one function a kind of panel.
+"""What the dashboards are made of beside panels: variables, links and queries.
 
 Source: grafana-foundation-sdk for Grafana 10.1 and later.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, table
-from grafana_foundation_sdk.builders import timeseries as series
-from grafana_foundation_sdk.models import common as models
+from grafana_foundation_sdk.builders import dashboard, prometheus
 from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
     DashboardLinkType,
     DataSourceRef,
     VariableHide,
@@ -19,13 +18,13 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableRefresh,
     VariableSort,
 )
-from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 OURS = 'model_name=~"$model", instance=~"$instance"'
 """Selects the series of the chosen models and instances."""
 LAYER = f'{OURS}, layer=~"$layer"'
+ONE_LAYER = f'{OURS}, layer="$one_layer"'
 TAG = "moescope"
 
 
@@ -39,6 +38,7 @@ def board(uid: str, title: str, description: str) -> dashboard.Dashboard:
         .refresh("30s")
         .time("now-1h", "now")
         .timezone("browser")
+        .tooltip(DashboardCursorSync.CROSSHAIR)
         .readonly()
         .link(
             dashboard.DashboardLink("moescope")
@@ -58,26 +58,37 @@ def board(uid: str, title: str, description: str) -> dashboard.Dashboard:
     )
 
 
-def layer_variable() -> dashboard.QueryVariable:
-    """Return the variable that chooses layers."""
-    return _labels("layer", "Layer", f"moescope_layer_active_experts{{{OURS}}}", "layer").sort(
-        VariableSort.NUMERICAL_ASC
+def layer_variables() -> tuple[dashboard.QueryVariable, dashboard.QueryVariable]:
+    """Return the variable that chooses layers, and the one of what shows a single layer."""
+    values = f"moescope_layer_active_experts{{{OURS}}}"
+    return (
+        _labels("layer", "Layers", values, "layer").sort(VariableSort.NUMERICAL_ASC),
+        _one_label("one_layer", "Layer of the expert map", values, "layer")
+        .sort(VariableSort.NUMERICAL_ASC)
+        .multi(False)
+        .include_all(False),
     )
 
 
-def _labels(name: str, label: str, selector: str, of: str) -> dashboard.QueryVariable:
-    everything = VariableOption(selected=True, text="All", value="$__all")
+def _one_label(name: str, label: str, selector: str, of: str) -> dashboard.QueryVariable:
     return (
         dashboard.QueryVariable(name)
         .label(label)
         .query(f"label_values({selector}, {of})")
         .datasource(SOURCE)
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .hide(VariableHide.DONT_HIDE)
+    )
+
+
+def _labels(name: str, label: str, selector: str, of: str) -> dashboard.QueryVariable:
+    everything = VariableOption(selected=True, text="All", value="$__all")
+    return (
+        _one_label(name, label, selector, of)
         .sort(VariableSort.ALPHABETICAL_ASC)
         .multi(True)
         .include_all(True)
         .current(everything)
-        .hide(VariableHide.DONT_HIDE)
     )
 
 
@@ -87,86 +98,6 @@ def query(expr: str, legend: str = "", *, instant: bool = False) -> prometheus.D
     if instant:
         return made.instant().format(PromQueryFormat.TABLE)
     return made.range()
-
-
-def _with_queries(panel: Any, queries: list[prometheus.Dataquery]) -> Any:  # noqa: ANN401
-    for number, one in enumerate(queries):
-        panel = panel.with_target(one.ref_id("ABCDEFGH"[number]))
-    return panel
-
-
-def number(title: str, description: str, unit: str, *queries: prometheus.Dataquery) -> stat.Panel:
-    """Return a panel with the latest values, 4 columns wide."""
-    panel = (
-        stat.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .unit(unit)
-        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        .span(4)
-        .height(4)
-    )
-    made: stat.Panel = _with_queries(panel, list(queries))
-    return made
-
-
-def lines(
-    title: str, description: str, unit: str, *queries: prometheus.Dataquery, span: int = 12
-) -> series.Panel:
-    """Return a panel with lines over time."""
-    panel = (
-        series.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .unit(unit)
-        .fill_opacity(8)
-        .show_points(models.VisibilityMode.NEVER)
-        .tooltip(
-            common.VizTooltipOptions()
-            .mode(models.TooltipDisplayMode.MULTI)
-            .sort(models.SortOrder.DESCENDING)
-        )
-        .span(span)
-        .height(8)
-    )
-    made: series.Panel = _with_queries(panel, list(queries))
-    return made
-
-
-def cells(title: str, description: str, unit: str, one: prometheus.Dataquery) -> heatmap.Panel:
-    """Return a heatmap over time with a row a series."""
-    return (
-        heatmap.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .calculate(False)
-        .color(
-            heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Viridis").steps(64)
-        )
-        .filter_values(heatmap.FilterValueRange().le(-1))  # by default zeros are hidden
-        .cell_gap(0)
-        .unit(unit)
-        .span(24)
-        .height(12)
-        .with_target(one.ref_id("A"))
-    )
-
-
-def rows(title: str, description: str, unit: str, one: prometheus.Dataquery) -> table.Panel:
-    """Return a table of the query's series as they are now."""
-    return (
-        table.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .unit(unit)
-        .span(6)
-        .height(10)
-        .with_target(one.ref_id("A"))
-    )
 
 
 def add(to: dashboard.Dashboard, panels: Iterable[Any], heading: str = "") -> dashboard.Dashboard:

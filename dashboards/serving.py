@@ -7,7 +7,8 @@ from typing import Any
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.parts import OURS, add, board, lines, query
+from dashboards.panels import Axis, lines
+from dashboards.parts import OURS, add, board, query
 
 
 def build() -> Dashboard:
@@ -21,51 +22,55 @@ def build() -> Dashboard:
 
 
 def _latencies() -> Iterator[Any]:
-    for title, name, description in (
-        ("TTFT", "time_to_first_token", "From a request's arrival to its first token."),
-        ("TPOT", "request_time_per_output_token", "Mean time a token after the first, by request."),
-        ("ITL", "inter_token_latency", "Between two tokens of a request."),
-        ("E2E latency", "e2e_request_latency", "From a request's arrival to its last token."),
-        ("Time in queue", "request_queue_time", "Before a request was first scheduled."),
-    ):
+    for title, name, description, span in (
+        ("TTFT", "time_to_first_token", "From a request's arrival to its first token.", 8),
+        ("TPOT", "request_time_per_output_token",
+         "Mean time a token after the first, by request.", 8),
+        ("ITL", "inter_token_latency", "Between two tokens of a request.", 8),
+        ("E2E latency", "e2e_request_latency", "From a request's arrival to its last token.", 12),
+        ("Time in queue", "request_queue_time", "Before a request was first scheduled.", 12),
+    ):  # fmt: skip
         buckets = f"sum by (le) (rate(vllm:{name}_seconds_bucket{{{OURS}}}[$__rate_interval]))"
         yield lines(
-            title, description, "s",
+            title, f"{description} Median, 95th and 99th percentile.", Axis("s"),
             *(query(f"histogram_quantile({q}, {buckets})", f"p{round(100 * q)}")
-              for q in (0.5, 0.95, 0.99)),
+              for q in (0.5, 0.95, 0.99)), span=span,
         )  # fmt: skip
 
 
 def _load() -> Iterator[Any]:
     yield lines(
-        "Requests", "In the engine's batch, and waiting for it.", "short",
+        "Requests", "In the engine's batch, and waiting for it.", Axis("count:requests"),
         query(f"sum(vllm:num_requests_running{{{OURS}}})", "running"),
-        query(f"sum(vllm:num_requests_waiting{{{OURS}}})", "waiting"),
+        query(f"sum(vllm:num_requests_waiting{{{OURS}}})", "waiting"), span=8,
     )  # fmt: skip
     yield lines(
         "Tokens", "Tokens a second by vLLM's count, and routed ones by ours: prompts that the "
-        "prefix cache knows are not routed again.", "short",
+        "prefix cache knows are not routed again.", Axis("count:tokens/s"),
         query(f"sum(rate(vllm:prompt_tokens_total{{{OURS}}}[$__rate_interval]))", "prompt"),
         query(f"sum(rate(vllm:generation_tokens_total{{{OURS}}}[$__rate_interval]))", "generated"),
         query(f"sum by (phase) (rate(moescope_rows_total{{{OURS}}}[$__rate_interval]))",
-              "routed, {{phase}}"),
+              "routed, {{phase}}"), span=8,
+    )  # fmt: skip
+    yield lines(
+        "Finished requests", "By reason, a second.", Axis("reqps"),
+        query("sum by (finished_reason) (rate(vllm:request_success_total"
+              f"{{{OURS}}}[$__rate_interval]))", "{{finished_reason}}"), span=8,
     )  # fmt: skip
     yield lines(
         "KV cache", "Used share; when it is full, requests are preempted and computed again.",
-        "percentunit", query(f"max(vllm:kv_cache_usage_perc{{{OURS}}})", "used"),
+        Axis("percentunit", most=1), query(f"max(vllm:kv_cache_usage_perc{{{OURS}}})", "used"),
+        span=8,
     )  # fmt: skip
     yield lines(
-        "Prefix cache", "Share of prompt tokens that were found in the cache.", "percentunit",
+        "Prefix cache", "Share of prompt tokens that were found in the cache.",
+        Axis("percentunit", most=1),
         query(f"sum(rate(vllm:prefix_cache_hits_total{{{OURS}}}[$__rate_interval]))"
               f" / sum(rate(vllm:prefix_cache_queries_total{{{OURS}}}[$__rate_interval]))",
-              "hits"),
+              "hits"), span=8,
     )  # fmt: skip
     yield lines(
-        "Preemptions", "Requests that had to give their KV cache back, a second.", "short",
+        "Preemptions", "Requests that had to give their KV cache back.", Axis("reqps"),
         query(f"sum(rate(vllm:num_preemptions_total{{{OURS}}}[$__rate_interval]))", "preempted"),
-    )  # fmt: skip
-    yield lines(
-        "Finished requests", "By reason, a second.", "short",
-        query("sum by (finished_reason) (rate(vllm:request_success_total"
-              f"{{{OURS}}}[$__rate_interval]))", "{{finished_reason}}"),
+        span=8,
     )  # fmt: skip

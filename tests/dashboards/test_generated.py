@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from dashboards import build
 from moescope_service.metric_names import METRICS
 
+from .test_rules import rules
+
 ROOT = Path(__file__).parents[2]
-RULES = ROOT / "dashboards" / "rules" / "moescope.yml"
 
 
 def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the panels that show something, those of folded rows included."""
     found = [*board["panels"], *(p for row in board["panels"] for p in row.get("panels") or [])]
     return [panel for panel in found if panel["type"] != "row"]
-
-
-def rules() -> list[dict[str, Any]]:
-    groups = yaml.safe_load(RULES.read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
 
 
 @pytest.fixture(params=build.BOARDS)
@@ -87,24 +81,3 @@ def test_a_big_model_is_shown_without_a_series_an_expert() -> None:
         shown = json.dumps(board["panels"][:end])
         assert end > 5
         assert "moescope_expert_tokens" not in shown
-
-
-def test_every_alert_says_what_to_do() -> None:
-    for rule in rules():
-        if "alert" in rule:
-            assert rule["labels"]["severity"] in {"info", "warning"}
-            assert {"summary", "description"} == rule["annotations"].keys()
-            assert len(rule["annotations"]["description"]) > 80
-
-
-def test_the_rules_fire_when_they_should(tmp_path: Path) -> None:
-    tests = (Path(__file__).parent / "rules_test.yml").read_text().replace("RULES", str(RULES))
-    (tmp_path / "tests.yml").write_text(tests)
-    command = ["promtool", "test", "rules", str(tmp_path / "tests.yml")]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError:
-        pytest.skip("promtool is not installed (Debian's package prometheus)")
-    assert done.returncode == 0, done.stdout + done.stderr
-    alerts = [rule["alert"] for rule in rules() if "alert" in rule]
-    assert not [name for name in alerts if name not in tests], "an alert has no test"
