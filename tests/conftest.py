@@ -20,4 +20,4 @@ with (
 
     if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
-    import moescope_service.capture.kernels  # noqa: F401
+    import moescope_service.capture.cuda.kernels  # noqa: F401

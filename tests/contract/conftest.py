@@ -10,7 +10,13 @@ import pytest
 
 with warnings.catch_warnings():  # torch's and vLLM's own, at their import
     warnings.simplefilter("ignore")
+    from benchmarks.simulation.app import server_args
+    from moescope_service.vllm_contract.compat import keep_warnings
+
     from .deployment import Deployment
+
+keep_warnings()  # as the plugin does
+server_args()  # vLLM's command line changes handlers of the root logger: here pytest has none yet
 
 if TYPE_CHECKING:
     from moescope import Client

@@ -31,12 +31,12 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from benchmarks.simulation.app import make_app, server_args
 from moescope_service.runtime import collector_address
 from moescope_service.settings import ENABLE, RUNTIME_DIR
 from tests.waiting import DEADLINE_S, wait_until
 
-from .app import make_app, server_args
-from .fake_engine import HELLO, OUTPUT, PROMPT, Engine, Running
+from .fake_engine import OUTPUT, PROMPT, SPEC, Engine, Running
 
 
 class Frontend:
@@ -92,8 +92,8 @@ class Deployment:
     """The collector's process, a worker's recorder, and a server at `url`."""
 
     def __init__(self, **flags: Any) -> None:
-        self.args = server_args(flags.pop("api_key", None))
-        self.hello = flags.pop("hello", HELLO)
+        self.args = server_args(flags.pop("api_key", None), flags.pop("allowed_origins", None))
+        self.spec = flags.pop("spec", SPEC)
         self.env = {f"MOESCOPE_ROUTES_{name.upper()}": value for name, value in flags.items()}
         self.directory = Path(tempfile.mkdtemp(prefix="moescope-test-"))
 
@@ -107,7 +107,7 @@ class Deployment:
                 patch.setenv(name, value)
             self.collector = start_collector(collector_address())
             stack.callback(lambda: stop_collector(self.collector))
-            self.engine = Engine(collector_address(), self.hello)
+            self.engine = Engine(collector_address(), self.spec)
             stack.callback(self.engine.recorder.close)
             self.frontend = Frontend(self.engine)
             self.app = self.make_app()
@@ -154,7 +154,7 @@ class Deployment:
 
 def start_collector(address: str, epoch: int = 0, **env: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "moescope_service.collector", address, str(os.getpid()),
+        [sys.executable, "-P", "-m", "moescope_service.collector", address, str(os.getpid()),
          str(epoch)],
         stdout=subprocess.PIPE, text=True, env={**os.environ, **env},
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from moescope_service.capture.control import ControlEncoder
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.rows import Batch, StepRows
-from moescope_service.messages import Hello
+from moescope_service.messages import CaptureSpec
 
 PROMPT, OUTPUT = [11, 12, 13, 14, 15], [21, 22, 23]
-HELLO = Hello(
+SPEC = CaptureSpec(
     engine=0, num_engines=1, stage=0, num_stages=1,
     layers=[1, 3], num_hidden_layers=5, num_experts=8, top_k=2,
     id_dtype="uint8", weights_dtype="float16", router_types=["CPURouter"], block_size=4,
@@ -59,14 +60,21 @@ class Running:
 class Engine:
     """Schedules what it is told; its steps go through the real recorder."""
 
-    def __init__(self, address: str, hello: Hello = HELLO, max_rows_bytes: int = 2**20) -> None:
+    def __init__(
+        self,
+        address: str,
+        spec: CaptureSpec = SPEC,
+        max_rows_bytes: int = 2**20,
+        rows_of: Callable[[int, int], tuple[Any, Any]] = rows_of,
+    ) -> None:
         self.sink = Sink()
-        self.hello = hello
+        self.spec = spec
+        self.rows_of = rows_of
         self.batch: Any = None
         self._next_block = 1
         self.recorder = Recorder(
-            address, hello, sink=self.sink, read_batch=lambda: self.batch,
-            encoder=ControlEncoder(0, HELLO.block_size), max_rows_bytes=max_rows_bytes,
+            address, spec, sink=self.sink, read_batch=lambda: self.batch,
+            encoder=ControlEncoder(0, SPEC.block_size), max_rows_bytes=max_rows_bytes,
         )  # fmt: skip
 
     def start(self, internal_id: str, prompt: list[int] = PROMPT) -> Running:
@@ -105,7 +113,7 @@ class Engine:
         if spans and hooked:
             parts = [
                 (np.arange(running.num_rows, running.num_rows + count),
-                 *rows_of(running.num_rows, count))
+                 *self.rows_of(running.num_rows, count))
                 for running, count in spans
             ]  # fmt: skip
             self.sink.rows = tuple(np.concatenate(part) for part in zip(*parts, strict=True))

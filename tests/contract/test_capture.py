@@ -10,10 +10,10 @@ import torch
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.platforms import current_platform
 
-from moescope_service.capture.install import full_attention_group
+from moescope_service.capture.cpu.sink import CpuSink
+from moescope_service.capture.kv_cache import full_attention_group
 from moescope_service.capture.refusals import check_config
 from moescope_service.capture.routers import check_runner, find_routed_layers
-from moescope_service.capture.sink_cpu import CpuSink
 from moescope_service.errors import RefusedError
 
 

@@ -8,6 +8,7 @@ import sys
 import duckdb
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -96,6 +97,33 @@ def check(rows):
     assert [row[1] for row in rows] == ["computed"] * (NUM_TOKENS - 1) + [None]
     assert [row[2] for row in rows] == [*ids.tolist(), None]
     assert [row[3] for row in rows] == [*weights.tolist(), None]
+
+
+def test_the_arrow_stream_in_duckdb_and_pandas(get):
+    content = get("arrow")
+    traces = pa.ipc.open_stream(content).read_all()
+    ((count,),) = duckdb.sql("SELECT count(*) FROM traces").fetchall()
+    assert count == len(pa.ipc.open_stream(content).read_pandas()) == 2 * NUM_TOKENS == len(traces)
+
+
+def test_the_arrow_stream_is_no_arrow_file(get, tmp_path):
+    """What reads Feather does not read it: the documentation says so."""
+    path = tmp_path / "routes.arrow"
+    path.write_bytes(get("arrow"))
+    with pytest.raises(pa.ArrowInvalid, match="Not an Arrow file"):
+        pa.ipc.open_file(path)
+    with pytest.raises(pa.ArrowInvalid, match="Not a Feather"):
+        pd.read_feather(path)
+    with pytest.raises(duckdb.Error):
+        duckdb.sql(f"SELECT * FROM '{path}'")
+
+
+def test_the_arrow_stream_in_polars(get):
+    content = get("arrow")
+    assert pl.read_ipc_stream(content).height == 2 * NUM_TOKENS
+    for read in (pl.read_ipc, pl.scan_ipc):
+        with pytest.raises(pl.exceptions.ComputeError):
+            read(io.BytesIO(content)).lazy().collect()
 
 
 @pytest.mark.parametrize("form", READ)

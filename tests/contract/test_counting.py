@@ -12,17 +12,19 @@ import pytest
 import torch
 
 import moescope
+from moescope_service.api.dependencies import settings_of
 from moescope_service.capture.counting import CountRecorder, Totals, phase_runs
-from moescope_service.capture.counts_cpu import CpuCounts
+from moescope_service.capture.cpu.counts import CpuCounts
+from moescope_service.capture.cpu.sink import CpuSink
 from moescope_service.capture.rows import Batch
-from moescope_service.capture.sink_cpu import CpuSink
 from moescope_service.histogram import count_selections
-from moescope_service.messages import Hello
+from moescope_service.messages import CaptureSpec
 from moescope_service.runtime import collector_address
+from moescope_service.settings import Settings
 from tests.waiting import scrape, wait_until
 
 from .deployment import Deployment, start_collector
-from .fake_engine import HELLO
+from .fake_engine import SPEC
 
 
 def step(new: dict[str, int], finished: tuple[str, ...] = ()) -> Any:
@@ -36,13 +38,13 @@ def step(new: dict[str, int], finished: tuple[str, ...] = ()) -> Any:
 class Counting:
     """A worker that counts, whose routing the test makes up."""
 
-    def __init__(self, hello: Hello = HELLO) -> None:
+    def __init__(self, spec: CaptureSpec = SPEC) -> None:
         shape = {"num_layers": 2, "top_k": 2, "id_dtype": "uint8", "weights_dtype": "float16"}
         self.sink = CpuSink(positions=torch.arange(64), **shape)
         self.batch: Batch | None = None
         self.recorder = CountRecorder(
             collector_address(),
-            hello,
+            spec,
             sink=CpuCounts(self.sink, 2, 8),
             read_batch=lambda: self.batch,
             report_s=0.02,
@@ -106,7 +108,7 @@ def test_what_a_worker_counts_is_what_the_server_shows() -> None:
 
 def test_a_collector_that_comes_again_counts_what_came_since(fresh: Deployment) -> None:
     """Of an idle engine too: where it stood is told at once, and that it was paused."""
-    counting = Counting(dataclasses.replace(HELLO, engine=1))
+    counting = Counting(dataclasses.replace(SPEC, engine=1))
     link = counting.recorder._link
     try:
         with moescope.Client(fresh.url) as client:
@@ -142,7 +144,8 @@ def test_a_collector_that_comes_again_counts_what_came_since(fresh: Deployment) 
 def test_there_are_no_routes(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, method: str, path: str
 ) -> None:
-    monkeypatch.setenv("MOESCOPE_ROUTES_MODE", "counts")
+    overrides = deployment.app.dependency_overrides
+    monkeypatch.setitem(overrides, settings_of, lambda: Settings(mode="counts"))
     body = {"request_ids": ["x"]} if method == "POST" else None
     answer = httpx.request(method, deployment.url + path, json=body)
     assert answer.status_code == 409

@@ -13,7 +13,7 @@ from moescope_service.runtime import collector_address
 from tests.waiting import SCRAPE_TIMEOUT_S, scrape, wait_until
 
 from .deployment import Deployment, Frontend
-from .fake_engine import HELLO, PROMPT, Engine
+from .fake_engine import PROMPT, SPEC, Engine
 
 GUARDED = [
     ("GET", "/routes"), ("GET", "/routes/x"), ("DELETE", "/routes/x"), ("POST", "/routes/batch"),
@@ -35,6 +35,7 @@ def test_without_a_key(locked, method, path, header):
     answer = locked.http.request(method, path, headers=headers)
     assert answer.status_code == 401
     assert "--api-key" in answer.json()["error"]["message"]
+    assert answer.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("key", ["secret", "other"])
@@ -70,7 +71,7 @@ def test_a_collector_that_was_killed(fresh):
         message = answer.json()["error"]["message"]
         assert "collector" in message
         assert "serving goes on" in message
-    with moescope.Client(fresh.url) as client:
+    with moescope.Client(fresh.url, retries=0) as client:
         for ask in (client.recent, lambda: client.routes_batch(["cmpl-before", "cmpl-after"])):
             with pytest.raises(errors.CollectorDownError):
                 ask()
@@ -80,7 +81,7 @@ def test_rows_that_the_queue_cannot_take_are_counted_and_named():
     """The collector stops for a while: rows are dropped, control is not."""
     with Deployment().running() as deployment:
         engine = Engine(
-            collector_address(), dataclasses.replace(HELLO, engine=1), max_rows_bytes=100_000
+            collector_address(), dataclasses.replace(SPEC, engine=1), max_rows_bytes=100_000
         )
         try:
             frontend = Frontend(engine)

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from moescope.overhead.arms import COUNTS, MOESCOPE, STOCK, Model
-from moescope.overhead.hosting import Hosted
-from tests.gpu import measure, one_server
-from tests.gpu.one_server import DETACHED
+from benchmarks.gpu import measure, one_server, options
+from benchmarks.gpu.one_server import DETACHED
+from moescope.overhead.arms import COUNTS, MOESCOPE, STOCK, Arm, Model
+from moescope.overhead.hosting import StartedArms
 
 IN_ONE = ("--part", "throughput", "--placement", "one-server")
 
 
 def parse(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["measure", "--model", "m", "--out", "o.json", *flags])
-    return measure.parse()
+    return options.parse()
 
 
 def test_one_server_has_arms_of_its_own(monkeypatch):
@@ -58,10 +58,15 @@ def test_what_cannot_be_measured_is_refused(flags, wanted, monkeypatch, capsys):
 
 def test_an_arm_that_does_not_start_is_not_profiled(tmp_path, monkeypatch):
     visited = []
-    host = SimpleNamespace(visit=contextlib.nullcontext)
-    ready = Hosted(host, [STOCK, MOESCOPE], {COUNTS: "no room"})
+    ready = StartedArms(
+        arms=[Arm(name=STOCK), Arm(name=MOESCOPE)],
+        arrangement=SimpleNamespace(visit=contextlib.nullcontext),
+        refused={COUNTS: "no room"},
+    )
     monkeypatch.setattr(
-        measure.hosting, "hosted", lambda start, chosen, placement: contextlib.nullcontext(ready)
+        measure.hosting,
+        "start_arms",
+        lambda start, chosen, placement: contextlib.nullcontext(ready),
     )
     monkeypatch.setattr(
         measure, "launcher", lambda *_: SimpleNamespace(model=Model(path="m", served_name="m"))
@@ -69,9 +74,9 @@ def test_an_arm_that_does_not_start_is_not_profiled(tmp_path, monkeypatch):
     monkeypatch.setattr(measure.arms, "prepare", lambda arm, url, key: visited.append(arm.name))
     monkeypatch.setattr(measure.arms, "check", lambda arm, url, key: None)
 
-    def visit_each(loads, host, names, *, hooks, **_):
+    def visit_each(loads, arrangement, names, *, hooks, **_):
         for name in names:
-            with host.visit(name) as url:
+            with arrangement.visit(name) as url:
                 hooks.on_visit(name, url)
         return ()
 

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from moescope_service.capture.install import WorkerCapture
 from moescope_service.capture.ranks import Place
 from moescope_service.errors import RefusedError
-from moescope_service.messages import unpack, unpack_hello, unpack_steps
+from moescope_service.messages import unpack, unpack_introduction, unpack_steps
 from moescope_service.settings import RUNTIME_DIR, Settings
 from tests.waiting import DEADLINE_S
 
@@ -101,16 +101,16 @@ def start(worker):
 def test_a_worker_says_what_it_captures_and_ships_its_steps(worker):
     start(worker)
     kind, values, _ = receive(worker)
-    hello, is_capturing, snapshot = unpack_hello(values)
-    assert (is_capturing, snapshot) == (True, None)
-    assert (kind, hello.layers, hello.num_blocks, hello.block_size) == ("hello", [1, 3], 99, 16)
-    assert (hello.num_experts, hello.top_k, hello.num_hidden_layers) == (8, 2, 4)
+    spec, is_capturing, worker_state, _ = unpack_introduction(values)
+    assert (is_capturing, worker_state) == (True, None)
+    assert (kind, spec.layers, spec.num_blocks, spec.block_size) == ("worker", [1, 3], 99, 16)
+    assert (spec.num_experts, spec.top_k, spec.num_hidden_layers) == (8, 2, 4)
     worker.execute_model(step("a"))
     worker.shutdown()
     kind, values, frames = receive(worker)
-    (got,) = unpack_steps(values, frames, hello)
-    assert (kind, got.seq, got.lost) == ("steps", 0, None)
-    assert [one.request_id for one in got.admitted] == ["a"]
+    (got,) = unpack_steps(values, frames, spec)
+    assert (kind, got.number, got.lost) == ("steps", 0, None)
+    assert [one.internal_id for one in got.admitted] == ["a"]
     assert got.spans.tolist() == [[0, 10, 3]]
     assert got.topk_ids.shape == (3, 2, 2)
 
@@ -133,7 +133,7 @@ def test_steps_of_the_warm_up_and_dummy_runs_are_nobodys(worker):
     assert worker.execute_model(step("a")) is False
     worker.shutdown()
     _, values, _ = receive(worker)
-    hello, _, _ = unpack_hello(values)
+    spec, *_ = unpack_introduction(values)
     _, values, frames = receive(worker)
-    steps = unpack_steps(values, frames, hello)
-    assert [[one.request_id for one in got.admitted] for got in steps] == [["a"]]
+    steps = unpack_steps(values, frames, spec)
+    assert [[one.internal_id for one in got.admitted] for got in steps] == [["a"]]

@@ -11,14 +11,17 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from moescope import Client, InvalidQueryError
-from moescope_service.api.collector_client import Reply
-from moescope_service.api.metrics import MAX_EXPERT_SERIES, Snapshot
+from moescope import Client, InvalidQueryError, analysis
+from moescope.records import LogInfo, StoreInfo
+from moescope_service.api.dependencies import settings_of
+from moescope_service.api.metrics import MAX_EXPERT_SERIES, MoescopeMetrics
 from moescope_service.metric_names import METRICS
+from moescope_service.queries import CollectorInfo, MetricsReply
+from moescope_service.settings import Settings
 from tests.waiting import scrape, wait_until
 
 from .deployment import Deployment
-from .fake_engine import HELLO, OUTPUT, PROMPT
+from .fake_engine import OUTPUT, PROMPT, SPEC
 
 NUM_ROWS = len(PROMPT) + len(OUTPUT) - 1
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -87,13 +90,14 @@ def test_one_scrape_holds_both_and_the_totals_are_those_of_experts(served, accep
     assert value(samples, "moescope_traces_incomplete_total", cause="hook_missed") == 1
     assert value(samples, "moescope_traces_incomplete_total") == 1
     assert value(samples, "moescope_experts") == 8
+    assert value(samples, "moescope_top_k") == 2
     assert value(samples, "moescope_layers") == 2
     experts = served.http.get("/experts").json()
     assert value(samples, "moescope_expert_tokens_total") == np.sum(experts["counts"]) == rows * 4
     for phase in ("prefill", "decode"):
         counts = served.http.get("/experts", params={"phase": phase}).json()["counts"]
-        for column, layer in enumerate(HELLO.layers):
-            for expert in range(HELLO.num_experts):
+        for column, layer in enumerate(SPEC.layers):
+            for expert in range(SPEC.num_experts):
                 labels = {"layer": str(layer), "expert": str(expert), "phase": phase}
                 found = value(samples, "moescope_expert_tokens_total", **labels)
                 assert found == counts[column][expert], labels
@@ -118,6 +122,11 @@ def test_experts(served):
     assert np.shape(body["counts"]) == (2, 8)
     for name in ("entropy", "normalized_entropy", "max_violation", "active_experts", "top_experts"):
         assert len(body[name]) == 2
+    assert body["max_entropy_bits"] == 3.0  # log2 of 8 experts
+    bits = analysis.entropy_bits(np.array(body["counts"]))
+    assert body["entropy_bits"] == pytest.approx(bits.tolist())
+    assert body["entropy"] == pytest.approx((bits * np.log(2)).tolist())
+    assert body["normalized_entropy"] == pytest.approx((bits / 3).tolist())
     split = [served.http.get("/experts", params={"phase": p}).json() for p in ("prefill", "decode")]
     assert sum(one["num_rows"] for one in split) == body["num_rows"]
     np.testing.assert_array_equal(sum(np.array(one["counts"]) for one in split), body["counts"])
@@ -152,11 +161,11 @@ def test_the_client_reads_experts_and_info(served, client):
 
 def test_a_window_longer_than_a_big_model_keeps_is_refused():
     """58 layers of 256 experts, as DeepSeek-V3 has them: 64 MiB are 282 marks, 281 slices."""
-    hello = dataclasses.replace(HELLO, layers=list(range(3, 61)), num_experts=256, num_blocks=8)
-    with Deployment(hello=hello).running() as deployment, Client(deployment.url) as client:
-        wait_until(lambda: hello.model in scrape(deployment.url), "the worker said hello")
+    spec = dataclasses.replace(SPEC, layers=list(range(3, 61)), num_experts=256, num_blocks=8)
+    with Deployment(spec=spec).running() as deployment, Client(deployment.url) as client:
+        wait_until(lambda: spec.model in scrape(deployment.url), "the worker introduced itself")
         assert client.experts(window_s=2810.0).window_s < 60.0
-        with pytest.raises(InvalidQueryError, match=r"kept for 2810 s, got 2810\.5"):
+        with pytest.raises(InvalidQueryError, match=r"invalid window_s 2810\.5"):
             client.experts(window_s=2810.5)
 
 
@@ -166,7 +175,7 @@ def test_reset_leaves_the_prometheus_counters_alone(served, client):
     counts = client.experts()
     assert (counts.num_rows, counts.counts.sum(), counts.since_s) == (0, 0, since_s)
     body = served.http.get("/experts").json()
-    assert body["entropy"] == [None, None]
+    assert body["entropy"] == body["entropy_bits"] == [None, None]
     assert value(samples_in(served), "moescope_expert_tokens_total") == before
 
 
@@ -199,7 +208,8 @@ def test_openapi_lists_every_endpoint(deployment):
     }  # fmt: skip
     one = paths["/routes/{request_id}"]["get"]
     assert {p["name"] for p in one["parameters"]} == {
-        "request_id", "format", "layers", "index", "weights", "wait_s",
+        "request_id", "format", "layers", "index", "weights", "wait_s", "start", "limit", "dtype",
+        "fill",
     }  # fmt: skip
     assert one["responses"].keys() >= {"200", "202", "404", "409", "410", "422", "501", "503"}
     assert len(one["responses"]["200"]["content"]) == 6
@@ -210,19 +220,20 @@ def test_openapi_lists_every_endpoint(deployment):
 
 def families(num_layers=2, num_experts=8, window=None, expert_metrics="auto"):
     """What a scrape shows of a model: families by name."""
-    hello = {"model": "m", "layers": list(range(num_layers)), "num_experts": num_experts}
+    spec = dataclasses.replace(
+        SPEC, model="m", layers=list(range(num_layers)), num_experts=num_experts
+    )
     shape = (2, num_layers, num_experts)
     window = np.ones(shape, np.int64) if window is None else window
-    values = {
-        "hello": hello, "rows_captured": 0, "rows_lost": {}, "steps": 0, "epoch": 0,
-        "hook_seconds": 0.0,
-        "traces": {}, "store": {"evicted": 0, "traces": 0, "bytes": 0, "limit_bytes": 1},
-        "lag_seconds": 0.0, "running": 0, "capture": "on", "gaps": 0, "unclaimed": 0,
-        "trace_rows": {}, "missing": {}, "incomplete": {}, "rows": [0, 0], "window_rows": [0, 0],
-    }  # fmt: skip
+    info = CollectorInfo(
+        spec=spec, workers_complete=True, refusal=None, capture="on", started_s=0.0, epoch=0,
+        store=StoreInfo(limit_bytes=1, bytes=0, traces=0, evicted=0),
+        log=LogInfo(state="off", dropped=0),
+    )  # fmt: skip
     registry = CollectorRegistry()
-    reply = Reply(values, [np.zeros(shape, np.int64).tobytes(), window.tobytes()])
-    registry.register(Snapshot(reply, expert_metrics))
+    arrays = [np.zeros(shape, np.int64).tobytes(), window.tobytes()]
+    reply = MetricsReply(info=info, rows=[0, 0], window_rows=[0, 0], arrays=arrays)
+    registry.register(MoescopeMetrics(reply, expert_metrics))
     return {family.name: family for family in registry.collect()}
 
 
@@ -272,8 +283,9 @@ def test_a_window_without_traffic_shows_no_balance():
     assert not [name for name, f in shown.items() if "_layer_" in name and f.samples]
 
 
-def test_a_server_that_shows_no_experts(monkeypatch, served):
-    monkeypatch.setenv("MOESCOPE_ROUTES_EXPERT_METRICS", "off")
+def test_a_server_that_shows_no_experts(monkeypatch, deployment, served):
+    overrides = deployment.app.dependency_overrides
+    monkeypatch.setitem(overrides, settings_of, lambda: Settings(expert_metrics="off"))
     names = {sample.name for sample in ours(samples_in(served))}
     assert "moescope_expert_tokens_total" not in names
     assert "moescope_layer_active_experts" in names

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from moescope_service import runtime
-from moescope_service.api import collector_client
-from moescope_service.api.collector_client import CollectorClient
 from moescope_service.errors import RefusedError
+from moescope_service.frontend import collector_client
+from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.offline import OfflineCapture
 from moescope_service.settings import RUNTIME_DIR, Settings
 from tests.waiting import wait_until
@@ -21,7 +21,7 @@ from .fake_engine import OUTPUT, PROMPT
 
 def test_a_refusal_leaves_no_thread_behind(tmp_path_factory, monkeypatch):
     monkeypatch.setenv(RUNTIME_DIR, str(tmp_path_factory.mktemp("z")))
-    monkeypatch.setattr(collector_client, "HELLO_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(collector_client, "WORKERS_TIMEOUT_S", 0.1)
     collector = start_collector(runtime.collector_address())
     try:
         with pytest.raises(RefusedError, match="not every worker reported"):
@@ -42,7 +42,7 @@ def output_of(request_id, n):
 
 
 def test_routes_come_for_every_choice_or_not_at_all():
-    with Deployment(memory="12k").running() as small:  # room for five traces
+    with Deployment(memory="20k").running() as small:  # room for five traces
         capture = OfflineCapture.__new__(OfflineCapture)
         capture._collector = CollectorClient(runtime.collector_address())
         try:

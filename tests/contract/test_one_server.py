@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.gpu import one_server
+from benchmarks.gpu.one_server import DETACHED, DETACHED_AGAIN, OneServer
 from moescope import CommandError
 from moescope.overhead.arms import COUNTS, MOESCOPE, PAUSED
 from moescope_service.capture.install import WorkerCapture
-from tests.gpu import one_server
-from tests.gpu.one_server import DETACHED, DETACHED_AGAIN, OneServer
 
 NUMBERS = (signal.SIGUSR1, signal.SIGUSR2)
 
@@ -44,10 +44,10 @@ def runner(tmp_path, monkeypatch, handlers):
 def test_a_visit_takes_the_capture_off_or_puts_it_back(runner, tmp_path, monkeypatch):
     resumed = []
     monkeypatch.setattr(one_server.Client, "resume", lambda self: resumed.append(1))
-    host = OneServer("http://127.0.0.1:1", tmp_path / "state")
+    server = OneServer("http://127.0.0.1:1", tmp_path / "state")
     seen = []
     for name in (MOESCOPE, DETACHED, DETACHED_AGAIN, MOESCOPE, DETACHED, PAUSED, MOESCOPE):
-        with host.visit(name) as url:
+        with server.visit(name) as url:
             seen.append("recorded" in runner.execute_model())
             assert url == "http://127.0.0.1:1"
     assert seen == [True, False, False, True, False, True, True]
@@ -77,6 +77,6 @@ def test_the_server_captures_what_its_arms_want(names, started, tmp_path, monkey
         yield SimpleNamespace(url="http://127.0.0.1:1")
 
     launcher = SimpleNamespace(server=server, timeout_s=1.0)
-    with one_server.hosted(launcher, names, tmp_path / "state") as ready:
+    with one_server.start_arms(launcher, names, tmp_path / "state") as ready:
         assert ready.names == list(names)
     assert asked == [started]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from vllm import forward_context
 from vllm.distributed import parallel_state
 
+from moescope_service.capture.cpu.sink import CpuSink
 from moescope_service.capture.own_rows import OwnRows
+from moescope_service.capture.rows import StepRows
 
 TOKENS = [5, 3, 4]
 """Of three data-parallel ranks, padding included."""
@@ -74,7 +77,23 @@ def test_without_other_ranks_all_rows_are_own(in_step: Any) -> None:
     assert OwnRows(0, 1).span(7) == slice(0, 7)
 
 
-def test_an_unknown_layout_is_an_error_that_names_it(in_step: Any) -> None:
+def test_rows_of_an_unknown_layout_are_lost_and_it_is_told_once(
+    in_step: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     in_step()
-    with pytest.raises(RuntimeError, match=r"7 rows.*\[5, 3, 4\]"):
-        OwnRows(0, 1).span(7)
+    own_rows = OwnRows(0, 1)
+    sink = CpuSink(
+        positions=torch.arange(12), num_layers=1, top_k=2, id_dtype="uint8",
+        weights_dtype="float16", own_rows=own_rows,
+    )  # fmt: skip
+    for _ in range(2):
+        sink.start_step()
+        sink.write(0, *routing(7))
+        assert sink.take(5) == "hook_missed"
+    (record,) = caplog.records
+    assert re.search(r"7 rows.*\[5, 3, 4\].*hook_missed", record.getMessage())
+    sink.start_step()
+    sink.write(0, *routing(12))
+    rows = sink.take(5)
+    assert isinstance(rows, StepRows)
+    assert rows.topk_ids[:, 0, 0].tolist() == [*range(5)]

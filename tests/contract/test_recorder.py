@@ -12,16 +12,16 @@ import zmq
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from benchmarks.simulation.engine import Engine as SimEngine
+from benchmarks.simulation.kv import Seq
 from moescope_service.capture import layout_v1, layout_v2
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, StepRows
 from moescope_service.messages import pack, unpack, unpack_steps
-from tests.unit.engine_sim import Engine as SimEngine
-from tests.unit.kv_sim import Seq
 from tests.unit.sim_encoder import SimEncoder
 from tests.waiting import DEADLINE_S, wait_until
 
-from .fake_engine import HELLO, Engine, rows_of
+from .fake_engine import SPEC, Engine, rows_of
 
 
 class Collector:
@@ -36,7 +36,7 @@ class Collector:
         assert self.socket.poll(DEADLINE_S * 1000), "no message came"
         self.peer, *frames = self.socket.recv_multipart()
         kind, values = unpack(frames)
-        return kind, unpack_steps(values, frames, HELLO) if kind == "steps" else values
+        return kind, unpack_steps(values, frames, SPEC) if kind == "steps" else values
 
     def steps(self, number):
         while len(self.waiting) < number:
@@ -65,9 +65,9 @@ def engine(address):
     engine.recorder.close()
 
 
-def test_hello_comes_first(engine, collector):
+def test_the_introduction_comes_first(engine, collector):
     kind, values = collector.receive()
-    assert (kind, values["layers"], values["model"]) == ("hello", [1, 3], "tiny")
+    assert (kind, values["layers"], values["model"]) == ("worker", [1, 3], "tiny")
 
 
 def test_steps_are_numbered_and_timed(engine, collector):
@@ -78,14 +78,14 @@ def test_steps_are_numbered_and_timed(engine, collector):
     engine.step(finished=[a])
     collector.receive()
     steps = collector.steps(6)
-    assert [step.seq for step in steps] == [0, 1, 2, 3, 4, 5]
+    assert [step.number for step in steps] == [0, 1, 2, 3, 4, 5]
     # Ends are told before the model runs, in messages of their own.
     assert [step.spans.tolist() for step in steps] == [
         [[0, 0, 5]], [[1, 0, 5]], [[1, 5, 1], [0, 5, 1]], [], [[0, 6, 1]], [],
     ]  # fmt: skip
     assert [step.finished for step in steps] == [[], [], [], [1], [], [0]]
-    assert all(0 <= step.host_s < 1 and step.time_s > 1e9 for step in steps)
-    assert steps[2].host_s > 0
+    assert all(0 <= step.hook_s < 1 and step.time_s > 1e9 for step in steps)
+    assert steps[2].hook_s > 0
     assert steps[2].topk_ids.shape == (2, 2, 2)
     assert steps[5].topk_ids is None
     assert steps[5].lost is None
@@ -135,7 +135,7 @@ def test_rows_are_dropped_where_nobody_takes_them_and_control_is_not(address):
         collector = Collector(socket)
         collector.receive()
         steps = collector.steps(201)
-    assert [step.seq for step in steps] == list(range(201))
+    assert [step.number for step in steps] == list(range(201))
     lost = [step.lost for step in steps]
     assert lost[0] is None
     assert set(lost) == {None, "queue_full"}
@@ -151,7 +151,7 @@ def test_the_recorder_outlives_what_its_link_gave_up(address):
         patch.setattr(threading, "excepthook", deaths.append)
         engine = Engine(address, max_rows_bytes=20_000)
         link = engine.recorder._link
-        wait_until(lambda: link.waiting_bytes == 0, "hello is in the socket")
+        wait_until(lambda: link.waiting_bytes == 0, "the introduction is in the socket")
         for number in range(40):  # fill the socket's own queue
             engine.start(f"before-{number}")
         link._max_bytes = 0  # as if it had waited for minutes
@@ -165,17 +165,17 @@ def test_the_recorder_outlives_what_its_link_gave_up(address):
             engine.step([(a, 1)])
             b = engine.start("b")
             engine.step([(a, 4), (b, 1)], finished=[])
-            last = engine.recorder._seq - 1
-            seqs = []
-            while not seqs or seqs[-1] != last:
+            last = engine.recorder._next_step - 1
+            numbers = []
+            while not numbers or numbers[-1] != last:
                 if not socket.poll(DEADLINE_S * 1000):
                     break
                 kind, steps = collector.receive()
                 if kind == "steps":
-                    seqs += [step.seq for step in steps]
+                    numbers += [step.number for step in steps]
         engine.recorder.close()
     assert not deaths, f"the link's thread died: {deaths[0].exc_value!r}"
-    assert seqs[-1] == last
+    assert numbers[-1] == last
 
 
 def test_ends_that_nobody_took_are_told_later(engine, collector):
@@ -191,8 +191,8 @@ def test_ends_that_nobody_took_are_told_later(engine, collector):
     engine.step()
     engine.start("c")
     ends, begins = collector.steps(2)
-    assert (ends.seq, ends.finished, ends.finished_unseen) == (6, [], ["a", "b"])
-    assert [(one.handle, one.request_id) for one in begins.admitted] == [(0, "c")]
+    assert (ends.number, ends.finished, ends.finished_unseen) == (6, [], ["a", "b"])
+    assert [(one.handle, one.internal_id) for one in begins.admitted] == [(0, "c")]
 
 
 def real_output(output):
@@ -219,11 +219,9 @@ def real_output(output):
 def test_the_simulated_engine_of_the_unit_tests_speaks_as_the_real_encoder():
     for seed in range(20):
         rng = random.Random(seed)
-        hello = HELLO.__class__(
-            **{f: getattr(HELLO, f) for f in HELLO.__slots__} | {"num_blocks": 14}
-        )
-        engine = SimEngine(rng, hello, copies=True)
-        mine, real = SimEncoder(hello), ControlEncoder(0, HELLO.block_size)
+        spec = SPEC.__class__(**{f: getattr(SPEC, f) for f in SPEC.__slots__} | {"num_blocks": 14})
+        engine = SimEngine(rng, spec, copies=True)
+        mine, real = SimEncoder(spec), ControlEncoder(0, SPEC.block_size)
         for number in range(6):
             prompt = [rng.randrange(2) for _ in range(rng.randint(1, 14))]
             engine.add(Seq(str(number), prompt, len(prompt), rng.randint(1, 6), surplus=False))
@@ -238,7 +236,7 @@ def test_the_simulated_engine_of_the_unit_tests_speaks_as_the_real_encoder():
                               np.array(starts, np.int32))  # fmt: skip
             vllm_output = real_output(output)
             got = real.encode(StepMessage(
-                want.seq, 0.0, 0.0, vllm_output.finished_req_ids,
+                want.number, 0.0, 0.0, vllm_output.finished_req_ids,
                 [NewSequence(new.req_id, new.prompt_len, new.num_computed_tokens, new.block_ids)
                  for new in vllm_output.scheduled_new_reqs],
                 vllm_output.scheduled_cached_reqs, vllm_output.kv_cache_block_copies or (), batch,
@@ -268,7 +266,7 @@ def test_the_batch_of_the_v1_runner():
     )
     batch = layout_v1.read_batch(runner)
     runner.query_start_loc.np[:] = runner.input_batch.num_computed_tokens_cpu[:] = 0  # next step
-    assert batch.request_ids == ["a", "b"]
+    assert batch.internal_ids == ["a", "b"]
     assert batch.first_row.tolist() == [0, 3, 4]
     assert batch.scheduled_position.tolist() == [5, 40]
 
@@ -280,7 +278,7 @@ def test_the_batch_of_the_v2_runner():
     )  # fmt: skip
     runner = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
     found = layout_v2.read_batch(runner)
-    assert found.request_ids == ["a", "b"]
+    assert found.internal_ids == ["a", "b"]
     assert found.first_row.tolist() == [0, 3, 4]
     assert found.scheduled_position.tolist() == [5, 40]
     runner.execute_model_state = None
@@ -289,7 +287,7 @@ def test_the_batch_of_the_v2_runner():
 
 def message_of(rows, overshoot=0):
     batch = Batch(["a", "b"], np.array([0, 3, 4], np.int32), np.array([1, 40], np.int32))
-    encoder = ControlEncoder(0, HELLO.block_size, overshoot)
+    encoder = ControlEncoder(0, SPEC.block_size, overshoot)
     return encoder.encode(StepMessage(0, 0.0, 0.0, batch=batch, rows=rows))
 
 
@@ -341,7 +339,7 @@ def test_rows_are_waited_for_once_and_their_room_is_given_back():
         def release(self):
             log.append(f"release {self.name}")
 
-    encoder = ControlEncoder(0, HELLO.block_size)
+    encoder = ControlEncoder(0, SPEC.block_size)
     batch = Batch(["a"], np.array([0, 1], np.int32), np.array([0], np.int32))
     messages = [
         StepMessage(number, 0.0, 0.0, batch=batch, rows=rows)
@@ -349,5 +347,5 @@ def test_rows_are_waited_for_once_and_their_room_is_given_back():
     ]
     (frames,) = encoder.pack(messages)
     assert log == ["wait 1", "read 0", "read 1", "release 0", "release 1"]
-    steps = unpack_steps(unpack(frames)[1], [bytes(memoryview(f)) for f in frames], HELLO)
+    steps = unpack_steps(unpack(frames)[1], [bytes(memoryview(f)) for f in frames], SPEC)
     assert [step.lost for step in steps] == [None, "paused", None]

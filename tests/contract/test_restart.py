@@ -20,7 +20,7 @@ from moescope_service.runtime import Supervisor, collector_address
 from tests.waiting import scrape, wait_until
 
 from .deployment import Deployment, start_collector
-from .fake_engine import HELLO, PROMPT, Running, rows_of
+from .fake_engine import PROMPT, SPEC, Running, rows_of
 from .test_runtime import is_alive, start_parent
 
 
@@ -53,7 +53,7 @@ def restart(deployment: Deployment, while_away=lambda: None, epoch: int = 1) -> 
     while_away()
     deployment.collector.stdout.close()
     deployment.collector = start_collector(collector_address(), epoch=epoch)
-    wait_until(lambda: info(deployment).get("hello"), "the worker introduces itself")
+    wait_until(lambda: info(deployment).get("spec"), "the worker introduces itself")
 
 
 def client_link(deployment: Deployment):
@@ -62,7 +62,7 @@ def client_link(deployment: Deployment):
 
 def info(deployment: Deployment) -> dict:
     answer = deployment.http.get("/moescope/info")
-    return {"hello": True} | answer.json() if answer.status_code == 200 else {}
+    return {"spec": True} | answer.json() if answer.status_code == 200 else {}
 
 
 def get(deployment: Deployment, request_id: str):
@@ -157,7 +157,8 @@ def test_what_happens_while_it_is_away(fresh):
         assert "moescope_collector_up 0.0" in fresh.http.get("/metrics").text
 
     restart(fresh, while_away)
-    assert fresh.http.get("/routes/both").status_code == 404
+    trace, sources = trace_of(fresh, "both")
+    assert (sources, trace.finish_reason, trace.complete) == ("M" * 5, "stop", False)
     ends_for_worker.finish(3)
     trace, sources = trace_of(fresh, "worker")
     assert (sources, trace.complete) == ("M" * 7, False)
@@ -184,7 +185,7 @@ def test_a_choice_that_ended_before_is_not_left_out(fresh):
     assert (gone.index, gone.num_tokens, gone.finish_reason) == (0, len(PROMPT) + 2, "stop")
     assert (gone.complete, gone.coverage) == (False, 0.0)
     assert (kept.index, kept.coverage) == (1, 1 / 8)
-    journal = fresh.app.state.moescope_collector._journal
+    journal = fresh.app.state.moescope_collector._outbox.journal
     wait_until(lambda: len(journal) == 0, "the API server forgets it")
 
 
@@ -216,7 +217,7 @@ def test_a_deleted_request_does_not_come_back(fresh):
     request = Request(fresh, "secret")
     wait_until(lambda: fresh.http.get("/routes/secret").status_code == 202, "it is known")
     assert fresh.http.delete("/routes/secret").status_code in {200, 204}
-    journal = fresh.app.state.moescope_collector._journal
+    journal = fresh.app.state.moescope_collector._outbox.journal
     wait_until(lambda: len(journal) == 0, "the API server forgets it")
     restart(fresh)
     request.finish(1)
@@ -226,9 +227,9 @@ def test_a_deleted_request_does_not_come_back(fresh):
 
 def test_killed_again_and_again_under_load():
     """Rows are right or missing, whatever the moment."""
-    with Deployment(hello=dataclasses.replace(HELLO, num_blocks=2**17)).running() as deployment:
+    with Deployment(spec=dataclasses.replace(SPEC, num_blocks=2**17)).running() as deployment:
         counts = run_and_kill(deployment, 3)
-        wait_until(lambda: info(deployment).get("hello"), "all have met")
+        wait_until(lambda: info(deployment).get("spec"), "all have met")
         deployment.complete("last")
         assert trace_of(deployment, "cmpl-last")[0].complete
     print(f"requests by their end: {dict(counts)}")
@@ -287,20 +288,17 @@ def test_the_first_process_starts_it_again_and_ends_it():
 
 
 def test_one_that_ends_at_once_is_not_started_without_pause(tmp_path, monkeypatch, caplog):
-    log = tmp_path / "logs" / "routes.jsonl"
-    log.parent.mkdir()
-    monkeypatch.setenv("MOESCOPE_ROUTES_LOG", str(log))
     supervisor = Supervisor(f"ipc://{tmp_path / 's'}", first_pause_s=0.01)
     with caplog.at_level(logging.ERROR, "moescope"):
         assert supervisor.start() is None
-        log.unlink()
-        log.parent.rmdir()  # no collector starts any more
+        monkeypatch.setenv("MOESCOPE_ROUTES_MEMORY", "nonsense")  # no collector starts any more
         os.kill(supervisor.pid, signal.SIGKILL)
         wait_until(lambda: len(caplog.records) >= 4, "it is tried again")
     ended = [record.args for record in caplog.records]
     assert [pause_s for _, _, pause_s in ended[:4]] == [0.01, 0.02, 0.04, 0.08]
-    log.parent.mkdir()
-    wait_until(log.exists, "the next one starts")
+    (tmp_path / "s").unlink()
+    monkeypatch.delenv("MOESCOPE_ROUTES_MEMORY")
+    wait_until((tmp_path / "s").exists, "the next one starts")
     assert supervisor.pid not in [pid for pid, _, _ in ended]
     assert supervisor.stop() in {0, -signal.SIGTERM}
 

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import gzip
 import io
+import itertools
 
 import numpy as np
 import orjson
@@ -14,7 +15,9 @@ import pytest
 from pyarrow import parquet
 from vllm.utils.serial_utils import numpy2base64
 
-from moescope import errors, formats
+from moescope import arrow, errors, formats
+from moescope_service.api import bodies
+from moescope_service.queries import RoutesQuery
 
 from .fake_engine import OUTPUT, PROMPT, rows_of
 
@@ -58,7 +61,7 @@ class TestFormats:
         assert meta["layers_logged"] == [1, 3]
         assert len(routes) == 2 * NUM_ROWS * 2
         assert {r["req_id"] for r in routes} == {"cmpl-formats"}
-        assert [r.get("index") for r in routes] == [None] * NUM_ROWS * 2 + [1] * NUM_ROWS * 2
+        assert [r["index"] for r in routes] == [0] * NUM_ROWS * 2 + [1] * NUM_ROWS * 2
 
     def test_npz(self, deployment):
         answer = self.get(deployment, format="npz")
@@ -73,6 +76,18 @@ class TestFormats:
         expected = np.zeros((NUM_ROWS, 5, 2), np.uint8)
         expected[:, [1, 3]] = rows_of(0, NUM_ROWS)[0]
         assert answer.content == base64.b64decode(numpy2base64(expected))
+
+    @pytest.mark.parametrize(
+        ("options", "dtype"),
+        [({"dtype": "int32"}, "int32"), ({"fill": -1}, "int16"),
+         ({"fill": -1, "dtype": "int32"}, "int32")],
+    )  # fmt: skip
+    def test_npy_in_signed_numbers(self, deployment, options, dtype):
+        whole = np.load(io.BytesIO(self.get(deployment, format="npy", index=1).content))
+        answer = self.get(deployment, format="npy", index=1, **options)
+        array = np.load(io.BytesIO(answer.content))
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, whole)
 
     @pytest.mark.parametrize("form", ["json", "jsonl", "npz"])
     def test_a_part(self, deployment, form):
@@ -97,10 +112,11 @@ class TestFormats:
         with deployment.http.stream("GET", url, headers={"Accept-Encoding": "gzip"}) as answer:
             raw = b"".join(answer.iter_raw())
         assert answer.headers["content-encoding"] == "gzip"
-        plain = deployment.http.get(url, headers={"Accept-Encoding": "identity"})
-        assert "content-encoding" not in plain.headers
-        assert gzip.decompress(raw) == plain.content
-        assert all("Accept-Encoding" in one.headers["vary"] for one in (answer, plain))
+        for refusing in ("identity", "gzip;q=0", "gzip;q=0, *", "*;q=0"):
+            plain = deployment.http.get(url, headers={"Accept-Encoding": refusing})
+            assert "content-encoding" not in plain.headers, refusing
+            assert gzip.decompress(raw) == plain.content
+            assert all("Accept-Encoding" in one.headers["vary"] for one in (answer, plain))
 
     @pytest.mark.parametrize("form", ["npz", "arrow", "parquet"])
     def test_arrays_are_not_compressed(self, deployment, form):
@@ -115,7 +131,7 @@ class TestFormats:
             ({"layers": "x"}, ["layers", "'x'", "0,5-7"]),
             ({"layers": "3,9"}, ["layers", "9", "1, 3"]),
             ({"layers": ""}, ["layers", "''"]),
-            ({"layers": ",".join(["0-9999"] * 9)}, ["layers", "more than 10,000"]),
+            ({"layers": ",".join(["0-9999"] * 9)}, ["layers", "at most 10,000"]),
             ({"layers": "1," * 600}, ["layers", "at most 1000", "1200"]),
             ({"format": "xml"}, ["format", "'xml'", "'json'", "'jsonl'", "'npz'"]),
             ({"index": "2"}, ["index", "[0, 1]", "2"]),
@@ -125,6 +141,10 @@ class TestFormats:
             ({"format": "npy"}, ["index", "one sequence", "[0, 1]"]),
             ({"format": "npy", "layers": "3", "index": 0}, ["layers", "every layer"]),
             ({"format": "npy", "weights": "true", "index": 0}, ["weights", "ids alone"]),
+            ({"format": "npz", "fill": -1}, ["fill", "only format=npy"]),
+            ({"dtype": "int32"}, ["dtype", "only format=npy"]),
+            ({"format": "npy", "index": 0, "fill": 0}, ["fill", "'-1'", "'0'"]),
+            ({"format": "npy", "index": 0, "dtype": "int8"}, ["dtype", "'int16'", "'int8'"]),
         ],
     )
     def test_a_bad_parameter(self, deployment, params, words):
@@ -145,9 +165,12 @@ def truncated(deployment, monkeypatch):
     collector = deployment.app.state.moescope_collector
     ask = collector.ask
 
-    async def ask_and_say(op, **values):
-        reply = await ask(op, **values)
-        return dataclasses.replace(reply, values={**reply.values, "truncated": True})
+    async def ask_and_say(query, **options):
+        reply = await ask(query, **options)
+        if not isinstance(query, RoutesQuery):
+            return reply
+        found = [dataclasses.replace(one, lacks_older=True) for one in reply.found]
+        return dataclasses.replace(reply, found=found)
 
     monkeypatch.setattr(collector, "ask", ask_and_say)
 
@@ -168,6 +191,78 @@ def test_every_format_says_where_older_requests_are_left_out(deployment, client)
     assert get("npy").status_code == 422
     assert "[0] and older ones" in get("npy").json()["error"]["message"]
     assert client.routes_batch(["cmpl-truncated"]).truncated == {"cmpl-truncated"}
+
+
+class TestPages:
+    """Six rows of a request of five prompt tokens and three more, a few at a time."""
+
+    numbers = itertools.count()
+
+    @pytest.fixture
+    def name(self, deployment):
+        name = f"pages-{next(self.numbers)}"
+        deployment.complete(name)
+        return f"cmpl-{name}"
+
+    @pytest.fixture
+    def get(self, deployment, name):
+        def get(form="json", **params):
+            return deployment.http.get(f"/routes/{name}", params={"format": form, **params})
+
+        return get
+
+    def test_every_format_has_pages(self, get):
+        (whole,) = formats.load_npz(get("npz").content)
+        for form in ("json", "jsonl", "npz", "npy", "arrow", "parquet"):
+            answer = get(form, start=2, limit=3)
+            assert answer.headers["X-Moescope-Next-Start"] == "5", form
+        page = get(start=2, limit=3).json()
+        assert (page["truncated"], page["next_start"]) == (True, 5)
+        (trace,) = page["traces"]
+        assert (trace["start"], trace["topk_ids"]) == (2, whole.topk_ids[2:5].tolist())
+        assert trace["token_ids"] == whole.token_ids[2:5].tolist()
+        array = np.load(io.BytesIO(get("npy", start=2, limit=3).content))
+        np.testing.assert_array_equal(array[:, whole.layers], whole.topk_ids[2:5])
+        meta, *lines = map(orjson.loads, get("jsonl", start=2, limit=3).content.splitlines())
+        assert (meta["truncated"], meta["next_start"]) == (True, 5)
+        assert sorted({line["token_idx"] for line in lines}) == [2, 3, 4]
+        tables = [
+            pa.ipc.open_stream(get("arrow", start=2, limit=3).content).read_all(),
+            parquet.read_table(io.BytesIO(get("parquet", start=2, limit=3).content)),
+        ]
+        for table in tables:
+            assert table["position"].to_pylist() == [2, 3, 4]
+            (loaded,) = arrow.from_table(table)
+            np.testing.assert_array_equal(loaded.topk_ids, whole.topk_ids[2:5])
+
+    def test_the_last_page_has_no_next_one(self, get):
+        answer = get(start=5, limit=100)
+        assert "X-Moescope-Next-Start" not in answer.headers
+        assert "next_start" not in answer.json()
+        assert "truncated" not in answer.json()
+        assert len(answer.json()["traces"][0]["token_ids"]) == 3
+
+    def test_what_is_larger_than_a_response_comes_in_pages(self, name, get, client, monkeypatch):
+        (whole,) = client.routes(name)
+        monkeypatch.setitem(bodies.PAGE_BYTES, "npz", 1)
+        monkeypatch.setitem(bodies.PAGE_BYTES, "npy", 1)
+        assert formats.read_npz(get("npz").content)["next_start"] == 1
+        (trace,) = client.routes(name)
+        np.testing.assert_array_equal(trace.topk_ids, whole.topk_ids)
+        found = client.routes_batch([name, "never-seen", f"{name}-0"]).traces
+        np.testing.assert_array_equal(found[name][0].topk_weights, whole.topk_weights)
+        assert found[f"{name}-0"][0] is found[name][0]
+        answer = get("npy")
+        assert answer.status_code == 413
+        assert "start and limit" in answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize(
+        "params", [{"start": -1}, {"start": "x"}, {"limit": 0}, {"start": 2**31}]
+    )
+    def test_what_is_no_page(self, get, params):
+        answer = get(**params)
+        assert answer.status_code == 422
+        assert next(iter(params)) in answer.json()["error"]["message"]
 
 
 def test_nothing_is_said_where_nothing_is_left_out(deployment):

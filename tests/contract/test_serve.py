@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+
 import pytest
 
 from moescope_service import serve, settings
+from moescope_service.errors import RefusedError
 
 
 @pytest.mark.parametrize(
@@ -18,4 +22,29 @@ from moescope_service import serve, settings
 def test_our_flags_are_read_as_vllm_reads_them(flags, monkeypatch):
     monkeypatch.setenv(settings.variable("allow_untested_vllm"), "off")  # and undone afterwards
     argv = ["model", "--max-model-len", "64", *flags, "--served-model-name", "a_b"]
-    assert serve._export_ours(argv).allow_untested_vllm == "on"
+    assert serve._export_ours(argv).allows_untested_vllm
+
+
+def test_a_log_that_cannot_be_written_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        (tmp_path / "pipe", "it is not a regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "missing" / "log", "No such file or directory"),
+    ):
+        with pytest.raises(RefusedError, match=f"^--routes-log: cannot write {path}: {why}$"):
+            serve._check_log(settings.Settings(log=path))
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["--help"], ["model", "--help"]])
+def test_help_shows_our_flags_with_one_default_each_and_how_to_see_vllms(argv, capsys):
+    assert serve.main(argv) == 0
+    told = capsys.readouterr().out
+    ours = [
+        settings.flag(field.metadata["name"]) for field in dataclasses.fields(settings.Settings)
+    ]
+    assert " ".join(told.split()).count("(default: ") == len(ours)
+    places = [told.index(f"  {flag} ") for flag in ours]
+    assert places == sorted(places)
+    assert places[-1] < told.index("--help=all")
+    assert "--max-num-seqs" not in told

@@ -11,8 +11,8 @@ import orjson
 import pytest
 import torch
 
-from tests.gpu import timeline
-from tests.gpu.timeline import SKIPPED, STEPS
+from benchmarks.gpu import timeline
+from benchmarks.gpu.timeline import SKIPPED, STEPS
 
 
 class Profiler:

@@ -6,11 +6,10 @@ import asyncio
 
 import openai
 
+from benchmarks.simulation.server import API_KEY, MODEL
 from moescope import Client, Source
 from moescope.servers import Server
 from tests.fidelity.bundled import compare, steps_in
-
-from .conftest import API_KEY, MODEL
 
 SENTENCE = "Leo reads 9 pages a day for 8 days. "
 SHARED = SENTENCE * 12

@@ -28,12 +28,25 @@ def prometheus(server: Server, directory: Path, **config: Any) -> Iterator[Query
         directory: Where its files go.
         config: More of its configuration.
     """
-    target, (port,) = server.url.removeprefix("http://"), free_ports(1)
+    target = server.url.removeprefix("http://")
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "scrape_configs": [{"job_name": "moescope", "static_configs": [{"targets": [target]}]}],
         **config,
     }
+    with running(directory, config) as query:
+        yield query
+
+
+@contextlib.contextmanager
+def running(directory: Path, config: dict[str, Any]) -> Iterator[Query]:
+    """Run a Prometheus on ``directory / "data"``; gives what queries it.
+
+    Args:
+        directory: Where its files go.
+        config: Its whole configuration.
+    """
+    (port,) = free_ports(1)
     (directory / "prometheus.yml").write_text(json.dumps(config))
     command = ["prometheus", f"--config.file={directory / 'prometheus.yml'}",
                f"--storage.tsdb.path={directory / 'data'}",

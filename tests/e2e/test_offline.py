@@ -79,7 +79,7 @@ assert not engine.has_unfinished_requests()  # ends with the script
 def run_script(code: str, model: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MOESCOPE")}
     return subprocess.run(
-        [sys.executable, "-c", START + code, str(model)],
+        [sys.executable, "-P", "-c", START + code, str(model)],
         env={**clean, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **env},
         capture_output=True,
         text=True,
@@ -102,7 +102,7 @@ def logs_of(path: Path) -> list[dict[tuple[str, int], dict[int, list[Any]]]]:
             assert record["layers_logged"] == [0, 2]
             logs.append(defaultdict(lambda: defaultdict(list)))
             continue
-        ids = logs[-1][record["req_id"], record.get("index", 0)][record["layer"]]
+        ids = logs[-1][record["req_id"], record["index"]][record["layer"]]
         assert record["token_idx"] == len(ids)
         ids.append(record["topk_ids"])
     return logs

@@ -1,24 +1,28 @@
-"""The collector of a real server is killed while requests run."""
+"""The collector of a real server is killed while requests run, and at last its engine."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from benchmarks.faults import served
+from benchmarks.faults.served import collector_pid, judge, until
+from benchmarks.simulation.server import API_KEY, MODEL, serving
 from moescope import Client, Source, errors
 from moescope.servers import Server, captured_command
 from moescope_service import bundled_model
-from tests.fidelity import faults_served
-from tests.fidelity.faults_served import collector_pid, judge, until
 from tests.waiting import scrape, wait_until
 
-from .conftest import API_KEY, MODEL, serving
 from .fidelity import SHARED, compare
 
 
@@ -106,10 +110,53 @@ async def complete(server: Server, prompt: str) -> str:
 
 
 def test_faults_in_the_transport() -> None:
-    """The short form of ``python -m tests.fidelity.faults``."""
-    found = faults_served.run(100, seed=1, kill_every=60)
+    """The short form of ``python -m benchmarks.faults``."""
+    found = served.run(100, seed=1, kill_every=60)
     print(found)
     assert found["complete_and_wrong"] == found["wrong_rows"] == 0
     assert found["requests"] == 100
     assert min(found[name] for name in ("complete", "computed", "cached", "missing")) > 0
     assert found["collector_kills"] > 0
+
+
+def test_an_engine_that_dies_is_answered_as_stock_answers(server: Server) -> None:
+    """Stock vLLM 0.32.0: 500, an error as the last event of a stream, and the exit code 0.
+
+    Measured with the same kill; the server does not outlive this test.
+    """
+    core = engine_pid(server)
+
+    def ask(stream: bool) -> tuple[int, str]:
+        body = {"model": MODEL, "prompt": "Tom has", "max_tokens": 900, "ignore_eos": True}
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        url = f"{server.url}/v1/completions"
+        with httpx.stream(
+            "POST", url, json=body | {"stream": stream}, headers=headers, timeout=60
+        ) as answer:
+            if stream:
+                started.set()
+            return answer.status_code, answer.read().decode()
+
+    started = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        whole, streamed = (pool.submit(ask, stream) for stream in (False, True))
+        assert started.wait(60)
+        os.kill(core, signal.SIGKILL)
+        for answer, expected in ((whole, 500), (streamed, 200)):
+            status_code, body = answer.result(60)
+            assert status_code == expected
+            assert "InternalServerError" in body
+    server.wait_exit(30)
+    with pytest.raises(errors.CommandError, match="ended with status 0 "):
+        server.is_ready()
+
+
+def engine_pid(server: Server) -> int:
+    """Return the process id of a server's engine core."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = path.read_text().rsplit(")", 1)[1].split()[1]
+            command = path.with_name("cmdline").read_bytes()
+            if int(parent) == server.pid and b"EngineCore" in command:
+                return int(path.parent.name)
+    raise AssertionError("the server has no engine")

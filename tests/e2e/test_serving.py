@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from benchmarks.simulation.server import API_KEY, MODEL
 from moescope import Client, RouteTrace, Source, formats
 from moescope.errors import AuthenticationError, InvalidQueryError, RequestNotFoundError
 from moescope.servers import Server
+from moescope_service.frontend.collector_client import QUERY_TIMEOUT_S
+from tests.groups import commands, is_suspended
 from tests.waiting import scrape, wait_until
 
-from .conftest import API_KEY, MODEL
 from .prometheus import prometheus
 
 QUESTION = [{"role": "user", "content": "Tom has 3 apples and buys 4. How many has he now?"}]
@@ -57,6 +60,24 @@ def test_chat(chat: openai.OpenAI, eager: Client) -> None:
     assert trace.finish_reason == response.choices[0].finish_reason
 
 
+def test_a_server_that_was_suspended_goes_on_as_before(
+    chat: openai.OpenAI, eager: Client, eager_server: Server
+) -> None:
+    """As `moescope overhead` suspends servers; for longer than what waits for the collector."""
+    for _ in range(3):
+        response = chat.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=40)
+        eager_server.suspend()  # its engine and its collector are at work on the rest
+        assert is_suspended(eager_server)
+        names = " ".join(commands(eager_server))
+        assert "collector" in names
+        assert "EngineCore" in names
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(f"{eager_server.url}/health", timeout=1.5 * QUERY_TIMEOUT_S)
+        eager_server.resume()
+        check(eager.routes(response.id), response.usage)
+    wait_until(lambda: "moescope_collector_up 1" in scrape(eager_server.url), "the collector is up")
+
+
 def test_streaming(chat: openai.OpenAI, eager: Client) -> None:
     stream = chat.chat.completions.create(
         model=MODEL,
@@ -64,16 +85,18 @@ def test_streaming(chat: openai.OpenAI, eager: Client) -> None:
         max_tokens=40,
         stream=True,
         stream_options={"include_usage": True},
+        extra_headers={"X-Request-Id": "a stream"},
     )
     *_, last = stream
-    check(eager.routes(last.id), last.usage)
+    for request_id in (last.id, "a stream"):
+        check(eager.routes(request_id), last.usage)
 
 
-def test_two_samples_and_two_prompts(chat: openai.OpenAI, eager: Client) -> None:
+def test_three_samples_and_two_prompts(chat: openai.OpenAI, eager: Client) -> None:
     response = chat.completions.create(
         model=MODEL,
         prompt=["Tom has", "Sara has three red"],
-        n=2,
+        n=3,
         max_tokens=12,
         temperature=1,
         seed=1,
@@ -219,7 +242,7 @@ def test_pause_and_resume(chat: openai.OpenAI, eager: Client) -> None:
     wait_until(lambda: trace().complete, "the worker goes on")
 
 
-def test_the_log_has_one_record_a_row_and_logged_layer(
+def test_the_log_has_one_request_a_row_and_logged_layer(
     chat: openai.OpenAI, eager: Client, eager_server: Server
 ) -> None:
     response = chat.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=10)
@@ -261,10 +284,12 @@ def test_npy_has_every_layer_of_the_model(
 
 
 def test_many_requests_at_once(chat: openai.OpenAI, eager: Client) -> None:
-    responses = [
-        chat.completions.create(model=MODEL, prompt=prompt, max_tokens=4, n=2)
-        for prompt in ("Tom has", "Sara has three red")
-    ]
+    def complete(number: int) -> openai.types.Completion:
+        prompt = f"{number}. " + "Tom has " * (1 + number % 7)
+        return chat.completions.create(model=MODEL, prompt=prompt, max_tokens=4, n=2)
+
+    with ThreadPoolExecutor(48) as threads:
+        responses = list(threads.map(complete, range(48)))
     found = eager.routes_batch([*(response.id for response in responses), "never-seen"])
     assert found.failed == {"never-seen": "unknown"}
     for response in responses:
@@ -276,7 +301,7 @@ def test_bad_input(chat: openai.OpenAI, eager: Client, eager_server: Server) -> 
     url = f"{eager_server.url}/routes/{response.id}"
     key = {"Authorization": f"Bearer {API_KEY}"}
     for query, says in {
-        "layers=0,x": "'0,x' is no list of layers",
+        "layers=0,x": "invalid layers '0,x': expected layer numbers",
         "layers=99": "captured layers: 0, 1, 2, 3",
         "format=xml": "'json', 'jsonl', 'npz', 'npy', 'arrow' or 'parquet'",
         "wait_s=-1": "wait_s",

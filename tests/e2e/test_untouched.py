@@ -43,7 +43,7 @@ def run(mode: str) -> subprocess.CompletedProcess[str]:
     if mode == "enabled":
         env["MOESCOPE_ENABLE"] = "1"
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, mode],
+        [sys.executable, "-P", "-c", SCRIPT, mode],
         env=env,
         capture_output=True,
         text=True,

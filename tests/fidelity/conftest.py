@@ -20,9 +20,8 @@ with warnings.catch_warnings():  # torch's and transformers' own, at their impor
 from tests.fidelity.schemes import SCHEMES, UNSERVED, Scheme
 
 TIMEOUT_S = 1500
-
-
 ALL = (*SCHEMES, UNSERVED)
+HALF = ("bfloat16", "float16")
 
 
 def place(directory: Path, scheme: Scheme) -> Path:
@@ -54,6 +53,27 @@ def traced(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.append({"model": jobs[0]["model"], **compiled})
     run_jobs(jobs, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def halved(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the traces of every scheme's model in each of `HALF`; see `halved_place`."""
+    out = tmp_path_factory.mktemp("halved")
+    jobs = [
+        {
+            "model": str(place(models, scheme)),
+            "out": str(halved_place(out, scheme, dtype)),
+            "options": {"enforce_eager": True, **scheme.llm_options, "dtype": dtype},
+        }
+        for scheme in SCHEMES
+        for dtype in HALF
+    ]
+    run_jobs(jobs, out)
+    return out
+
+
+def halved_place(directory: Path, scheme: Scheme, dtype: str) -> Path:
+    return directory / f"{ALL.index(scheme)}-{dtype}.npz"
 
 
 def run_jobs(jobs: list[dict[str, Any]], out: Path, env: Mapping[str, str] | None = None) -> None:

@@ -38,7 +38,6 @@ def run(model: str, options: dict[str, Any]) -> bytes:
     """Return the traces of a model, as ``.npz``: the prompts at once, then all of them again."""
     llm = vllm.LLM(
         model,
-        dtype="float32",
         skip_tokenizer_init=True,
         max_model_len=256,
         max_num_batched_tokens=MAX_STEP_TOKENS,
@@ -46,7 +45,7 @@ def run(model: str, options: dict[str, Any]) -> bytes:
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=64 * 2**20,
         seed=0,
-        **options,
+        **{"dtype": "float32", **options},
     )
     params = vllm.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     outputs: list[Any] = []

@@ -78,7 +78,11 @@ _MLA = {  # vLLM's kernels want the published sizes
 }
 # The CPU kernel of vLLM 0.32.0 for rotary embeddings is wrong for queries [num_tokens, num_heads,
 # head_dim] with more than one head, which DeepSeek's attention alone hands it; PyTorch's is right.
-_ROTARY_IN_PYTORCH = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+# On CPUs with AMX vLLM takes an attention kernel for them that refuses float32.
+_FOR_DEEPSEEK = {
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+    "attention_backend": "CPU_MLA",
+}
 _V3 = {
     **_MLA,
     "q_lora_rank": 48,
@@ -201,6 +205,9 @@ SCHEMES = (
             "n_shared_experts": 2,
             "routed_scaling_factor": 16.0,
             "norm_topk_prob": False,
+            # In float16 vLLM divides hidden states by the scaling factor, and those of a new model
+            # are so small already that the usual epsilon would count beside them.
+            "rms_norm_eps": 1e-12,
         },
         "mlp.gate",
         (1, 2),
@@ -208,7 +215,7 @@ SCHEMES = (
         6,
         lambda logits, _: grouped_softmax_topk(logits, 6, num_groups=8, topk_groups=3),
         has_prefix_cache=False,
-        llm_options=_ROTARY_IN_PYTORCH,
+        llm_options=_FOR_DEEPSEEK,
         alternative=lambda logits, _: softmax_topk(logits, 6, renormalize=False),
     ),
     Scheme(
@@ -222,7 +229,7 @@ SCHEMES = (
         lambda logits, bias: sigmoid_topk(logits, 4, bias, num_groups=4, topk_groups=2),
         bias="mlp.gate.e_score_correction_bias",
         has_prefix_cache=False,
-        llm_options=_ROTARY_IN_PYTORCH,
+        llm_options=_FOR_DEEPSEEK,
         alternative=lambda logits, bias: sigmoid_topk(logits, 4, bias),
     ),
     Scheme(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fidelity import reference
 from moescope import RouteTrace, Source
 from tests.fidelity import bundled
 
@@ -18,7 +19,7 @@ TOKENS = np.random.default_rng(0).integers(3, 1000, 100).astype(np.int32)
 def closest() -> tuple[np.ndarray, float]:
     """The model's ids, with the last expert of one row replaced by the next; how close they are."""
     with torch.inference_mode():
-        output = bundled.reference_model()(
+        output = reference.reference_model()(
             torch.from_numpy(TOKENS)[None].long(), output_router_logits=True
         )
     best = torch.stack(output.router_logits, 1).double().softmax(-1).topk(5)
@@ -55,11 +56,11 @@ def test_either_of_two_tied_experts_is_right(
     closest: tuple[np.ndarray, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, gap = closest
-    monkeypatch.setattr(bundled, "WEIGHT_TOLERANCE", 1.01 * gap)
-    routes = bundled.reference_of(trace_of(ids, np.zeros(ids.shape)))
+    monkeypatch.setattr(reference, "WEIGHT_TOLERANCE", 1.01 * gap)
+    routes = reference.reference_of(trace_of(ids, np.zeros(ids.shape)))
     assert routes.ties == 1
     assert bundled.compare(trace_of(routes.topk_ids, routes.topk_weights))[1] == 1
-    own = bundled.reference(bundled.reference_model(), TOKENS)
+    own = reference.reference(reference.reference_model(), TOKENS)
     assert bundled.compare(trace_of(own.topk_ids, own.topk_weights))[1] == 0
 
 
@@ -67,14 +68,14 @@ def test_an_expert_that_is_not_tied_is_wrong(
     closest: tuple[np.ndarray, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, gap = closest
-    monkeypatch.setattr(bundled, "WEIGHT_TOLERANCE", 0.99 * gap)
-    own = bundled.reference(bundled.reference_model(), TOKENS)
+    monkeypatch.setattr(reference, "WEIGHT_TOLERANCE", 0.99 * gap)
+    own = reference.reference(reference.reference_model(), TOKENS)
     with pytest.raises(AssertionError):
         bundled.compare(trace_of(ids, own.topk_weights))
 
 
 def test_an_expert_twice_is_wrong() -> None:
-    own = bundled.reference(bundled.reference_model(), TOKENS)
+    own = reference.reference(reference.reference_model(), TOKENS)
     ids = own.topk_ids.copy()
     ids[7, 2, 0] = ids[7, 2, 1]
     trace = trace_of(ids, own.topk_weights)

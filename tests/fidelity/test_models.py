@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.fidelity.cells import Cell, record
 from moescope import RouteTrace, Source, formats
 
-from .cells import Cell, record
 from .checkpoints import Reference
 from .conftest import place
+from .judging import judge
 from .schemes import SCHEMES, UNSERVED, Scheme
 
-WEIGHT_TOLERANCE = 1e-6
-"""vLLM computes in float32, the reference in float64; weights are at most a few times 1."""
+WEIGHT_TOLERANCE = 1e-5
+"""vLLM computes in float32, the reference in float64; weights are at most a few times 1. Machines
+differ by their vector units: 8.2e-7 was the largest error on one, 6.7e-6 on another."""
+MAX_TIES = 0.002
+"""Of all pairs."""
 SITUATION = "offline: chunks, batches, prefix hits"
 
 
@@ -27,12 +31,18 @@ def load(out: Path) -> list[RouteTrace]:
 
 def compare(
     traces: list[RouteTrace],
-    reference: Reference,
+    model: Path,
     scheme: Scheme,
     situation: str,
     layout: str = "1 worker",
 ) -> None:
-    """Compare all rows, record the cell, and then demand that all are equal."""
+    """Compare all rows, record the cell, and then demand that all are equal, but for ties.
+
+    Which experts two machines take for a tie differs with their kernels, and from then on the
+    token's hidden states do: where a set of experts is another one, all pairs are judged after
+    those that were served.
+    """
+    reference = Reference(scheme, model)
     rows = equal = missing = 0
     largest_error = 0.0
     for trace in traces:
@@ -47,8 +57,16 @@ def compare(
         equal += int(is_equal.sum())
         missing += int((~trace.present).sum()) * trace.num_layers
         largest_error = max(largest_error, float(errors[is_equal].max(initial=0.0)))
-    record(Cell(scheme.name, situation, rows, equal, missing, largest_error, layout))
+    ties = 0
+    if equal + missing < rows:
+        judged = judge(scheme, model, "float32", traces).compare(traces)
+        ties, largest_error = judged.near_ties, judged.largest_weight_error
+        assert judged.is_good, "\n".join(map(str, judged.differences))
+        equal = judged.equal + ties
+    cell = Cell(scheme.name, situation, rows, equal, missing, largest_error, layout, ties=ties)
+    record(cell)
     assert (equal, missing) == (rows, 0)
+    assert ties <= MAX_TIES * rows
     assert largest_error <= WEIGHT_TOLERANCE
 
 
@@ -63,10 +81,9 @@ def test_routes_equal_those_of_hf_transformers(scheme: Scheme, models: Path, tra
     sources = np.concatenate([trace.source for trace in traces])
     if scheme.has_prefix_cache:
         assert (sources == Source.CACHED).sum() > 500, "few rows came from the prefix cache"
-    reference = Reference(scheme, place(models, scheme))
-    compare(traces, reference, scheme, SITUATION)
+    compare(traces, place(models, scheme), scheme, SITUATION)
     if scheme.alternative is not None:
-        tokens = traces[0].token_ids[:-1]
+        reference, tokens = Reference(scheme, place(models, scheme)), traces[0].token_ids[:-1]
         own, other = reference.routes(tokens), reference.routes(tokens, alternative=True)
         assert any(not np.allclose(a, b) for a, b in zip(own, other, strict=True)), (
             "the model does not show what its scheme is about"
@@ -76,10 +93,9 @@ def test_routes_equal_those_of_hf_transformers(scheme: Scheme, models: Path, tra
 def test_compiled_routes_equal_those_of_hf_transformers(models: Path, traced: Path) -> None:
     """The last model of the process, compiled: its graph may be an earlier process' one."""
     scheme = SCHEMES[0]
-    reference = Reference(scheme, place(models, scheme))
     traces = load(traced / "compiled.npz")
     assert all(trace.complete for trace in traces)
-    compare(traces, reference, scheme, "the same, compiled")
+    compare(traces, place(models, scheme), scheme, "the same, compiled")
 
 
 def test_what_the_cpu_build_does_not_serve_is_its_own_refusal(traced: Path) -> None:

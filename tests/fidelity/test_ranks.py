@@ -17,7 +17,6 @@ import pytest
 
 from moescope import Source
 from tests.fidelity.bundled import Tally
-from tests.fidelity.checkpoints import Reference
 from tests.fidelity.conftest import place, run_jobs
 from tests.fidelity.schemes import SCHEMES, Scheme
 from tests.fidelity.situations.served import BUDGET, Served, random_prompt, serve
@@ -50,7 +49,7 @@ def test_tensor_parallel_workers_give_one_trace(
 ) -> None:
     traces = load(place(tensor_parallel, scheme).with_suffix(".npz"))
     assert all(trace.complete for trace in traces)
-    compare(traces, Reference(scheme, place(models, scheme)), scheme, SITUATION, "TP 2")
+    compare(traces, place(models, scheme), scheme, SITUATION, "TP 2")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from moescope_service.capture.buffers import RoutingBuffers
+from moescope_service.capture.cuda.buffers import RoutingBuffers
 
 TOKENS, EXPERTS, TOP_K = 12, 8, 2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,18 +79,6 @@ def test_fused_topk_writes_in_place(scoring_func, renormalize, index_dtype):
     assert weights.data_ptr() == buffers.topk_weights[1].data_ptr()
 
 
-def test_padded_logits_which_vllm_misreads_are_told_of_once(caplog):
-    router, buffers = make_router(), make_buffers()
-    buffers.hook(0, router)
-    route(router)
-    assert not caplog.records
-    logits = torch.zeros(5, EXPERTS + 4, device=DEVICE)[:, :EXPERTS]
-    for _ in range(2):
-        router._compute_routing(torch.zeros(5, 4, device=DEVICE), logits, None)
-    (record,) = caplog.records
-    assert "8 experts, to rows of 12" in record.getMessage()
-
-
 def test_another_index_dtype_than_expected_is_copied():
     router, buffers = make_router(), make_buffers(None)
     want = route(router, indices_type=torch.int64)
@@ -137,3 +125,16 @@ def test_a_subclass_of_fused_topk_may_route_otherwise():
     buffers.hook(0, router)
     torch.testing.assert_close(route(router), want)
     assert_written(buffers, 0, *want)
+
+
+@pytest.mark.parametrize("make", [make_router, lambda: OddRouter(TOP_K, EXPERTS)])
+def test_padded_logits_which_vllm_misreads_are_told_of_once(make, caplog):
+    router, buffers = make(), make_buffers()
+    buffers.hook(0, router)
+    route(router)
+    assert not caplog.records
+    logits = torch.zeros(5, EXPERTS + 4, device=DEVICE)[:, :EXPERTS]
+    for _ in range(2):
+        router._compute_routing(torch.zeros(5, 4, device=DEVICE), logits, None)
+    (record,) = caplog.records
+    assert "8 experts, to rows of 12" in record.getMessage()

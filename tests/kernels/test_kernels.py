@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from moescope_service.capture import counts_cuda, kernels
-from moescope_service.capture.buffers import copy_routing
-from moescope_service.capture.counts_cuda import CudaCounts
+from moescope_service.capture.cuda import counts as cuda_counts
+from moescope_service.capture.cuda import kernels
+from moescope_service.capture.cuda.buffers import copy_routing
+from moescope_service.capture.cuda.counts import CudaCounts
 from moescope_service.histogram import count_selections
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,7 +170,7 @@ def interpreted(kernel, tensors, num_scalars, constants):
 
 def test_counts_of_the_gpu_are_those_of_its_buffers(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(counts_cuda, "KernelLauncher", interpreted)
+        monkeypatch.setattr(cuda_counts, "KernelLauncher", interpreted)
     counts = CudaCounts(
         positions=torch.zeros(64, dtype=torch.int64, device=DEVICE), num_layers=3, top_k=2,
         num_experts=8, index_dtype=torch.int32,
@@ -215,7 +216,7 @@ def test_they_compile_for_hopper(name):
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moescope_service.capture import kernels
+from moescope_service.capture.cuda import kernels
 kernel = kernels.{name}
 signature = dict(zip(kernel.arg_names, {types!r})) | dict.fromkeys({list(constants)!r}, "constexpr")
 source = ASTSource(fn=kernel, signature=signature, constexprs={constants!r})
@@ -223,7 +224,7 @@ print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"])
 """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, check=False, text=True,
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, check=False, text=True,
         timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

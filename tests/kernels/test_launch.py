@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moescope_service.capture.launch import KernelLauncher
+from moescope_service.capture.cuda.launch import KernelLauncher
 
 CONSTANTS = {"TOP_K": 4, "ENTRIES": 96, "BLOCK_ROWS": 8, "BLOCK_ENTRIES": 128}
 

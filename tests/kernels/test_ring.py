@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moescope_service.capture.ring import RowRing
+from moescope_service.capture.cuda.ring import RowRing
 
 
 class Event:

@@ -3,69 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import orjson
 
-from moescope import formats
+from benchmarks.simulation.parts import Clock, make_spec
 from moescope.trace import RouteTrace
 from moescope_service.collector.core import Collector
 from moescope_service.messages import (
     Admission,
-    Hello,
+    CaptureSpec,
     Register,
     Step,
     pack,
-    pack_hello,
+    pack_introduction,
     pack_steps,
+    unpack,
+)
+from moescope_service.queries import (
+    DeleteQuery,
+    DeleteReply,
+    Found,
+    InfoQuery,
+    Query,
+    Reply,
+    RoutesQuery,
+    RoutesReply,
+    WaitQuery,
+    Wanted,
+    pack_query,
+    unpack_reply,
 )
 from moescope_service.settings import Settings
+
+R = TypeVar("R", bound=Reply)
 
 WORKER, API = b"worker", b"api"
 
 
-def make_hello(**changes: Any) -> Hello:
-    values: dict[str, Any] = {
-        "engine": 0,
-        "num_engines": 1,
-        "stage": 0,
-        "num_stages": 1,
-        "layers": [1, 3],
-        "num_hidden_layers": 5,
-        "num_experts": 8,
-        "top_k": 2,
-        "id_dtype": "uint8",
-        "weights_dtype": "float16",
-        "router_types": ["CPURouter"],
-        "block_size": 4,
-        "num_blocks": 32,
-        "trust_prefix_hits": True,
-        "model": "tiny",
-        "device": "cpu",
-        "seed": 0,
-        "versions": {"moescope": "0", "vllm": "0.32.0", "torch": "2"},
-    }
-    return Hello(**(values | changes))
-
-
-def make_rows(first: int, num_rows: int, hello: Hello | None = None) -> tuple[Any, Any]:
+def make_rows(first: int, num_rows: int, spec: CaptureSpec | None = None) -> tuple[Any, Any]:
     """Rows that are told apart by a number: (ids, weights), ``[num_rows, num_layers, top_k]``."""
-    hello = hello or make_hello()
-    shape = (num_rows, len(hello.layers), hello.top_k)
+    spec = spec or make_spec()
+    shape = (num_rows, len(spec.layers), spec.top_k)
     number = np.arange(first, first + num_rows)[:, None, None]
     place = np.arange(shape[1] * shape[2]).reshape(shape[1:])
-    ids = (number * 3 + place) % hello.num_experts
+    ids = (number * 3 + place) % spec.num_experts
     weights = (number + place / 16) / 64
-    return ids.astype(hello.id_dtype), weights.astype(hello.weights_dtype)
+    return ids.astype(spec.id_dtype), weights.astype(spec.weights_dtype)
 
 
 def make_step(
-    seq: int, spans: Any = (), *, rows: tuple[Any, Any] | None = None, **changes: Any
+    number: int, spans: Any = (), *, rows: tuple[Any, Any] | None = None, **changes: Any
 ) -> Step:
     """A step whose row at position ``p`` is ``make_rows(p, 1)``, unless ``rows`` or ``lost``."""
     array = np.array(list(spans), np.int32).reshape(-1, 3)
-    step = Step(seq=seq, time_s=0.0, host_s=0.001, spans=array, **changes)
+    step = Step(number=number, time_s=0.0, hook_s=0.001, spans=array, **changes)
     if step.lost is None and len(array):
         if rows is None:
             parts = [make_rows(start, length) for _, start, length in array.tolist()]
@@ -98,48 +90,33 @@ def trace_size() -> int:
     """Bytes that one trace of `Bench.run` takes in the store."""
     bench = Bench()
     bench.run("a")
-    return int(bench.answered("info").values["store"]["bytes"])
-
-
-class Clock:
-    """Monotonic seconds that pass when told."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@dataclasses.dataclass
-class Reply:
-    values: dict[str, Any]
-    arrays: list[Any]
+    return int(bench.answered(InfoQuery()).info.store.bytes)
 
 
 class Bench:
     """A collector with one worker and one API server, message by message."""
 
     def __init__(
-        self, hello: Hello | bool | None = None, *, epoch: int = 0, **settings: Any
+        self, spec: CaptureSpec | bool | None = None, *, epoch: int = 0, **settings: Any
     ) -> None:
         self.clock = Clock()
         self.collector = Collector(Settings(**settings), self.clock, epoch=epoch)
-        self.hello = hello if isinstance(hello, Hello) else make_hello()
+        self.spec = spec if isinstance(spec, CaptureSpec) else make_spec()
         self._number = 0
-        self._seq = 0
+        self._asked: dict[int, type[Reply]] = {}
+        self._next_step = 0
         self.collector.handle(API, pack("server"))
-        if hello is not False:
-            self.say_hello()
+        if spec is not False:
+            self.introduce_worker()
 
-    def say_hello(self, peer: bytes = WORKER) -> None:
-        self.collector.handle(peer, _wire(pack_hello(self.hello)))
+    def introduce_worker(self, peer: bytes = WORKER) -> None:
+        self.collector.handle(peer, _wire(pack_introduction(self.spec)))
 
     def step(self, spans: Any = (), **changes: Any) -> None:
-        self.send(make_step(self._seq, spans, **changes))
+        self.send(make_step(self._next_step, spans, **changes))
 
     def send(self, step: Step, peer: bytes = WORKER) -> None:
-        self._seq = step.seq + 1
+        self._next_step = step.number + 1
         self.collector.handle(peer, _wire(pack_steps([step])))
 
     def count(self, peer: bytes, steps: int, rows: Any, lost: Any = None) -> None:
@@ -151,14 +128,14 @@ class Bench:
             rows: By phase.
             lost: Rows that are in no count, by reason.
         """
-        totals = np.zeros((2, len(self.hello.layers), self.hello.num_experts), np.int64)
-        totals[:, :, 3] = np.array(rows)[:, None] * self.hello.top_k
+        totals = np.zeros((2, len(self.spec.layers), self.spec.num_experts), np.int64)
+        totals[:, :, 3] = np.array(rows)[:, None] * self.spec.top_k
         lost = {"hook_missed": 0, "paused": 0} | (lost or {})
-        values = {"time_s": 0.0, "steps": steps, "host_s": 0.5, "lost": lost}
+        values = {"time_s": 0.0, "steps": steps, "hook_s": 0.5, "lost": lost}
         self.collector.handle(peer, _wire(pack("counts", [totals], **values)))
 
     def lose_step(self) -> None:
-        self._seq += 1
+        self._next_step += 1
 
     def register(self, name: str, prompt: Any = (1, 2, 3, 4), **changes: Any) -> None:
         message = make_register(name, prompt_len=len(prompt), **changes)
@@ -196,36 +173,55 @@ class Bench:
         self.clock.now_s += seconds
         self.collector.tick()
 
-    def ask(self, op: str, **values: Any) -> int:
-        """Ask, and return the number of the question."""
-        if op == "routes":
-            values.setdefault("wait_s", None)
-        if op == "recent":
-            values = {"limit": 50, "before": None} | values
+    def ask(self, query: Query[Any]) -> int:
+        """Send a query, and return its number."""
         self._number += 1
-        self.collector.handle(API, pack("query", number=self._number, op=op, **values))
+        self._asked[self._number] = query.reply
+        self.collector.handle(API, _wire(pack_query(self._number, query)))
         return self._number
 
-    def answer(self, number: int) -> Reply | None:
-        """Return the answer to a question, if it was given."""
-        for peer, frames in self.collector.outbox:
-            control = orjson.loads(frames[0])
-            if peer == API and control.get("number") == number:
-                return Reply(control, list(frames[1:]))
+    def reply(self, number: int) -> Any:
+        """Return the reply to a query; None where there is none yet."""
+        for peer, frames in self.collector.state.outbox:
+            kind, values = unpack(frames)
+            if peer == API and kind == "reply" and values["number"] == number:
+                return unpack_reply(self._asked[number], values, frames)
         return None
 
-    def answered(self, op: str, **values: Any) -> Reply:
-        reply = self.answer(self.ask(op, **values))
-        assert reply is not None, f"{op} was not answered at once"
+    def answered(self, query: Query[R]) -> R:
+        number = self.ask(query)
+        while self.collector.work():
+            pass
+        reply: R | None = self.reply(number)
+        assert reply is not None, f"{query} was not answered at once"
         return reply
 
+    def routes(self, request_id: str, start: int = 0, **limits: Any) -> tuple[Found, RoutesReply]:
+        """Return what an id finds, and the reply that has its traces."""
+        wanted = [Wanted(request_id=request_id, start=start)]
+        reply = self.answered(RoutesQuery(wanted=wanted, **limits))
+        return reply.found[0], reply
+
     def status(self, request_id: str) -> str:
-        return str(self.answered("routes", request_id=request_id, wait_s=0).values["status"])
+        return self.routes(request_id)[0].status
 
     def traces(self, request_id: str) -> list[RouteTrace]:
-        reply = self.answered("routes", request_id=request_id, wait_s=0)
-        assert reply.values["status"] == "finished", reply.values
-        return formats.load_npz(bytes(reply.arrays[0]))
+        found, reply = self.routes(request_id)
+        assert found.status == "finished", reply
+        traces = reply.traces()
+        return [traces[number] for number in found.traces]
+
+    def wait(self, *request_ids: str, wait_s: float | None = None) -> int:
+        """Wait for the end of requests; returns the number of the query."""
+        return self.ask(WaitQuery(request_ids=list(request_ids), wait_s=wait_s))
+
+    def delete(self, request_id: str, owner: str | None = None) -> DeleteReply:
+        """Delete what an id finds."""
+        number = self.ask(DeleteQuery(request_id=request_id, owner=owner))
+        while self.collector.work():
+            pass
+        reply: DeleteReply = self.reply(number)
+        return reply
 
 
 def _wire(frames: Any) -> list[Any]:

@@ -6,9 +6,9 @@ from stream_server import DONE, delta, serving, usage
 from moescope.overhead import comparison, hosting, rounds
 from moescope.overhead.arms import MOESCOPE, STOCK, STOCK_AGAIN
 from moescope.overhead.rounds import Load, Pass, Round
-from moescope.replay import Options
+from moescope.replay import ReplayOptions
 
-OPTIONS = Options(model="demo", concurrency=1)
+OPTIONS = ReplayOptions(model="demo", concurrency=1)
 
 
 def made(value, *, token_ids=((1,),), **metrics):
@@ -60,7 +60,7 @@ def measure_loads(names, loads, scripts=None, *, count=1, **hooks):
     with serving_all(names, scripts or {}) as (servers, urls):
         done = list(
             rounds.measure(
-                loads, hosting.Running(urls), list(names),
+                loads, hosting.SideBySide(urls), list(names),
                 rounds=count, seed=0, hooks=rounds.Hooks(**hooks),
             )
         )  # fmt: skip

@@ -1,6 +1,10 @@
-"""Turns the simulated engine's steps into messages, as `capture.recorder.ControlEncoder` does.
+"""An independent oracle of `capture.control.ControlEncoder`: a simulated step as a message.
 
-A contract test holds both to the same messages: the real one needs pyzmq.
+It shares no code with the encoder and is written another way, from what the messages mean: from the
+scheduler's output alone, a step at a time, without generations of blocks or what a new collector is
+told. ``tests/contract/test_recorder.py`` holds both to the same messages on random schedules, and
+``test_engine.py`` takes this one, so that an error of the encoder and one of the reassembler cannot
+cancel out.
 """
 
 from __future__ import annotations
@@ -9,26 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from moescope_service.messages import Admission, Hello, Step
-
-if __package__:
-    from .engine_sim import Output, truth
-else:
-    from engine_sim import Output, truth
+from benchmarks.simulation.engine import Output, truth
+from moescope_service.messages import Admission, CaptureSpec, Step
 
 
 class SimEncoder:
     """Gives each sequence a small integer and numbers the steps."""
 
-    def __init__(self, hello: Hello) -> None:
-        self.hello = hello
-        self.seq = 0
+    def __init__(self, spec: CaptureSpec) -> None:
+        self.spec = spec
+        self.next_step = 0
         self._handles: dict[str, int] = {}
         self._free: list[int] = []
 
     def encode(self, output: Output, lost: str | None = None) -> Step:
-        step = Step(seq=self.seq, time_s=0.0, host_s=0.0, spans=np.empty((0, 3), np.int32))
-        self.seq += 1
+        step = Step(number=self.next_step, time_s=0.0, hook_s=0.0, spans=np.empty((0, 3), np.int32))
+        self.next_step += 1
         for name in output.finished_req_ids:
             handle = self._handles.pop(name, None)
             if handle is None:
@@ -60,11 +60,11 @@ class SimEncoder:
         step.lost = lost
         if lost is None:
             hashes = [h for seq, start, n in output.batch for h in seq.row_hashes(start, n)]
-            step.topk_ids, step.topk_weights = truth(hashes, self.hello)
+            step.topk_ids, step.topk_weights = truth(hashes, self.spec)
 
-    def _admission(self, name: str, prompt_len: int, num_computed: int, blocks: Any) -> Admission:
+    def _admission(self, name: str, prompt_len: int, num_cached: int, blocks: Any) -> Admission:
         handle = self._handles.get(name)
         if handle is None:
             handle = self._free.pop() if self._free else len(self._handles)
             self._handles[name] = handle
-        return Admission(handle, name, prompt_len, num_computed, list(blocks[0]))
+        return Admission(handle, name, prompt_len, num_cached, list(blocks[0]))

@@ -94,7 +94,7 @@ class StreamServer:
         seen = Seen(body, time.perf_counter(), head.split(b" ")[1].decode(), head)
         self.seen.append(seen)
         script = self.script(len(self.seen) - 1, body)
-        status = script.pop(0) if isinstance(script[0], int) else 200
+        status = script.pop(0) if script and isinstance(script[0], int) else 200
         if status != 200:
             data, *headers = script
             writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n" % (status, len(data)))

@@ -90,11 +90,18 @@ def test_a_newly_allocated_block_holds_nobodys_rows(arena):
 def test_a_copied_block_brings_rows_and_gaps(arena):
     write(arena, [4, 6], 10)
     write(arena, [12, 13], 90)
-    arena.copy_block(1, 3)
+    arena.copy(1, 3, 3)
     assert filled(arena) == [4, 6, 12, 14]
     check(arena, [12, 14], 10)
     write(arena, [12], 70)  # the copy is the new owner's own
     check(arena, [4], 10)
+
+
+def test_a_copy_ends_where_the_hit_does(arena):
+    write(arena, range(4, 8), 10)
+    arena.allocate([3])
+    arena.copy(1, 3, 2)
+    assert filled(arena) == [4, 5, 6, 7, 12, 13]
 
 
 def test_void(arena):

@@ -31,7 +31,7 @@ def test_npz_of_a_batch_is_that_of_its_traces():
     assert all(same(a, b) for a, b in zip(expected, formats.load_npz(data), strict=True))
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         requests = orjson.loads(archive["requests"].tobytes())
-    assert requests[1] == {"request_id": "b", "status": "finished", "num_traces": 2}
+    assert requests[1] == {"request_id": "b", "status": "finished", "traces": [0, 1]}
 
 
 def test_json_has_the_results_in_the_order_asked():
@@ -62,7 +62,7 @@ def test_a_batch_without_traces():
         b"{",
         b"[1]",
         b'[{"request_id": "a", "status": "finished"}]',
-        b'[{"request_id": "a", "status": "finished", "num_traces": 2}]',
+        b'[{"request_id": "a", "status": "finished", "traces": [0, 1]}]',
         b'[{"request_id": "a", "status": "finished", "num_traces": 0}]',
         b'[{"request_id": "a", "status": "finished", "num_traces": "1"}]',
     ],
@@ -76,3 +76,24 @@ def test_a_broken_batch_is_a_format_error(requests):
 def test_traces_alone_are_no_batch():
     with pytest.raises(FormatError, match="requests"):
         batch.load_npz(formats.dump_npz([make_trace()]))
+
+
+def test_ids_of_the_same_traces_have_them_once():
+    (trace,) = TRACES["a"]
+    found = batch.RoutesBatch(
+        status=dict.fromkeys(("a", "alias"), "finished"),
+        traces={"a": [trace], "alias": [trace]},
+    )
+    assert len(formats.load_npz(batch.dump_npz(found))) == 1
+    loaded = batch.load_npz(batch.dump_npz(found))
+    assert loaded.traces["a"][0] is loaded.traces["alias"][0]
+    first, second = orjson.loads(batch.dump_json(found))["results"]
+    assert len(first["traces"]) == 1
+    assert (second["same_as"], "traces" in second) == ("a", False)
+
+
+def test_a_page_says_where_the_next_one_starts():
+    found = dataclasses.replace(BATCH, next_start={"a": 7})
+    assert batch.load_npz(batch.dump_npz(found)).next_start == {"a": 7}
+    results = orjson.loads(batch.dump_json(found))["results"]
+    assert [one.get("next_start") for one in results if one["request_id"] == "a"] == [7]

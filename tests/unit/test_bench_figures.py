@@ -1,7 +1,9 @@
 """Schedules, workloads, figures and the result file of the load test."""
 
+import io
 import itertools
 import math
+import re
 
 import numpy as np
 import orjson
@@ -10,22 +12,23 @@ from rich.console import Console
 
 from moescope import CommandError
 from moescope.bench import latency, result, schedule, table, workload
+from moescope.bench.command import ReportOptions
 from moescope.bench.connections import Target
 from moescope.bench.driver import Pace, Run
-from moescope.bench.plan import Plan, Report
-from moescope.bench.record import Record
+from moescope.bench.measured_request import MeasuredRequest
+from moescope.bench.plan import Plan
 
 
-def record(sent_s=0.0, chunks=(0.1, 0.2, 0.4), tokens=3, **more):
+def request(sent_s=0.0, chunks=(0.1, 0.2, 0.4), tokens=3, **more):
     values = {
         "due_s": sent_s, "sent_s": sent_s, "chunk_s": list(chunks), "e2el_s": chunks[-1],
         "prompt_tokens": 10, "completion_tokens": tokens,
     }  # fmt: skip
-    return Record(**{**values, **more})
+    return MeasuredRequest(**{**values, **more})
 
 
 def failed(kind="http_429", **more):
-    return record(error_kind=kind, error="no", **more)
+    return request(error_kind=kind, error="no", **more)
 
 
 # Schedules.
@@ -151,14 +154,14 @@ def test_the_warm_up_is_none_of_what_counts():
 
 
 def test_the_figures_of_known_requests():
-    records = [
-        record(0.0, (0.1, 0.2, 0.4), 3),  # TPOT (0.4 - 0.1) / 2
-        record(0.3, (0.3, 0.7), 5),  # two chunks, five tokens: TPOT 0.4 / 4
-        record(1.0, (0.2,), 1),  # one token: no TPOT
+    requests = [
+        request(0.0, (0.1, 0.2, 0.4), 3),  # TPOT (0.4 - 0.1) / 2
+        request(0.3, (0.3, 0.7), 5),  # two chunks, five tokens: TPOT 0.4 / 4
+        request(1.0, (0.2,), 1),  # one token: no TPOT
         failed(sent_s=1.2, chunks=(0.5,), tokens=9),
     ]
     made = latency.summarize(
-        records, 2.0, percentiles=(50.0, 99.0), goodput_ms={"ttft": 250.0, "tpot": 120.0}
+        requests, 2.0, percentiles=(50.0, 99.0), goodput_ms={"ttft": 250.0, "tpot": 120.0}
     )
     assert (made.completed, made.failed, made.errors) == (3, 1, {"http_429": 1})
     assert (made.total_input_tokens, made.total_output_tokens) == (30, 9)
@@ -176,42 +179,42 @@ def test_the_figures_of_known_requests():
 
 
 def test_limits_hold_what_is_exactly_at_them():
-    at = record(chunks=(0.25, 0.75), tokens=2)
+    at = request(chunks=(0.25, 0.75), tokens=2)
     for name, value in (("ttft", 250.0), ("tpot", 500.0), ("e2el", 750.0)):
         assert latency.within([at], {name: value}) == 1
         assert latency.within([at], {name: value - 0.001}) == 0
 
 
 def test_peak_concurrency_counts_an_end_before_a_start():
-    touching = [record(0.0, (1.0,)), record(1.0, (1.0,)), record(0.5, (0.25,))]
+    touching = [request(0.0, (1.0,)), request(1.0, (1.0,)), request(0.5, (0.25,))]
     assert latency.peak_concurrency(touching) == 2
     assert latency.peak_concurrency([]) == 0
 
 
 def test_tokens_by_second_are_the_usages():
-    records = [record(0.5, (0.1, 0.6), 10), record(2.2, (0.1,), 3)]
-    assert latency.tokens_by_second(records).tolist() == pytest.approx([5.0, 5.0, 3.0])
+    requests = [request(0.5, (0.1, 0.6), 10), request(2.2, (0.1,), 3)]
+    assert latency.tokens_by_second(requests).tolist() == pytest.approx([5.0, 5.0, 3.0])
 
 
 def test_a_lag_above_a_hundredth_of_the_ttft_is_warned_of():
-    prompt = [record(due_s=-0.0005) for _ in range(50)]
+    prompt = [request(due_s=-0.0005) for _ in range(50)]
     assert latency.lag(prompt).warning is None
-    late = [record(due_s=-0.002) for _ in range(50)]
+    late = [request(due_s=-0.002) for _ in range(50)]
     assert "2.00 ms on average" in latency.lag(late).warning
-    tail = [*prompt * 2, record(due_s=-0.3), record(due_s=-0.3)]
+    tail = [*prompt * 2, request(due_s=-0.3), request(due_s=-0.3)]
     assert latency.lag(tail).warning is not None
-    waited = [record(due_s=-5.0, queue_s=5.0)]
+    waited = [request(due_s=-5.0, queue_s=5.0)]
     assert latency.lag(waited).warning is None
 
 
 def test_a_busy_client_is_warned_of():
-    assert not latency.summarize([record()], 2.0, cpu_s=1.5).warnings
-    assert "90% busy" in latency.summarize([record()], 2.0, cpu_s=1.8).warnings[0]
+    assert not latency.summarize([request()], 2.0, cpu_s=1.5).warnings
+    assert "90% busy" in latency.summarize([request()], 2.0, cpu_s=1.8).warnings[0]
 
 
 @pytest.mark.parametrize("item", ["ttft", "itl:3", "ttft:x", "ttft:0", ":3", "tpot:-1"])
 def test_malformed_limits_are_refused(item):
-    with pytest.raises(CommandError, match="is no limit"):
+    with pytest.raises(CommandError, match="invalid --goodput"):
         latency.parse_goodput([item])
 
 
@@ -236,27 +239,27 @@ DETAILED_KEYS = {
 }  # fmt: skip
 
 
-def build(records, *, detailed=False, **plan):
+def build(requests, *, detailed=False, **plan):
     plan = Plan(model="m", request_rate=plan.pop("request_rate", 5.0), **plan)
-    ask = plan.ask("m")
-    run = Run([], ask, Target(base_url="http://moe"), Pace(max_concurrency=1))
-    run.records, run.start_s = records, 100.0
-    summary = latency.summarize(records, 2.0, percentiles=(99.0, 99.9))
-    setting = plan.setting(ask, len(records))
+    options = plan.request_options("m")
+    run = Run([], options, Target(base_url="http://moe"), Pace(max_concurrency=1))
+    run.requests, run.start_s = requests, 100.0
+    summary = latency.summarize(requests, 2.0, percentiles=(99.0, 99.9))
+    setting = plan.requested_load(options, len(requests))
     return result.build(run, summary, setting, metrics=("ttft", "tpot", "itl"), detailed=detailed)
 
 
 def test_the_file_has_vllms_keys(tmp_path):
-    values = build([record(), record(0.2)])
+    values = build([request(), request(0.2)])
     p999 = {f"p99.9_{name}_ms" for name in ("ttft", "tpot", "itl")}
     assert set(values) == VLLM_KEYS | p999 | {"moescope"}
-    result.write(tmp_path / "new" / "r.json", values)
-    assert orjson.loads((tmp_path / "new" / "r.json").read_bytes())["request_rate"] == 5.0
-    assert build([record()], request_rate=math.inf)["request_rate"] == "inf"
+    result.write(tmp_path / "r.json", values)
+    assert orjson.loads((tmp_path / "r.json").read_bytes())["request_rate"] == 5.0
+    assert build([request()], request_rate=math.inf)["request_rate"] == "inf"
 
 
 def test_details_are_by_request_in_the_order_sent():
-    values = build([record(0.5, tokens=2), failed(sent_s=0.1)], detailed=True)
+    values = build([request(0.5, tokens=2), failed(sent_s=0.1)], detailed=True)
     assert values.keys() >= DETAILED_KEYS
     assert values["start_times"] == pytest.approx([100.1, 100.5])
     assert values["errors"] == ["no", ""]
@@ -266,13 +269,13 @@ def test_details_are_by_request_in_the_order_sent():
 
 
 def test_a_bounded_open_loop_has_queue_times():
-    values = build([record(queue_s=0.3, sent_s=0.3)], max_concurrency=4)
+    values = build([request(queue_s=0.3, sent_s=0.3)], max_concurrency=4)
     assert values["queue_times"] == [0.3]
     assert values["mean_client_queue_time_ms"] == pytest.approx(300.0)
 
 
 def test_a_ramp_is_in_the_file():
-    values = build([record()], request_rate=math.inf, ramp_up_strategy="linear",
+    values = build([request()], request_rate=math.inf, ramp_up_strategy="linear",
                    ramp_up_start_rps=1.0, ramp_up_end_rps=3.0)  # fmt: skip
     assert values["ramp_up_end_rps"] == 3.0
 
@@ -280,14 +283,23 @@ def test_a_ramp_is_in_the_file():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"endpoint": "embeddings"}, "no endpoint"),
+        ({"endpoint": "embeddings"}, "invalid --endpoint"),
         ({"extra_body": "[]"}, "JSON object"),
         ({"extra_body": "{"}, "JSON object"),
+        ({"dataset_name": "random", "endpoint": "chat"}, "invalid --endpoint 'chat'"),
     ],
 )
 def test_malformed_plans_are_refused(plan, message):
     with pytest.raises(CommandError, match=message):
-        Plan(**plan).ask("m")
+        Plan(**plan).request_options("m")
+
+
+def test_no_sampling_seed_is_sent_that_was_not_given():
+    assert Plan().request_options("m").seed is None
+    assert Plan(seed=0).request_options("m").seed == 0
+    same = [Plan(dataset_name="random", request_rate=1.0, seed=seed) for seed in (None, 0)]
+    assert same[0].conversations() == same[1].conversations()
+    assert same[0].pace() == same[1].pace()
 
 
 def test_half_a_ramp_is_refused():
@@ -306,12 +318,12 @@ def test_loops_are_closed_or_open_by_what_is_given():
                                     {"percentiles": "101"}])  # fmt: skip
 def test_malformed_reports_are_refused(report):
     with pytest.raises(CommandError):
-        Report(**report).parsed()
+        ReportOptions(**report).parsed()
 
 
 def test_the_table_shows_what_was_measured():
     summary = latency.summarize(
-        [record(), failed(), failed("reset")], 2.0, cpu_s=1.9, goodput_ms={"ttft": 500.0}
+        [request(), failed(), failed("reset")], 2.0, cpu_s=1.9, goodput_ms={"ttft": 500.0}
     )
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(table.render(summary, interrupted=7))
@@ -321,13 +333,44 @@ def test_the_table_shows_what_was_measured():
     assert ("requests failed", "2 (http_429: 1, reset: 1)") in rows
     assert ("requests given up when stopped", "7") in rows
     assert ("good requests/s", "0.50") in rows
-    assert ("TTFT", "100.00", "100.00", "0.00", "100.00", "100.00", "100.00") in rows
+    assert ("TTFT", "100.00", "100.00", "0.00", "100.00", "100.00") in rows
     assert "95% busy" in text
     console.file.close()
 
 
+def test_the_tables_say_what_was_run_and_the_median_once():
+    summary = latency.summarize([request()], 2.0, percentiles=(50.0, 99.0))
+    about = {"model": "demo", "server": "http://moe:8000", "load": Plan(turns=3).words()}
+    console = Console(width=80, file=io.StringIO())
+    console.print(table.render(summary, about=about))
+    text = console.file.getvalue()
+    assert re.search(r"model +demo *\n *server +http://moe:8000 *\n", text)
+    assert re.search(r"load +100 conversations of sample, 3 turns each", text)
+    assert "p50" not in text
+    assert re.search(r"mean +median +std +p99", text)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({}, "100 conversations of sample"),
+        ({"max_concurrency": 8}, "100 conversations of sample, 8 at a time"),
+        (
+            {"request_rate": 2.5, "dataset_name": "random"},
+            "100 conversations of random, 2.5 a second (burstiness 1)",
+        ),
+        (
+            {"ramp_up_strategy": "linear", "ramp_up_start_rps": 1.0, "ramp_up_end_rps": 9.0},
+            "100 conversations of sample, 1 to 9 a second (linear, burstiness 1)",
+        ),
+    ],
+)
+def test_a_load_in_words(plan, words):
+    assert Plan(**plan).words() == words
+
+
 def test_gaps_of_chunks_are_inter_token_latencies():
     chunks = (0.1, 0.15, 0.4)
-    assert record(chunks=chunks).itls_s == pytest.approx(
+    assert request(chunks=chunks).itls_s == pytest.approx(
         [b - a for a, b in itertools.pairwise(chunks)]
     )

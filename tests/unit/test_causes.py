@@ -6,10 +6,11 @@ import pytest
 from builders import (
     Bench,
     admit,
-    make_hello,
+    make_spec,
 )
 
 from moescope_service.collector.sequences import WORKER_TIMEOUT_S
+from moescope_service.queries import MetricsQuery
 
 
 @pytest.fixture
@@ -21,12 +22,12 @@ class TestCauses:
     """Why rows are missing, in the metrics."""
 
     def missing(self, bench):
-        return {k: n for k, n in bench.answered("metrics").values["missing"].items() if n}
+        return {k: n for k, n in bench.answered(MetricsQuery()).missing.items() if n}
 
     def test_a_whole_trace_misses_nothing(self, bench):
         bench.run("a")
         assert self.missing(bench) == {}
-        assert bench.answered("metrics").values["trace_rows"] == {"computed": 5}
+        assert bench.answered(MetricsQuery()).trace_rows == {"computed": 5}
 
     @pytest.mark.parametrize("reason", ["queue_full", "paused", "hook_missed"])
     def test_rows_that_were_lost_on_the_way(self, bench, reason):
@@ -36,7 +37,7 @@ class TestCauses:
         bench.finish("a-i")
         bench.end()
         assert self.missing(bench) == {reason: 1}
-        rows = bench.answered("metrics").values["trace_rows"]
+        rows = bench.answered(MetricsQuery()).trace_rows
         assert rows == {"computed": 4, "cached": 0, "missing": 1}
 
     def test_a_hit_on_a_block_whose_rows_never_came(self, bench):
@@ -74,8 +75,8 @@ class TestCauses:
         bench.finish("a-i", reason="abort", output=[])
         bench.end()
         assert self.missing(bench) == {"not_routed": 1}
-        assert bench.answered("metrics").values["incomplete"] == {"not_routed": 1}
-        assert bench.answered("metrics").values["traces"] == {"incomplete": 1}
+        assert bench.answered(MetricsQuery()).incomplete == {"not_routed": 1}
+        assert bench.answered(MetricsQuery()).traces == {"incomplete": 1}
 
     def test_traces_count_once_at_each_cause(self, bench):
         bench.register("a")
@@ -84,7 +85,7 @@ class TestCauses:
         bench.finish("a-i", reason="abort", output=[7])
         bench.end()
         assert self.missing(bench) == {"paused": 2, "queue_full": 1, "not_routed": 1}
-        incomplete = bench.answered("metrics").values["incomplete"]
+        incomplete = bench.answered(MetricsQuery()).incomplete
         assert incomplete == {"paused": 1, "queue_full": 1, "not_routed": 1}
 
     def test_a_trace_that_lacks_nothing_but_its_end(self, bench):
@@ -92,7 +93,7 @@ class TestCauses:
         bench.finish("a-i", output=[])
         bench.pass_s(WORKER_TIMEOUT_S)
         assert self.missing(bench) == {}
-        assert bench.answered("metrics").values["incomplete"] == {"unknown": 1}
+        assert bench.answered(MetricsQuery()).incomplete == {"unknown": 1}
 
     def test_an_abort_that_its_worker_never_reported(self, bench):
         bench.start("a")
@@ -101,7 +102,7 @@ class TestCauses:
         assert self.missing(bench) == {"unknown": 5}
 
     def test_a_hit_that_came_through_a_kv_connector(self):
-        bench = Bench(make_hello(trust_prefix_hits=False))
+        bench = Bench(make_spec(trust_prefix_hits=False))
         bench.run("first")
         bench.register("a")
         bench.step([(0, 4, 1)], admitted=[admit(0, "a-i", 5, [0, 8], cached=4)])

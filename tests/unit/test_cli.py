@@ -1,19 +1,17 @@
-import itertools
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
-import orjson
 import pytest
-from client_fakes import INFO, completion, make_trace
+import typer
+from moe_server import serving as serving_routes
+from tls import Authority, serving
 
 import moescope
-from moescope import formats
-from moescope import replay as replaying
-from moescope.cli import main
+from moescope.cli import app, main
+from tests.waiting import wait_until
 
 
 def run(*argv) -> int:
@@ -24,9 +22,60 @@ def run(*argv) -> int:
         return error.code or 0
 
 
-def test_the_version(capsys):
-    assert run("--version") == 0
+@pytest.mark.parametrize("flag", ["--version", "-v"])
+def test_the_version(flag, capsys):
+    assert run(flag) == 0
     assert capsys.readouterr().out == f"moescope {moescope.__version__}\n"
+
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("name", ["", *sorted(set(COMMANDS) - {"serve"})])
+def test_help_has_a_short_name(name, capsys):
+    assert run(*filter(None, [name]), "-h") == 0
+    assert f"Usage: moescope {name}".strip() in capsys.readouterr().out
+
+
+WORDS = {
+    "--base-url": {"bench", "replay", "routes", "verify"},
+    "--api-key": {"bench", "overhead", "replay", "routes", "verify"},
+    "--ca-cert": {"bench", "replay", "routes", "verify"},
+    "--concurrency": {"bench", "overhead", "replay"},
+    "--limit": {"bench", "demo", "prompts", "verify"},
+}
+"""Options that mean the same everywhere, and the commands that have them."""
+ALIASES = {("bench", "--max-concurrency"), ("bench", "--num-prompts"), ("verify", "--url")}
+
+
+def test_one_word_has_one_meaning():
+    named = {
+        (name, opt): option
+        for name, command in COMMANDS.items()
+        for option in command.params
+        for opt in option.opts
+    }
+    for word, commands in WORDS.items():
+        assert {name for name, opt in named if opt == word} == commands
+        assert {named[name, word].opts[0] for name in commands} == {word}, "it is the main name"
+    aliases = {(name, opt) for (name, opt), option in named.items() if opt != option.opts[0]}
+    assert aliases - {(name, "-h") for name in COMMANDS} == ALIASES
+    for name in WORDS["--base-url"]:
+        assert named[name, "--base-url"].default == "http://localhost:8000"
+
+
+@pytest.mark.parametrize("command", ["bench", "replay"])
+def test_an_authority_of_our_own(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    more = ("--run-dir", tmp_path) if command == "replay" else ()
+    authority = Authority(tmp_path)
+    with serving(authority, "127.0.0.1") as server:
+        argv = (command, "--base-url", f"https://localhost:{server.server_port}/v1", *more)
+        assert run(*argv) == 1
+        assert "certificate verify failed" in capsys.readouterr().err
+        assert run(*argv, "--ca-cert", authority.file) == 1
+        assert "lists no model" in capsys.readouterr().err, "the server was reached"
 
 
 def test_prompts_writes_the_first_25_of_the_sample(tmp_path, capsys):
@@ -36,6 +85,22 @@ def test_prompts_writes_the_first_25_of_the_sample(tmp_path, capsys):
     assert run("prompts", "sample", "--limit", 3, "--out", out) == 0
     assert len(out.read_text().splitlines()) == 3
     assert capsys.readouterr().out.endswith(f"3 prompts: {out}\n")
+
+
+def test_prompts_says_where_there_are_fewer_than_asked_for(tmp_path, capsys):
+    out = tmp_path / "prompts.txt"
+    assert run("prompts", "sample", "--limit", 200, "--out", out) == 0
+    assert capsys.readouterr().out == f"100 prompts, all that sample has: {out}\n"
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n')
+    assert run("prompts", "--file", file, "--out", out) == 0
+    assert capsys.readouterr().out == f"1 prompts, all that {file} has: {out}\n"
+
+
+def test_prompts_checks_the_file_that_it_writes_before_it_reads(tmp_path, capsys):
+    argv = ("--file", tmp_path / "none.jsonl", "--out", tmp_path / "missing" / "prompts.txt")
+    assert run("prompts", *argv) == 1
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_prompts_reads_gsm8k_from_a_file(tmp_path):
@@ -69,9 +134,9 @@ def test_an_error_is_one_line_and_status_1(argv, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--arm", "stock"), "two arms or more"),
-        (("--arm", "stock", "--arm", "nonsense"), "'nonsense' is not an arm"),
-        (("--placement", "sideways"), "is no placement"),
+        (("--arm", "stock"), "expected two or more"),
+        (("--arm", "stock", "--arm", "nonsense"), "invalid --arm 'nonsense'"),
+        (("--placement", "sideways"), "invalid --placement"),
     ],
 )
 def test_overhead_takes_arms(argv, message, capsys):
@@ -108,7 +173,7 @@ def test_serve_passes_everything_on_untouched(tmp_path):
     argv = ["--help", "model", "-tp", "2", "--", "--version", "--flag=a b", "-x", "--", ""]
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-m", "moescope", "serve", *argv],
+        [sys.executable, "-P", "-m", "moescope", "serve", *argv],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -119,116 +184,42 @@ def test_serve_passes_everything_on_untouched(tmp_path):
     assert done.returncode == 7
 
 
-@pytest.fixture
-def served():
-    """A server that answers chats, keeps routes, and refuses the prompt `bad`."""
-    traces, numbers = {}, itertools.count()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def answer(self, status, body):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self):
-            url = httpx.URL(self.path)
-            if url.path == "/v1/models":
-                self.answer(200, b'{"data": [{"id": "demo"}]}')
-            elif url.path == "/moescope/info":
-                self.answer(200, orjson.dumps(INFO))
-            else:
-                trace = traces[url.path.removeprefix("/routes/")]
-                self.answer(200, formats.dump_npz([trace]))
-
-        def do_POST(self):
-            asked = orjson.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = asked["messages"][0]["content"]
-            if prompt == "bad":
-                self.answer(400, b'{"error": {"message": "refused"}}')
-                return
-            number = next(numbers)  # several are asked at once
-            values = completion(prompt, number)
-            traces[values["id"]] = make_trace(number, request_id=values["id"])
-            self.answer(200, orjson.dumps(values))
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+def opened_by_a_reader(fifo):
+    with contextlib.suppress(OSError):  # nobody reads yet
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    return None
 
 
-def replay(served, tmp_path, prompts, *more):
-    source = tmp_path / "source.txt"
-    source.write_text("\n".join(prompts))
-    run_dir = tmp_path / "run"
-    status = run("replay", "--base-url", served, "--prompts", source, "--run-dir", run_dir, *more)
-    return status, run_dir
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("prompts", "--file", "{fifo}"),
+        ("replay", "--run-dir", "{run}", "--prompts", "{fifo}"),
+        ("plot", "--run-dir", "{run}"),
+        ("bench", "--model", "m", "--dataset-name", "gsm8k", "--file", "{fifo}"),
+        ("overhead", "--run-dir", "{run}", "--prompts", "{fifo}"),
+    ],
+)
+def test_ctrl_c_is_status_130_and_said_in_a_line(argv, tmp_path):
+    fifo = tmp_path / "moe_routes.jsonl"  # what plot reads; it blocks until someone writes
+    os.mkfifo(fifo)
+    command = [part.format(fifo=fifo, run=tmp_path) for part in argv]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "moescope", *command], stderr=subprocess.PIPE, cwd=tmp_path
+    ) as process:
+        try:
+            writer = wait_until(lambda: opened_by_a_reader(fifo), "the command reads")
+            process.send_signal(signal.SIGINT)
+            os.close(writer)  # a signal that came just before it began to read is seen after it
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (130, b"moescope: stopped by Ctrl-C\n")
 
 
-def test_replay_then_plot_fill_a_run_directory(served, tmp_path):
-    status, run_dir = replay(served, tmp_path, ["a", "b", "c"])
-    assert status == 0
-    assert len((run_dir / "moe_routes.jsonl").read_bytes().splitlines()) == 1 + 3 * 12 * 3
-    assert run("plot", "--run-dir", run_dir) == 0
-    assert sorted(path.name for path in run_dir.iterdir()) == [
-        "expert_hist.png", "expert_layers.png", "moe_routes.jsonl", "prompts.txt",
-        "report.md", "responses.jsonl",
-    ]  # fmt: skip
-    assert "expert_layers.png" in (run_dir / "report.md").read_text()
-
-
-def test_replay_without_routes(served, tmp_path):
-    status, run_dir = replay(served, tmp_path, ["a"], "--no-routes")
-    assert status == 0
-    assert not (run_dir / "moe_routes.jsonl").exists()
-
-
-def test_a_failed_request_is_status_1_after_all_the_others_are_done(served, tmp_path, capsys):
-    status, run_dir = replay(served, tmp_path, ["bad", "a"])
-    assert status == 1
-    assert capsys.readouterr().err == (
-        "moescope: 1 of 2 requests failed; prompt 1: HTTP 400: refused\n"
-    )
-    assert len((run_dir / "responses.jsonl").read_bytes().splitlines()) == 2
-    assert len((run_dir / "moe_routes.jsonl").read_bytes().splitlines()) == 1 + 12 * 3
-
-
-def test_the_way_to_this_machine_goes_through_no_proxy(served, tmp_path, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    status, _ = replay(served, tmp_path, ["a"])
-    assert status == 0
-
-
-def test_a_replay_leaves_nothing_of_the_one_before(served, tmp_path):
-    _, run_dir = replay(served, tmp_path, ["a", "b"])
-    run("plot", "--run-dir", run_dir)
-    replay(served, tmp_path, ["c"], "--no-routes")
-    names = sorted(path.name for path in run_dir.iterdir())
-    assert names == ["prompts.txt", "report.md", "responses.jsonl"]
-    assert "## Routes" not in (run_dir / "report.md").read_text()
-
-
-def test_what_was_answered_before_an_interruption_is_kept(served, tmp_path, monkeypatch):
-    def interrupted(prompt, *args, ask=replaying._body):
-        if prompt == "c":
-            raise KeyboardInterrupt
-        return ask(prompt, *args)
-
-    monkeypatch.setattr(replaying, "_body", interrupted)
-    status, run_dir = replay(served, tmp_path, ["a", "b", "c", "d"], "--concurrency", "1")
-    assert status == 130
-    responses = replaying.read_responses(run_dir / "responses.jsonl")
-    assert [one.prompt for one in responses] == ["a", "b"]
-
-
-def test_overhead_does_not_take_a_captured_server_for_a_stock_one(served, tmp_path, capsys):
-    _, run_dir = replay(served, tmp_path, ["a"])
-    argv = ("--arm", f"stock={served}", "--arm", f"moescope={served}")
-    assert run("overhead", "--run-dir", run_dir, *argv) == 1
+def test_overhead_does_not_take_a_captured_server_for_a_stock_one(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a\n")
+    with serving_routes() as server:
+        argv = ("--arm", f"stock={server.url}", "--arm", f"moescope={server.url}")
+        assert run("overhead", "--run-dir", tmp_path, *argv) == 1
     assert "is not vLLM without moescope" in capsys.readouterr().err

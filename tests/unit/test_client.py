@@ -14,7 +14,7 @@ def client(routes, **kwargs) -> moescope.Client:
 
 def failing(status: int, **body) -> moescope.Client:
     answer = httpx.MockTransport(lambda _: httpx.Response(status, **body))
-    return moescope.Client("http://moe", transport=answer)
+    return moescope.Client("http://moe", transport=answer, retries=0)
 
 
 def test_routes_asks_for_npz_and_gives_the_traces():
@@ -83,7 +83,8 @@ def test_an_empty_request_id_is_refused_without_asking():
         client({}).routes("")
 
 
-def test_the_key_is_sent_as_a_bearer_token():
+def test_the_key_is_sent_as_a_bearer_token(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     keys = []
 
     def answer(request):
@@ -92,7 +93,47 @@ def test_the_key_is_sent_as_a_bearer_token():
 
     for api_key in ("secret", None):
         client({"GET /moescope/info": answer}, api_key=api_key).info()
-    assert keys == ["Bearer secret", None]
+    monkeypatch.setenv("VLLM_API_KEY", "from-the-environment")
+    for api_key in ("secret", None, ""):
+        client({"GET /moescope/info": answer}, api_key=api_key).info()
+    assert keys == ["Bearer secret", None, "Bearer secret", "Bearer from-the-environment", None]
+
+
+@pytest.mark.parametrize(
+    ("api_key", "said"),
+    [("", "no API key was sent"), ("wrong", "this API key is not one of the server's")],
+)
+def test_401_says_where_a_key_is_given(api_key, said):
+    answer = httpx.MockTransport(lambda _: httpx.Response(401, json={"error": "Unauthorized"}))
+    moe = moescope.Client("http://moe", api_key, transport=answer)
+    with pytest.raises(moescope.AuthenticationError) as raised:
+        moe.info()
+    assert str(raised.value) == (
+        f"Unauthorized: {said}; give --api-key (api_key in Python) or set VLLM_API_KEY "
+        "(HTTP 401 from GET http://moe/moescope/info)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("http://moe", "/moescope/info"),
+        ("http://moe/", "/moescope/info"),
+        ("http://moe/v1", "/moescope/info"),
+        ("http://moe/v1/", "/moescope/info"),
+        ("http://moe/proxied/v1", "/proxied/moescope/info"),
+        ("http://moe/v10", "/v10/moescope/info"),
+    ],
+)
+def test_an_address_may_end_in_v1_as_openais_clients_have_it(address, path):
+    asked = []
+
+    def answer(request):
+        asked.append(request.url.path)
+        return httpx.Response(200, json=INFO)
+
+    moescope.Client(address, transport=httpx.MockTransport(answer)).info()
+    assert asked == [path]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +141,7 @@ def test_the_key_is_sent_as_a_bearer_token():
     [
         (202, moescope.StillRunningError),
         (401, moescope.AuthenticationError),
+        (403, moescope.PermissionDeniedError),
         (404, moescope.RequestNotFoundError),
         (410, moescope.TraceEvictedError),
         (422, moescope.InvalidQueryError),
@@ -145,7 +187,7 @@ def test_404_of_an_endpoint_is_not_an_unknown_request():
     ("error", "message"),
     [
         (httpx.ConnectError("refused"), "cannot reach http://moe: refused"),
-        (httpx.ReadTimeout(""), "no answer from http://moe in time"),
+        (httpx.ReadTimeout(""), "no response from http://moe in time"),
         (httpx.ReadError(""), "cannot reach http://moe: ReadError"),
     ],
 )
@@ -153,7 +195,7 @@ def test_connection_errors_become_one_error_that_names_the_server(error, message
     def answer(request):
         raise error
 
-    moe = moescope.Client("http://moe", transport=httpx.MockTransport(answer))
+    moe = moescope.Client("http://moe", transport=httpx.MockTransport(answer), retries=0)
     with pytest.raises(moescope.ConnectionFailedError, match=message):
         moe.info()
 
@@ -260,7 +302,8 @@ def test_recent_pages():
 
     def answer(request):
         asked.append(dict(request.url.params))
-        return httpx.Response(200, json={"sequences": [sequence], "next_before": 17})
+        next_before = 18 - len(asked)
+        return httpx.Response(200, json={"sequences": [sequence], "next_before": next_before})
 
     moe = client({"GET /routes": answer})
     page = moe.recent()

@@ -12,17 +12,27 @@ from builders import (
     WORKER,
     Bench,
     admit,
-    make_hello,
     make_register,
     make_rows,
+    make_spec,
     make_step,
     trace_size,
 )
 
 from moescope.trace import Source
-from moescope_service.collector.queries import FINISHING_WAIT_S
+from moescope_service.collector import answers
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
-from moescope_service.messages import pack, pack_all, pack_hello, pack_steps
+from moescope_service.messages import pack, pack_all, pack_introduction, pack_steps
+from moescope_service.queries import (
+    FINISHING_WAIT_S,
+    ExpertsQuery,
+    InfoQuery,
+    MetricsQuery,
+    RecentQuery,
+    WaitReply,
+    pack_cancel,
+    pack_query,
+)
 
 
 @pytest.fixture
@@ -42,7 +52,7 @@ def test_a_request_from_start_to_trace(bench):
     assert trace.token_ids.tolist() == [1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(trace.topk_ids, make_rows(0, 5)[0])
     np.testing.assert_array_equal(trace.topk_weights, make_rows(0, 5)[1])
-    assert trace.versions == bench.hello.versions
+    assert trace.versions == bench.spec.versions
     assert bench.traces("a-i")[0].request_id == "a"
 
 
@@ -64,31 +74,35 @@ class TestWaiting:
     def test_a_question_right_after_the_response_waits_for_the_end(self, bench):
         bench.start("a")
         bench.finish("a-i")
-        number = bench.ask("routes", request_id="a")
-        assert bench.answer(number) is None
+        number = bench.wait("a")
+        assert bench.reply(number) is None
         bench.end()
-        assert bench.answer(number).values["status"] == "finished"
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "finished"
 
     def test_it_does_not_wait_for_a_running_request_unless_told(self, bench):
         bench.start("a")
-        assert bench.answer(bench.ask("routes", request_id="a")).values["status"] == "running"
-        number = bench.ask("routes", request_id="a", wait_s=5.0)
-        assert bench.answer(number) is None
+        assert bench.reply(bench.wait("a")) is not None
+        assert bench.status("a") == "running"
+        number = bench.wait("a", wait_s=5.0)
+        assert bench.reply(number) is None
         bench.finish("a-i")
-        assert bench.answer(number) is None
+        assert bench.reply(number) is None
         bench.end()
-        assert bench.answer(number).values["status"] == "finished"
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "finished"
 
     @pytest.mark.parametrize(("wait_s", "waits_s"), [(None, FINISHING_WAIT_S), (0.5, 0.5), (0, 0)])
     def test_it_waits_so_long(self, bench, wait_s, waits_s):
         bench.start("a")
         bench.finish("a-i")
-        number = bench.ask("routes", request_id="a", wait_s=wait_s)
+        number = bench.wait("a", wait_s=wait_s)
         if waits_s:
             bench.pass_s(waits_s - 0.01)
-            assert bench.answer(number) is None
+            assert bench.reply(number) is None
             bench.pass_s(0.02)
-        assert bench.answer(number).values["status"] == "running"
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "running"
 
     def test_it_waits_for_every_choice(self, bench):
         for index in range(2):
@@ -96,27 +110,59 @@ class TestWaiting:
                         internal_id=f"{index}-i", ids=["a"])  # fmt: skip
         bench.finish("0-i")
         bench.end(0)
-        number = bench.ask("routes", request_id="a", wait_s=5.0)
-        assert bench.answer(number) is None
+        number = bench.wait("a", wait_s=5.0)
+        assert bench.reply(number) is None
         bench.finish("1-i")
         bench.end(1)
-        assert bench.answer(number).values["status"] == "finished"
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "finished"
         assert [trace.index for trace in bench.traces("a")] == [0, 1]
 
-    def test_a_deleted_request_is_not_waited_for_beyond_its_end(self, bench):
+    def test_a_deleted_request_is_not_waited_for(self, bench):
         bench.start("a")
-        number = bench.ask("routes", request_id="a", wait_s=5.0)
-        assert bench.answered("delete", request_id="a").values["deleted"] == 1
-        bench.pass_s(5.0)
-        assert bench.answer(number).values["status"] == "unknown"
+        number = bench.wait("a", wait_s=5.0)
+        assert bench.reply(number) is None
+        assert bench.delete("a").deleted == 1
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "unknown"
 
     def test_one_end_answers_every_question_for_it_and_no_other(self, bench):
         bench.start("a")
         bench.start("b", handle=1, blocks=[2, 3])
-        numbers = [bench.ask("routes", request_id=i, wait_s=5.0) for i in ("a", "a-i", "b", "a")]
+        numbers = [bench.wait(i, wait_s=5.0) for i in ("a", "a-i", "b", "a")]
         bench.finish("a-i")
         bench.end(0)
-        assert [bench.answer(n) is not None for n in numbers] == [True, True, False, True]
+        assert [bench.reply(n) is not None for n in numbers] == [True, True, False, True]
+
+    def test_several_requests_are_waited_for_together(self, bench):
+        for handle, name in enumerate("abc"):
+            bench.start(name, handle=handle, blocks=[2 * handle, 2 * handle + 1])
+        number = bench.wait("a", "b", "never-seen", wait_s=5.0)
+        bench.finish("a-i")
+        bench.end(0)
+        assert bench.reply(number) is None
+        bench.finish("b-i")
+        bench.end(1)
+        assert bench.reply(number) == WaitReply(arrays=[])
+
+    def test_a_query_that_is_taken_back_is_not_answered(self, bench):
+        bench.start("a")
+        number = bench.wait("a", wait_s=5.0)
+        other = bench.wait("a", wait_s=5.0)
+        bench.collector.handle(API, pack_cancel(number))
+        bench.collector.handle(API, pack_cancel(number))
+        bench.finish("a-i")
+        bench.end()
+        assert bench.reply(number) is None
+        assert bench.reply(other) is not None
+
+    def test_no_more_wait_than_there_is_room_for(self, bench, monkeypatch):
+        monkeypatch.setattr(answers, "MAX_WAITING", 2)
+        bench.start("a")
+        numbers = [bench.wait("a", wait_s=5.0) for _ in range(3)]
+        assert [bench.reply(number) for number in numbers] == [
+            None, None, WaitReply(arrays=[], is_refused=True),
+        ]  # fmt: skip
 
 
 class TestIds:
@@ -145,7 +191,7 @@ class TestIds:
         if when == "finished":
             bench.alias("alias/1", "0-i", "1-i")
         assert [trace.index for trace in bench.traces("alias/1")] == [0, 1]
-        assert bench.answered("delete", request_id="alias/1").values["deleted"] == 2
+        assert bench.delete("alias/1").deleted == 2
         assert bench.status("a") == "unknown"
 
     def test_an_alias_of_an_opted_out_request_finds_nothing(self, bench):
@@ -160,9 +206,9 @@ class TestOptOut:
     def test_nothing_is_kept_and_everything_is_counted(self, bench):
         bench.run("a", keep=False)
         assert bench.status("a") == "unknown"
-        assert bench.answered("recent").values["sequences"] == []
-        assert bench.answered("metrics").values["running"] == 0
-        assert sum(bench.answered("experts").values["rows"]) == 5
+        assert bench.answered(RecentQuery(limit=50)).sequences == []
+        assert bench.answered(MetricsQuery()).running == 0
+        assert sum(bench.answered(ExpertsQuery()).rows) == 5
 
     def test_others_still_hit_its_blocks(self, bench):
         bench.run("a", keep=False)
@@ -178,35 +224,36 @@ class TestOptOut:
 class TestDelete:
     def test_a_finished_request_gives_its_bytes_back(self, bench):
         bench.run("a")
-        before = bench.answered("info").values["store"]["bytes"]
+        before = bench.answered(InfoQuery()).info.store.bytes
         bench.run("b")
-        assert bench.answered("info").values["store"]["bytes"] > before
-        assert bench.answered("delete", request_id="b").values["deleted"] == 1
-        assert bench.answered("info").values["store"]["bytes"] == before
+        assert bench.answered(InfoQuery()).info.store.bytes > before
+        assert bench.delete("b").deleted == 1
+        assert bench.answered(InfoQuery()).info.store.bytes == before
         assert (bench.status("b"), bench.status("a")) == ("unknown", "finished")
 
     def test_a_running_request_leaves_nothing(self, bench):
         bench.start("a")
-        assert bench.answered("delete", request_id="a").values["deleted"] == 1
+        assert bench.delete("a").deleted == 1
         assert bench.status("a") == "unknown"
         bench.finish("a-i")
         bench.end()
         assert bench.status("a") == "unknown"
-        values = bench.answered("metrics").values
-        assert (values["running"], values["store"]["traces"], values["store"]["bytes"]) == (0, 0, 0)
+        metrics = bench.answered(MetricsQuery())
+        store = metrics.info.store
+        assert (metrics.running, store.traces, store.bytes) == (0, 0, 0)
 
     def test_an_unknown_request(self, bench):
-        assert bench.answered("delete", request_id="a").values["deleted"] == 0
+        assert bench.delete("a").deleted == 0
 
 
 def test_an_evicted_request():
-    bench = Bench(memory=trace_size() * 2)
+    bench = Bench(memory_bytes=trace_size() * 2)
     for name in "abc":
         bench.run(name)
     assert [bench.status(name) for name in "abc"] == ["evicted", "finished", "finished"]
-    store = bench.answered("info").values["store"]
-    assert (store["traces"], store["evicted"]) == (2, 1)
-    assert store["bytes"] <= store["limit_bytes"]
+    store = bench.answered(InfoQuery()).info.store
+    assert (store.traces, store.evicted) == (2, 1)
+    assert store.bytes <= store.limit_bytes
 
 
 class TestTimeouts:
@@ -233,9 +280,10 @@ class TestTimeouts:
     def test_a_question_that_waits_is_answered_by_the_timeout(self, bench):
         bench.start("a")
         bench.finish("a-i")
-        number = bench.ask("routes", request_id="a", wait_s=60.0)
+        number = bench.wait("a", wait_s=60.0)
         bench.pass_s(WORKER_TIMEOUT_S)
-        assert bench.answer(number).values["status"] == "finished"
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "finished"
 
 
 class TestBrokenTraces:
@@ -252,9 +300,10 @@ class TestBrokenTraces:
         return bench
 
     def test_whoever_waits_for_it_is_answered(self, bench):
-        number = bench.ask("routes", request_id="a", wait_s=60.0)
+        number = bench.wait("a", wait_s=60.0)
         bench.end()
-        assert bench.answer(number).values["status"] == "unknown"
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "unknown"
 
     @pytest.mark.parametrize("when", ["in one step", "too late"])
     def test_others_are_made_all_the_same(self, bench, when, caplog):
@@ -266,11 +315,11 @@ class TestBrokenTraces:
             bench.pass_s(WORKER_TIMEOUT_S)
         assert [bench.status(name) for name in "ab"] == ["unknown", "finished"]
         assert caplog.text.count("left out a trace that cannot be made") == 1
-        assert caplog.text.count("token_ids must be") == 1
+        assert caplog.text.count("ValueError: token_ids must be") == 1
 
 
 def test_token_ids_are_kept_out():
-    bench = Bench(token_ids="off")
+    bench = Bench(keeps_token_ids=False)
     bench.run("a")
     (trace,) = bench.traces("a")
     assert (trace.token_ids, trace.num_tokens) == (None, 6)
@@ -278,33 +327,33 @@ def test_token_ids_are_kept_out():
 
 def test_a_step_of_nobody_is_left_out(bench):
     bench.collector.handle(b"stranger", pack_steps([make_step(0, [(0, 0, 2)])]))
-    assert bench.collector.stats.steps == 0
+    assert bench.collector.state.stats.steps == 0
 
 
 def test_a_worker_with_another_model_is_left_out(bench):
-    other = dataclasses.replace(bench.collector.hello, num_experts=3)
-    bench.collector.outbox.clear()
-    bench.collector.handle(b"stranger", pack_hello(other))
-    assert bench.collector.outbox == []
-    assert bench.collector.hello.num_experts == 8
+    other = dataclasses.replace(bench.collector.state.spec, num_experts=3)
+    bench.collector.state.outbox.clear()
+    bench.collector.handle(b"stranger", pack_introduction(other))
+    assert bench.collector.state.outbox == []
+    assert bench.collector.state.spec.num_experts == 8
 
 
 @pytest.mark.parametrize(("num_layers", "warned"), [(2, False), (58, True)])
 def test_a_metrics_window_longer_than_is_kept_is_warned_of(num_layers, warned, caplog):
-    hello = make_hello(layers=list(range(num_layers)), num_experts=256)
-    Bench(hello, metrics_window=3600.0)
+    spec = make_spec(layers=list(range(num_layers)), num_experts=256)
+    Bench(spec, metrics_window_s=3600.0)
     assert ("look back 2810 s instead of 3600" in caplog.text) == warned
 
 
-@pytest.mark.parametrize("frames", [pack("what"), pack("query", op="what", number=1)])
+@pytest.mark.parametrize("frames", [pack("what"), pack("query", query="what", number=1)])
 def test_a_message_that_nobody_knows_is_an_error(bench, frames):
     with pytest.raises(ValueError, match=r"unknown .*'what'"):
         bench.collector.handle(API, frames)
 
 
 def test_answers_go_to_who_asked(bench):
-    bench.collector.handle(b"other", pack("query", op="info", number=9))
-    (peer, frames) = bench.collector.outbox[-1]
+    bench.collector.handle(b"other", pack_query(9, InfoQuery()))
+    (peer, frames) = bench.collector.state.outbox[-1]
     assert (peer, orjson.loads(frames[0])["number"]) == (b"other", 9)
 
 
@@ -314,6 +363,6 @@ def test_a_step_in_pieces_is_counted_once(bench):
     assert len(messages) == 4
     for frames in messages:
         bench.collector.handle(WORKER, frames)
-    stats = bench.collector.stats
+    stats = bench.collector.state.stats
     assert (stats.steps, stats.rows_captured) == (1, 8)
-    assert stats.hook_seconds == pytest.approx(0.001)
+    assert stats.hook_s == pytest.approx(0.001)

@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import make_hello
+from builders import make_spec
 
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch
-from moescope_service.messages import Admission, Ongoing, pack_hello, unpack, unpack_hello
+from moescope_service.ids import short_id
+from moescope_service.messages import (
+    Admission,
+    Ongoing,
+    pack_introduction,
+    unpack,
+    unpack_introduction,
+)
 
 SIZE = 4
 
@@ -21,7 +28,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.encoder = ControlEncoder(0, SIZE)
-        self.seq = 0
+        self.next_step = 0
 
     def step(
         self,
@@ -46,18 +53,18 @@ class Worker:
         )
         admitted = [NewSequence(*one[:3], (one[3],)) for one in new]
         message = StepMessage(
-            self.seq, 0.0, 0.0, finished, admitted, cached, (),
+            self.next_step, 0.0, 0.0, finished, admitted, cached, (),
             batch if spans else None, "paused",
         )  # fmt: skip
-        self.seq += 1
+        self.next_step += 1
         return self.encoder.encode(message)
 
     @property
     def ongoing(self) -> dict[str, Ongoing]:
-        snapshot = self.encoder.snapshot()
-        assert snapshot is not None
-        assert snapshot.next_seq == self.seq
-        return {one.admission.request_id: one for one in snapshot.ongoing}
+        worker_state = self.encoder.worker_state()
+        assert worker_state is not None
+        assert worker_state.next_step == self.next_step
+        return {one.admission.internal_id: one for one in worker_state.ongoing}
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ def worker():
 
 
 def test_nothing_is_told_before_the_first_step(worker):
-    assert worker.encoder.snapshot() is None
+    assert worker.encoder.worker_state() is None
 
 
 def test_tables_and_rows_of_running_sequences(worker):
@@ -78,15 +85,31 @@ def test_tables_and_rows_of_running_sequences(worker):
     }
     worker.step(finished=["a"])
     assert worker.ongoing.keys() == {"b"}
-    assert worker.encoder.snapshot().ended == ["a"]
+    assert worker.encoder.worker_state().ended == ["a"]
+
+
+def test_long_ids_of_vllm_are_told_short(worker):
+    long_ids = [f"{'x' * 10**6}{number}" for number in range(2)]
+    a, b = map(short_id, long_ids)
+    step = worker.step(new=[(one, 6, 0, [n]) for n, one in enumerate(long_ids)])
+    assert [one.internal_id for one in step.admitted] == [a, b]
+    worker.step(grown=[(long_ids[0], [5])], spans=[(long_ids[0], 6, 1)])
+    step = worker.step(resumed=[(long_ids[1], 0, [7])])
+    assert [one.internal_id for one in step.resumed] == [b]
+    assert worker.ongoing[a] == Ongoing(Admission(0, a, 6, 0, [0, 5]), 7)
+    step = worker.step(finished=[long_ids[0], "y" * 10**6])
+    assert (step.finished, step.finished_unseen) == ([0], [short_id("y" * 10**6)])
+    assert worker.encoder.worker_state().ended == [a, short_id("y" * 10**6)]
 
 
 def test_it_survives_the_wire(worker):
     worker.step(new=[("a", 6, 4, [1, 2])], spans=[("a", 4, 2)])
     worker.step(finished=["gone"])
-    snapshot = worker.encoder.snapshot()
-    _, values = unpack(pack_hello(make_hello(), is_capturing=False, snapshot=snapshot))
-    assert unpack_hello(values) == (make_hello(), False, snapshot)
+    worker_state = worker.encoder.worker_state()
+    _, values = unpack(
+        pack_introduction(make_spec(), is_capturing=False, worker_state=worker_state)
+    )
+    assert unpack_introduction(values) == (make_spec(), False, worker_state, "")
 
 
 @pytest.mark.parametrize("taker", ["new", "grown", "resumed", "unknown"])
@@ -123,7 +146,7 @@ def test_a_resumed_sequence_has_its_new_table(worker):
 def test_after_a_gap_nothing_of_before_is_told(worker):
     """An admission or a block may have been in what was given up."""
     worker.step(new=[("a", 8, 0, [1, 2]), ("b", 8, 0, [3, 4])])
-    worker.seq += 1
+    worker.next_step += 1
     worker.step(new=[("c", 4, 0, [5])], resumed=[("b", 0, [6, 7])])
     assert worker.ongoing.keys() == {"b", "c"}
     step = worker.step(finished=["a", "c"])
@@ -133,14 +156,14 @@ def test_after_a_gap_nothing_of_before_is_told(worker):
 
 def test_handles_of_ends_that_were_given_up_come_back(worker):
     worker.step(new=[(f"{n}", 4, 0, [n]) for n in range(1000)])
-    worker.seq += 1  # all have ended in there
+    worker.next_step += 1  # all have ended in there
     assert worker.step(new=[("z", 4, 0, [1])]).admitted[0].handle == 0
 
 
 def test_what_runs_over_a_gap_has_nobodys_handle(worker):
     """The collector does not know it, and so leaves its rows out until its end."""
     worker.step(new=[("a", 8, 0, [1, 2]), ("b", 8, 0, [3, 4])], spans=[("a", 0, 4), ("b", 0, 4)])
-    worker.seq += 1
+    worker.next_step += 1
     step = worker.step(spans=[("b", 5, 1), ("a", 5, 1)])
     (c,) = worker.step(new=[("c", 4, 0, [5])], spans=[("c", 0, 4)]).admitted
     assert c.handle not in step.spans[:, 0]
@@ -152,7 +175,7 @@ def test_a_step_that_cannot_be_encoded_is_a_gap(worker):
     worker.step(new=[("a", 8, 0, [1, 2])])
     with pytest.raises(TypeError):
         worker.encoder.pack([StepMessage(1, 0.0, 0.0, None)])
-    assert worker.encoder.snapshot().ongoing == []
-    worker.seq = 2
+    assert worker.encoder.worker_state().ongoing == []
+    worker.next_step = 2
     worker.step()
     assert worker.ongoing == {}

@@ -8,7 +8,7 @@ import numpy as np
 from builders import make_rows
 
 from moescope_service.collector.counters import ExpertCounters
-from moescope_service.collector.reassembly import Written
+from moescope_service.collector.rows import Written
 
 
 def written(first, is_decode):

@@ -28,7 +28,7 @@ def test_gsm8k_from_a_file(tmp_path):
         ('{"question": "a", "answer": "b"}\nnonsense\n', "line 2: not JSON"),
         ('{"question": "a"}\n', "record 1"),
         ('["a", "b"]\n', "record 1"),
-        ('{"question": " ", "answer": "b"}\n', "no text"),
+        ('{"question": " ", "answer": "b"}\n', "expected a question"),
     ],
 )
 def test_a_malformed_file_is_refused_with_the_place(tmp_path, text, message):
@@ -53,7 +53,7 @@ def test_without_the_optional_packages_the_message_says_what_to_install(monkeypa
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(DatasetError, match=r"'mmlu'.*gsm8k, sample"):
+    with pytest.raises(DatasetError, match=r"'mmlu'.*gsm8k or sample"):
         datasets.load("mmlu")
     with pytest.raises(DatasetError, match="bundled"):
         datasets.load("sample", tmp_path)

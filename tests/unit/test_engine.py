@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import make_hello
-from engine_sim import VOCABULARY, Engine, truth
-from kv_sim import Seq
+from builders import make_spec
 from sim_encoder import SimEncoder
 
+from benchmarks.simulation.engine import VOCABULARY, Engine, truth
+from benchmarks.simulation.kv import Seq
 from moescope.trace import Source
 from moescope_service.collector.counters import ExpertCounters
-from moescope_service.collector.reassembly import Reassembler, Rows
+from moescope_service.collector.reassembly import Reassembler
+from moescope_service.collector.rows import Rows
 
-HELLO = make_hello(block_size=3)
+SPEC = make_spec(block_size=3)
 
 
 @dataclasses.dataclass
@@ -35,13 +36,13 @@ class Run:
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
-        self.hello = dataclasses.replace(HELLO, num_blocks=self.num_blocks)
+        self.spec = dataclasses.replace(SPEC, num_blocks=self.num_blocks)
         self.engine = Engine(
-            rng, self.hello, copies=self.copies, token_budget=rng.choice([4, 9, 30])
+            rng, self.spec, copies=self.copies, token_budget=rng.choice([4, 9, 30])
         )
-        self.encoder = SimEncoder(self.hello)
-        self.reassembler = Reassembler(self.hello)
-        self.counters = ExpertCounters(self.hello.layers, self.hello.num_experts)
+        self.encoder = SimEncoder(self.spec)
+        self.reassembler = Reassembler(self.spec)
+        self.counters = ExpertCounters(self.spec.layers, self.spec.num_experts)
         self.expected = np.zeros_like(self.counters.totals)
         self.ended: dict[str, Rows] = {}
         self.missing: dict[str, set[int]] = {}
@@ -89,7 +90,7 @@ class Run:
     def _count(self, output: Any) -> None:
         num_layers, num_experts = self.expected.shape[1:]
         for seq, start, count in output.batch:
-            ids, _ = truth(seq.hashes[start : start + count], self.hello)
+            ids, _ = truth(seq.hashes[start : start + count], self.spec)
             is_decode = np.arange(start, start + count)[:, None, None] >= seq.prompt_len
             layer = np.arange(num_layers)[None, :, None]
             flat = (is_decode * num_layers + layer) * num_experts + ids
@@ -106,7 +107,7 @@ class Run:
         for name in self.ended:
             rows, seq = self.rows(name), self.seqs[name]
             here = rows.source != Source.MISSING
-            ids, weights = truth(seq.hashes[: len(here)], self.hello)
+            ids, weights = truth(seq.hashes[: len(here)], self.spec)
             np.testing.assert_array_equal(rows.topk_ids[here], ids[here])
             np.testing.assert_array_equal(rows.topk_weights[here], weights[here])
             total += int(here.sum())

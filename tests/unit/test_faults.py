@@ -6,21 +6,24 @@ import collections
 import random
 
 import pytest
-from deployment_sim import FAULTS, Chances, Deployment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from benchmarks.simulation.deployment import FAULTS, Chances, Deployment
 
 often = st.sampled_from([0.0, 0.02, 0.1])
 everything = st.builds(
     Chances,
     **dict.fromkeys(FAULTS, often),
     speculation=st.sampled_from([0.0, 0.5]),
+    loads=st.sampled_from([0.0, 0.5]),
     optimism=st.integers(0, 1),
 )
 orderly = st.builds(
     Chances,
     **dict.fromkeys(["rows_lost", "pause", "kill", "abort"], often),
     speculation=st.sampled_from([0.0, 0.5]),
+    loads=st.sampled_from([0.0, 0.5]),
 )
 chance = st.randoms(use_true_random=False)
 checked = settings(
@@ -56,11 +59,12 @@ def test_what_was_not_lost_is_there(rng, chances, num_requests, num_blocks):
         Chances(rows_lost=0.1, abort=0.05, pause=0.05, speculation=0.4),
         Chances(kill=0.03, rows_lost=0.05, speculation=0.3, abort=0.03, pause=0.03),
         Chances(**dict.fromkeys(FAULTS, 0.02), speculation=0.3, optimism=1),
+        Chances(abort=0.1, loads=0.6),
     ],
-    ids=["losses", "restarts", "everything"],
+    ids=["losses", "restarts", "everything", "loads"],
 )
 def test_many_requests_with_prefix_hits_on_reused_blocks(chances):
-    """The short form of ``python -m tests.fidelity.faults``."""
+    """The short form of ``python -m benchmarks.faults``."""
     counts: collections.Counter[str] = collections.Counter()
     happened: collections.Counter[str] = collections.Counter()
     for seed in range(30):
@@ -69,6 +73,7 @@ def test_many_requests_with_prefix_hits_on_reused_blocks(chances):
         counts += deployment.check()
         deployment.check_missing(exactly=not chances.given_up)
         happened += deployment.happened
+        happened["loads"] += deployment.engine.num_loads
     assert counts["complete"] > 50
     assert min(counts[source] for source in ("computed", "cached", "missing")) > 500
-    assert all(happened[fault] > 5 for fault in FAULTS if getattr(chances, fault))
+    assert all(happened[fault] > 5 for fault in (*FAULTS, "loads") if getattr(chances, fault))

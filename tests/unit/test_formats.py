@@ -6,6 +6,7 @@ import pytest
 from client_fakes import lines, make_trace, same
 
 from moescope import FormatError, Source, formats
+from moescope.formats import as_npz
 
 CASES = [
     {},
@@ -67,6 +68,20 @@ def test_broken_npz_is_a_format_error_and_nothing_else():
     assert refused > 100
 
 
+def test_npz_is_read_again_where_python_failed(monkeypatch):
+    trace, read = make_trace(), as_npz._npy.read_array_header_1_0
+    answers = [SystemError("AST constructor recursion depth mismatch (before=150, after=204)")]
+
+    def read_or_fail(file):
+        if answers:
+            raise answers.pop()
+        return read(file)
+
+    monkeypatch.setattr(as_npz._npy, "read_array_header_1_0", read_or_fail)
+    assert same(formats.load_npz(formats.dump_npz([trace]))[0], trace)
+    assert not answers
+
+
 def test_npz_with_a_split_too_few_is_refused():
     with np.load(io.BytesIO(formats.dump_npz([make_trace(), make_trace(1)]))) as archive:
         arrays = {name: archive[name] for name in archive.files}
@@ -92,8 +107,32 @@ def test_npy_of_a_trace_without_rows():
 
 
 def test_npy_refuses_an_incomplete_trace():
-    with pytest.raises(FormatError, match=r"'chatcmpl-1', index 0, .*coverage 0\.\d.*\.npz"):
+    with pytest.raises(FormatError, match=r"'chatcmpl-1', index 0, .*coverage 0\.\d.*fill=-1.*npz"):
         formats.dump_npy(make_trace(num_rows=30, missing=0.5))
+
+
+@pytest.mark.parametrize("dtype", [None, np.int16, np.int32])
+def test_npy_fills_missing_rows(dtype):
+    trace = make_trace(num_rows=30, missing=0.5)
+    array = np.load(io.BytesIO(formats.dump_npy(trace, dtype=dtype, fill=-1)))
+    assert array.dtype == (dtype or np.int16)
+    of_the_trace, dense = array[:, trace.layers], [n for n in range(8) if n not in trace.layers]
+    np.testing.assert_array_equal(of_the_trace[trace.present], trace.topk_ids[trace.present])
+    assert (of_the_trace[~trace.present] == -1).all()
+    assert not array[:, dense].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fill": 0}, "fill is 0, which may be an expert"),
+        ({"fill": -1, "dtype": np.uint8}, "uint8 does not hold 300 experts and -1"),
+        ({"dtype": np.uint8}, "uint8 does not hold 300 experts: take int32"),
+    ],
+)
+def test_npy_refuses_what_its_numbers_cannot_be(options, words):
+    with pytest.raises(FormatError, match=words):
+        formats.dump_npy(make_trace(num_experts=300), **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -124,7 +163,7 @@ def test_json_shows_a_missing_row_as_null():
 
 def test_json_that_is_no_trace_is_a_format_error():
     values = orjson.loads(formats.dump_json("r", [make_trace()]))["traces"][0]
-    for name in values.keys() - {"coverage", "top_k"}:
+    for name in values.keys() - {"coverage", "top_k", "start"}:
         with pytest.raises(FormatError):
             formats.from_dict({key: value for key, value in values.items() if key != name})
     with pytest.raises(FormatError):
@@ -165,7 +204,7 @@ def test_there_is_one_route_line_a_row_and_layer():
     ]
     for record in records:
         assert list(record) == [
-            "type", "req_id", "token_idx", "layer", "topk_ids", "topk_weights",
+            "type", "req_id", "index", "token_idx", "layer", "topk_ids", "topk_weights",
         ]  # fmt: skip
         column = (2, 7).index(record["layer"])
         assert record["req_id"] == "chatcmpl-1"
@@ -175,9 +214,11 @@ def test_there_is_one_route_line_a_row_and_layer():
         )
 
 
-def test_route_lines_carry_the_index_only_beyond_the_first_choice():
-    assert lines(next(formats.route_lines(make_trace(index=2))))[0]["index"] == 2
-    assert "index" not in lines(next(formats.route_lines(make_trace())))[0]
+@pytest.mark.parametrize("index", [0, 2])
+def test_every_route_line_carries_the_index(index):
+    """A reader that takes its columns from the first lines, as polars does, finds it there."""
+    records = lines(b"".join(formats.route_lines(make_trace(index=index))))
+    assert {record["index"] for record in records} == {index}
 
 
 def test_route_lines_of_a_missing_row_are_null():

@@ -8,12 +8,13 @@ import orjson
 import pytest
 from stream_server import DONE, chunk, serving, usage
 
+from benchmarks.gpu import kernels
+from benchmarks.gpu.loads import Workload
+from benchmarks.gpu.throughput import SEED
 from moescope import CommandError, FormatError
 from moescope.overhead import rounds
-from moescope.overhead.hosting import Hosted, Running
-from tests.gpu import kernels
-from tests.gpu.loads import Workload
-from tests.gpu.throughput import SEED
+from moescope.overhead.arms import Arm
+from moescope.overhead.hosting import SideBySide, StartedArms
 
 SMALL = Workload(name="small", num=1, concurrency=1, input_len=3, output_len=1, rounds=1)
 TOPK = "void vllm::moe::topkGating<4, (int)60>(float const*, bool)"
@@ -95,8 +96,11 @@ def test_every_server_is_profiled_in_turn(tmp_path):
     with serving(scripts["stock"]) as one, serving(scripts["stock-again"]) as two:
         scripts["stock"].server, scripts["stock-again"].server = one, two
         one.pages["/v1/models"] = two.pages["/v1/models"] = orjson.dumps({"data": [{"id": "demo"}]})
-        hosted = Hosted(Running({"stock": one.url, "stock-again": two.url}), list(scripts), {})
-        measured = kernels.measure(hosted, tmp_path, SMALL)
+        started = StartedArms(
+            arms=[Arm(name=name) for name in scripts],
+            arrangement=SideBySide({"stock": one.url, "stock-again": two.url}),
+        )
+        measured = kernels.measure(started, tmp_path, SMALL)
     periods = {name: [one["period"] for one in passes] for name, passes in measured.items()}
     assert periods == {"stock": [100.0] * 3, "stock-again": [110.0] * 3}
     profiled = ["/start_profile", "/v1/completions", "/stop_profile"]
@@ -107,7 +111,9 @@ def test_every_server_is_profiled_in_turn(tmp_path):
 
 def test_a_server_that_is_not_its_arm_is_not_profiled(tmp_path):
     with serving(lambda *_: [(0, b"{}")]) as server:
-        hosted = Hosted(Running({"moescope": server.url}), ["moescope"], {})
-        with pytest.raises(CommandError, match=r"moescope at .* is not what it should be"):
-            kernels.measure(hosted, tmp_path, SMALL)
+        started = StartedArms(
+            arms=[Arm(name="moescope")], arrangement=SideBySide({"moescope": server.url})
+        )
+        with pytest.raises(CommandError, match=r"moescope at .* is not what its name says"):
+            kernels.measure(started, tmp_path, SMALL)
     assert not server.seen

@@ -10,13 +10,14 @@ import pytest
 from client_fakes import INFO
 from stream_server import DONE, chunk, serving, usage
 
+from benchmarks.gpu import loads, throughput
+from benchmarks.gpu.loads import ENGINE_ITL, TPOT, WALL, Workload
+from benchmarks.gpu.throughput import COUNTERS, Sitting
 from moescope import CommandError
 from moescope.overhead import comparison
 from moescope.overhead.arms import Arm
-from moescope.overhead.hosting import Hosted, InTurn, Running
-from tests.gpu import loads, throughput
-from tests.gpu.loads import ENGINE_ITL, TPOT, WALL, Workload
-from tests.gpu.throughput import COUNTERS, ITL_S, ITLS, Sitting
+from moescope.overhead.engine import ITL_S, ITLS
+from moescope.overhead.hosting import InTurn, SideBySide, StartedArms
 
 SMALL = Workload(
     name="small", num=2, concurrency=2, input_len=3, output_len=2, rounds=2, target_percent=1.0
@@ -80,8 +81,12 @@ def test_the_warm_up_is_short():
 
 def test_every_answer_has_its_length_and_is_sampled():
     load = by_start("batch 1").load()
-    assert load.ask.ignore_eos
-    assert (load.ask.endpoint, load.ask.temperature, load.ask.seed) == ("completions", 1.0, None)
+    assert load.options.ignore_eos
+    assert (load.options.endpoint, load.options.temperature, load.options.seed) == (
+        "completions",
+        1.0,
+        None,
+    )
 
 
 def test_loads_are_picked():
@@ -123,7 +128,7 @@ vllm:inter_token_latency_seconds_created{{model_name="demo"}} 99.0
 OURS = """
 moescope_steps_total{{model_name="demo"}} {steps}
 moescope_steps_created{{model_name="demo"}} 99.0
-moescope_hook_seconds_total{{model_name="demo"}} {host_s}
+moescope_hook_seconds_total{{model_name="demo"}} {hook_s}
 moescope_rows_captured_total{{model_name="demo"}} {rows}
 moescope_rows_lost_total{{model_name="demo",reason="queue_full"}} {lost}
 moescope_rows_lost_total{{model_name="demo",reason="hook_missed"}} {lost}
@@ -147,7 +152,7 @@ def arms(*, output=2):
     """A stock arm, and one that says it captures; both have counters."""
     scripts = (
         metered(VLLMS, output, itl_s=0.01, itls=5),
-        metered(VLLMS + OURS, output, itl_s=0.011, itls=5, steps=10, host_s=1e-3, rows=8, lost=1),
+        metered(VLLMS + OURS, output, itl_s=0.011, itls=5, steps=10, hook_s=1e-3, rows=8, lost=1),
     )
     with serving(scripts[0]) as stock, serving(scripts[1]) as captured:
         scripts[0].server, scripts[1].server = stock, captured
@@ -156,30 +161,31 @@ def arms(*, output=2):
         captured.pages["/moescope/info"] = orjson.dumps(INFO)
         chosen = [Arm(name="stock"), Arm(name="moescope")]
         urls = {"stock": stock.url, "moescope": captured.url}
-        yield chosen, Hosted(Running(urls), list(urls), {})
+        yield chosen, StartedArms(arms=chosen, arrangement=SideBySide(urls))
 
 
 def measure(workloads, **options):
     written = []
-    with arms(**options) as (chosen, hosted):
-        Sitting(chosen, hosted, settle_s=0.0).measure(
+    with arms(**options) as (chosen, started):
+        Sitting(chosen, started, settle_s=0.0).measure(
             workloads, lambda one, measured: written.append((one.name, measured))
         )
     return written
 
 
 def test_every_arm_is_visited_only_where_it_says_so():
-    with arms() as (chosen, hosted):
-        urls = {**hosted.host.urls}
+    with arms() as (chosen, started):
+        urls = {**started.arrangement.urls}
         urls["counts"] = urls["stock"]
-        whole = Hosted(Running(urls), list(urls), {})
-        sitting = Sitting([*chosen, Arm(name="counts")], whole, settle_s=0.0)
+        every = [*chosen, Arm(name="counts")]
+        whole = StartedArms(arms=every, arrangement=SideBySide(urls))
+        sitting = Sitting(every, whole, settle_s=0.0)
         for_all = dataclasses.replace(SMALL, every_arm=True)
         assert sitting._names([SMALL, for_all]) == ["stock", "moescope", "counts"]
         assert sitting._names([SMALL]) == ["stock", "moescope"]
-        few = Sitting(chosen, Hosted(Running(urls), ["stock", "counts"], {}), settle_s=0.0)
+        few = dataclasses.replace(whole, arms=[every[0], every[2]])
         with pytest.raises(CommandError, match="small is not put on counts"):
-            few.measure([SMALL], print)
+            Sitting(few.arms, few, settle_s=0.0).measure([SMALL], print)
 
 
 def test_what_is_measured_is_told_after_every_round():
@@ -209,9 +215,9 @@ def test_the_work_on_the_host_is_that_of_the_rounds_that_count():
     measured = measure([SMALL])[-1][1]
     captured = measured["arms"]["moescope"]
     assert captured["steps"] == 2 * 10  # without those of the warm-up
-    assert captured["host_us_per_step"] == pytest.approx(100.0)
+    assert captured["hook_us_per_step"] == pytest.approx(100.0)
     assert (captured["rows_captured"], captured["rows_lost"]) == (2 * 8, 2 * 2)
-    assert measured["arms"]["stock"]["host_us_per_step"] is None
+    assert measured["arms"]["stock"]["hook_us_per_step"] is None
     assert {frozenset(one["moescope"]["counted"]) for one in measured["passes"]} == {
         frozenset(COUNTERS)
     }
@@ -232,15 +238,15 @@ def test_answers_of_one_token_have_no_time_between_tokens(monkeypatch):
 
 
 def test_an_answer_of_another_length_ends_it():
-    with pytest.raises(CommandError, match="with 3 tokens where 2 were asked for"):
+    with pytest.raises(CommandError, match="generated 3 tokens where 2 were requested"):
         measure([SMALL], output=3)
 
 
 def test_an_arm_that_is_not_what_it_must_be_ends_it():
-    with arms() as (chosen, hosted):
-        urls = dict(hosted.host.urls)
+    with arms() as (chosen, started):
+        urls = dict(started.arrangement.urls)
         urls["stock"], urls["moescope"] = urls["moescope"], urls["stock"]
-        swapped = Hosted(Running(urls), list(urls), {})
+        swapped = StartedArms(arms=chosen, arrangement=SideBySide(urls))
         with pytest.raises(CommandError, match=r"the arm stock at .* answers /moescope/info"):
             Sitting(chosen, swapped, settle_s=0.0).measure([SMALL], print)
 
@@ -248,10 +254,10 @@ def test_an_arm_that_is_not_what_it_must_be_ends_it():
 def test_a_visit_in_turn_has_as_many_rounds_as_the_shortest_load():
     other = dataclasses.replace(SMALL, name="other", rounds=1)
     written = []
-    with arms() as (chosen, hosted):
-        running = {name: Arm(name=name, url=url) for name, url in hosted.host.urls.items()}
-        host = InTurn(None, running)
-        Sitting(chosen, Hosted(host, hosted.names, {}), settle_s=0.0).measure(
+    with arms() as (chosen, started):
+        running = {name: Arm(name=name, url=url) for name, url in started.arrangement.urls.items()}
+        in_turn = StartedArms(arms=chosen, arrangement=InTurn(None, running))
+        Sitting(chosen, in_turn, settle_s=0.0).measure(
             [SMALL, other], lambda one, measured: written.append((one.name, measured["complete"]))
         )
     assert written == [("small", True), ("other", True)]
@@ -276,5 +282,5 @@ def test_sittings_are_added():
 def test_differences_are_told_in_words():
     client, engine = throughput.statements(SMALL, measure([SMALL])[-1][1])
     assert client.startswith("small: moescope changes the wall time per token by ")
-    assert engine.startswith("small: moescope changes the engine_itl_ms by +10.00% ")
+    assert engine.startswith("small: moescope changes the ITL, mean, engine's clock by +10.00% ")
     assert "2 paired rounds" in client

@@ -16,7 +16,7 @@ HEAVY = ("torch", "vllm", "matplotlib", "typer", "moescope_service", "huggingfac
 def test_importing_stays_light(statement, heavy):
     code = f"{statement}\nimport sys\nprint(*({set(heavy)!r} & sys.modules.keys()))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.split() == []
 

@@ -6,32 +6,43 @@ import dataclasses
 
 import numpy as np
 import pytest
-from builders import API, WORKER, Bench, admit, make_hello, make_register
+from builders import API, WORKER, Bench, admit, make_register, make_spec, make_step
 
 from moescope.trace import Source
-from moescope_service.api.journal import Journal
 from moescope_service.collector.core import Collector
-from moescope_service.messages import Ongoing, RequestKey, Snapshot, pack, pack_hello, unpack
+from moescope_service.frontend.journal import Journal
+from moescope_service.messages import (
+    Ongoing,
+    RequestKey,
+    WorkerState,
+    pack,
+    pack_introduction,
+    unpack,
+)
+from moescope_service.processes import Process
+from moescope_service.queries import CaptureQuery, InfoQuery, MetricsQuery
 from moescope_service.settings import Settings
 
 
-def make_snapshot(**changes):
-    values = {"next_seq": 7, "ongoing": [], "ended": []}
-    return Snapshot(**(values | changes))
+def make_worker_state(**changes):
+    values = {"next_step": 7, "ongoing": [], "ended": []}
+    return WorkerState(**(values | changes))
 
 
 def introduce(bench, peer=WORKER, **changes):
-    bench.collector.handle(peer, pack_hello(bench.hello, snapshot=make_snapshot(**changes)))
-    bench._seq = changes.get("next_seq", 7)
+    bench.collector.handle(
+        peer, pack_introduction(bench.spec, worker_state=make_worker_state(**changes))
+    )
+    bench._next_step = changes.get("next_step", 7)
 
 
 @pytest.fixture
 def bench():
-    return Bench(hello=False, epoch=1)
+    return Bench(spec=False, epoch=1)
 
 
 def cause_counts(bench):
-    return {k: v for k, v in bench.answered("metrics").values["missing"].items() if v}
+    return {k: v for k, v in bench.answered(MetricsQuery()).missing.items() if v}
 
 
 def test_a_running_sequence_goes_on(bench):
@@ -44,7 +55,7 @@ def test_a_running_sequence_goes_on(bench):
     assert trace.source.tolist() == [Source.MISSING] * 5 + [Source.COMPUTED]
     assert (trace.complete, trace.cached_len) == (False, 2)
     assert cause_counts(bench) == {"restart": 5}
-    assert bench.answered("metrics").values["gaps"] == 0
+    assert bench.answered(MetricsQuery()).gaps == 0
 
 
 def test_one_that_is_preempted_and_lost_blocks(bench):
@@ -81,12 +92,12 @@ def test_an_end_that_was_told_to_nobody(bench):
         assert (trace.coverage, trace.num_rows) == (0, 5)
     assert cause_counts(bench) == {"restart": 10}
     bench.pass_s(1000)
-    assert bench.answered("metrics").values["unclaimed"] == 0
+    assert bench.answered(MetricsQuery()).unclaimed == 0
 
 
 def test_an_end_that_was_told_counts_though_it_is_told_again(bench):
     """The same collector, on another connection."""
-    bench.say_hello()
+    bench.introduce_worker()
     bench.start("a")
     bench.end()
     introduce(bench, b"worker again", ended=["a-i"])
@@ -97,106 +108,87 @@ def test_an_end_that_was_told_counts_though_it_is_told_again(bench):
 class TestPause:
     """The order of the collector before is kept until there is a newer one."""
 
-    def hello(self, bench, engine, **values):
-        """An engine says hello that was told to ship rows or to hold them back."""
-        hello = make_hello(engine=engine, num_engines=2)
-        bench.collector.handle(b"%d" % engine, pack_hello(hello, **values))
+    def spec(self, bench, engine, **values):
+        """An engine introduces itself that was told to ship rows or to hold them back."""
+        spec = make_spec(engine=engine, num_engines=2)
+        bench.collector.handle(b"%d" % engine, pack_introduction(spec, **values))
 
     def told(self, bench):
         """By engine: what it was told last."""
         told = {}
-        for peer, frames in bench.collector.outbox:
+        for peer, frames in bench.collector.state.outbox:
             kind, values = unpack(frames)
             if kind == "capture":
                 told[int(peer)] = values["on"]
         return told
 
-    @pytest.mark.parametrize("snapshot", [None, make_snapshot()])
-    def test_it_is_kept_by_whoever_says_so_first(self, bench, snapshot):
+    @pytest.mark.parametrize("worker_state", [None, make_worker_state()])
+    def test_it_is_kept_by_whoever_says_so_first(self, bench, worker_state):
         """An engine that was idle so far has no steps to tell of, one that counts never has."""
-        self.hello(bench, 0, is_capturing=False, snapshot=snapshot)
-        assert bench.answered("info").values["capture"] == "paused"
-        self.hello(bench, 1, is_capturing=False)
+        self.spec(bench, 0, is_capturing=False, worker_state=worker_state)
+        assert bench.answered(InfoQuery()).info.capture == "paused"
+        self.spec(bench, 1, is_capturing=False)
         assert self.told(bench) == {0: False, 1: False}
 
     def test_all_do_as_the_first(self, bench):
         """An order that reached one of them alone, because the collector ended."""
-        self.hello(bench, 0, is_capturing=False)
-        self.hello(bench, 1, is_capturing=True)
+        self.spec(bench, 0, is_capturing=False)
+        self.spec(bench, 1, is_capturing=True)
         assert self.told(bench) == {0: False, 1: False}
-        assert bench.answered("info").values["capture"] == "paused"
+        assert bench.answered(InfoQuery()).info.capture == "paused"
 
     def test_a_worker_that_missed_an_order_pauses_nobody(self, bench):
         for engine in range(2):
-            self.hello(bench, engine, is_capturing=False)
-        bench.ask("capture", on=True)
-        self.hello(bench, 1, is_capturing=False, snapshot=make_snapshot())
+            self.spec(bench, engine, is_capturing=False)
+        bench.ask(CaptureQuery(on=True))
+        self.spec(bench, 1, is_capturing=False, worker_state=make_worker_state())
         assert self.told(bench) == {0: True, 1: True}
-        assert bench.answered("info").values["capture"] == "on"
+        assert bench.answered(InfoQuery()).info.capture == "on"
 
-    def test_an_order_before_any_hello_is_the_newest(self, bench):
-        bench.ask("capture", on=True)
-        self.hello(bench, 0, is_capturing=False)
+    def test_an_order_before_any_introduction_is_the_newest(self, bench):
+        bench.ask(CaptureQuery(on=True))
+        self.spec(bench, 0, is_capturing=False)
         assert self.told(bench) == {0: True}
 
 
 def test_steps_of_a_worker_that_was_replaced_are_left_out(bench):
-    bench.say_hello()
-    introduce(bench, b"again", next_seq=0)
+    bench.introduce_worker()
+    introduce(bench, b"again", next_step=0)
     bench.start("a")
-    assert bench.answered("metrics").values["steps"] == 0
+    assert bench.answered(MetricsQuery()).steps == 0
+
+
+def test_a_second_worker_is_left_out_while_the_first_one_runs(bench, caplog):
+    """Such as one of another deployment that took this one's directory for its own."""
+    first, second = Process.current(), dataclasses.replace(Process.current(), start_ticks=1)
+    for peer, process in ((WORKER, first), (b"second", second), (b"again", first)):
+        bench.collector.handle(peer, pack_introduction(bench.spec, process=str(process)))
+        if peer == b"second":
+            bench.start("a")
+            bench.finish("a-i")
+            bench.end()
+            assert bench.traces("a")[0].complete
+            bench.send(make_step(0, [(0, 0, 4)]), peer)
+            assert bench.answered(MetricsQuery()).steps == 3
+    assert f"a second worker of engine 0, stage 0 introduced itself (process {second.pid})" in (
+        caplog.text
+    )
+    assert list(bench.collector.state.workers) == [b"again"]
 
 
 def test_who_has_not_said_who_it_is_is_not_listened_to():
     collector = Collector(Settings(), epoch=3)
     register = pack("register", **dataclasses.asdict(make_register("a")))
     collector.handle(API, register)
-    assert not list(collector.sequences)
+    assert not list(collector.state.sequences)
     collector.handle(API, pack("server"))
     collector.handle(API, register)
     collector.handle(API, register)  # it was in the pipe, and in the introduction
-    assert len(list(collector.sequences)) == len(collector.sequences.find("a")) == 1
+    assert len(list(collector.state.sequences)) == len(collector.state.find("a")[0]) == 1
 
 
-def note_register(journal, name, request="", created_s=1.0):
-    """Note that a sequence was registered; returns the message."""
-    frames = pack("register", **dataclasses.asdict(make_register(name)))
-    journal.register(f"{name}-i", RequestKey(request or name, created_s), frames)
-    return frames
-
-
-def note_finish(journal, name):
-    frames = pack("finish", internal_id=f"{name}-i")
-    journal.note("finish", [f"{name}-i"], frames)
-    return frames
-
-
-def test_the_journal_tells_of_what_runs_and_of_nothing_else():
-    journal = Journal()
-    told = {name: note_register(journal, name) for name in ("runs", "over", "deleted")}
-    alias = pack("alias", internal_ids=["runs-i", "over-i"], alias="other")
-    journal.note("alias", ["runs-i", "over-i"], alias)
-    note_finish(journal, "over")
-    journal.note("query", (), pack("query"))
-    journal.forget(["deleted-i", "unknown"])
-    assert [*journal.introduce()] == [pack("server"), told["runs"], alias]
-    assert [name in journal for name in ("runs-i", "over-i", "deleted-i")] == [True, False, False]
-    note_finish(journal, "runs")
-    assert len(journal) == 0
-
-
-def test_the_journal_tells_of_ended_choices_of_a_request_that_runs():
-    journal = Journal()
-    told = [note_register(journal, name, "r") for name in ("a", "b", "c")]
-    # The same id, but another request: it does not hold the first.
-    note_register(journal, "later", "r", created_s=2.0)
-    told.insert(1, note_finish(journal, "a"))
-    note_finish(journal, "later")
-    assert [*journal.introduce()] == [pack("server"), *told]
-    journal.forget(["b-i"])
-    note_finish(journal, "c")
-    assert len(journal) == 0
-    assert "a-i" not in journal
+def introduced(journal):
+    return [journal.introduce(), *iter(journal.take, None)]
 
 
 def test_a_choice_that_ended_before_is_missing_not_left_out(bench):
@@ -209,31 +201,31 @@ def test_a_choice_that_ended_before_is_missing_not_left_out(bench):
         journal.register(f"{name}-i", RequestKey("r", 1.0), frames)
     output = np.ones(3, np.int32)
     finish = pack("finish", [output], internal_id="a-i", reason="stop")
-    journal.note("finish", ["a-i"], finish)
-    for frames in journal.introduce():
+    journal.finish("a-i", finish)
+    for frames in introduced(journal):
         bench.collector.handle(API, frames)
     introduce(bench, ongoing=[Ongoing(admit(3, "b-i", 4, [5, 6]), 5)], ended=["a-i"])
-    (gone,) = bench.collector.store
+    (gone,) = bench.collector.state.store
     assert gone.trace.index == 0
     assert gone.trace.num_rows == 4 + 3 - 1
     assert set(gone.trace.source) == {Source.MISSING}
-    for frames in journal.introduce():  # its connection broke off, and the collector is the same
+    for frames in introduced(journal):  # its connection broke off, and the collector is the same
         bench.collector.handle(API, frames)
-    assert [s.register.internal_id for s in bench.collector.sequences] == ["b-i"]
+    assert [s.register.internal_id for s in bench.collector.state.sequences] == ["b-i"]
 
 
 def test_a_deleted_request_is_forgotten_by_every_server(bench):
     bench.collector.handle(b"other", pack("server"))
-    bench.say_hello()
+    bench.introduce_worker()
     bench.start("a")
-    assert bench.answered("delete", request_id="a").values["deleted"] == 1
-    told = [(p, unpack(f)) for p, f in bench.collector.outbox if unpack(f)[0] == "forget"]
+    assert bench.delete("a").deleted == 1
+    told = [(p, unpack(f)) for p, f in bench.collector.state.outbox if unpack(f)[0] == "forget"]
     assert sorted(told) == [(p, ("forget", {"internal_ids": ["a-i"]})) for p in (API, b"other")]
 
 
 def test_another_shape_is_refused_with_its_snapshot(bench):
-    bench.say_hello()
+    bench.introduce_worker()
     bench.collector.handle(
-        b"x", pack_hello(make_hello(top_k=3, engine=1), snapshot=make_snapshot())
+        b"x", pack_introduction(make_spec(top_k=3, engine=1), worker_state=make_worker_state())
     )
-    assert bench.collector.hello == make_hello()
+    assert bench.collector.state.spec == make_spec()

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import orjson
 import pytest
-from builders import admit, make_hello, make_register, make_rows, make_step
+from builders import admit, make_register, make_rows, make_spec, make_step
 
 from moescope_service.messages import (
-    Hello,
+    CaptureSpec,
     Register,
     pack,
     pack_all,
@@ -38,7 +38,7 @@ def test_a_step_survives_the_wire():
     frames = wire(pack_steps([step]))
     kind, values = unpack(frames)
     assert kind == "steps"
-    (back,) = unpack_steps(values, frames, make_hello())
+    (back,) = unpack_steps(values, frames, make_spec())
     for field in dataclasses.fields(step):
         got, sent = getattr(back, field.name), getattr(step, field.name)
         if isinstance(sent, np.ndarray):
@@ -57,7 +57,7 @@ def test_a_lost_step_has_spans_and_a_reason_but_no_rows(lost):
     step = make_step(0, [(0, 0, 3)], lost=lost)
     frames = wire(pack_steps([step]))
     assert len(frames) == 2
-    (back,) = unpack_steps(unpack(frames)[1], frames, make_hello())
+    (back,) = unpack_steps(unpack(frames)[1], frames, make_spec())
     assert (back.lost, back.topk_ids, back.topk_weights) == (lost, None, None)
     assert back.spans.tolist() == [[0, 0, 3]]
     assert back.rows_bytes == 0
@@ -65,24 +65,24 @@ def test_a_lost_step_has_spans_and_a_reason_but_no_rows(lost):
 
 def test_a_step_without_rows_has_no_spans():
     frames = wire([bytes(memoryview(f)) if len(f) else b"" for f in pack_steps([make_step(3)])])
-    (back,) = unpack_steps(unpack(frames)[1], frames, make_hello())
+    (back,) = unpack_steps(unpack(frames)[1], frames, make_spec())
     assert back.spans.shape == (0, 3)
     assert back.topk_ids is None
 
 
 def test_sixteen_bit_ids_and_float32_weights():
-    hello = make_hello(num_experts=512, id_dtype="uint16", weights_dtype="float32")
-    rows = make_rows(400, 3, hello)
+    spec = make_spec(num_experts=512, id_dtype="uint16", weights_dtype="float32")
+    rows = make_rows(400, 3, spec)
     frames = wire(pack_steps([make_step(0, [(0, 400, 3)], rows=rows)]))
-    (back,) = unpack_steps(unpack(frames)[1], frames, hello)
+    (back,) = unpack_steps(unpack(frames)[1], frames, spec)
     np.testing.assert_array_equal(back.topk_ids, rows[0])
     np.testing.assert_array_equal(back.topk_weights, rows[1])
     assert back.rows_bytes == 3 * 2 * 2 * (2 + 4)
 
 
-def test_hello_and_register_survive():
+def test_introduction_and_register_survive():
     for kind, message, of in (
-        ("hello", make_hello(seed=None), Hello),
+        ("spec", make_spec(seed=None), CaptureSpec),
         ("register", make_register("r/1 ü", lora="adapter"), Register),
     ):
         got, values = unpack(pack(kind, **dataclasses.asdict(message)))
@@ -116,8 +116,8 @@ def test_steps_in_one_message_stay_apart():
         make_step(6, [(0, 4, 1)]),
     ]
     frames = wire(pack_steps(steps))
-    back = unpack_steps(unpack(frames)[1], frames, make_hello())
-    assert [step.seq for step in back] == [3, 4, 5, 6]
+    back = unpack_steps(unpack(frames)[1], frames, make_spec())
+    assert [step.number for step in back] == [3, 4, 5, 6]
     for got, sent in zip(back, steps, strict=True):
         assert (got.finished, got.admitted, got.lost) == (sent.finished, sent.admitted, sent.lost)
         np.testing.assert_array_equal(got.spans, sent.spans)
@@ -145,12 +145,12 @@ def test_a_large_step_is_cut(rows_a_piece):
     step = make_step(9, spans, finished=[5], admitted=[admit(2, "b", 1, [4])])
     messages = [wire(one) for one in pack_all([step], rows_a_piece * step.rows_bytes // 11)]
     back = [one for frames in messages
-            for one in unpack_steps(unpack(frames)[1], frames, make_hello())]  # fmt: skip
+            for one in unpack_steps(unpack(frames)[1], frames, make_spec())]  # fmt: skip
     assert [one.part for one in back] == list(range(-(-11 // rows_a_piece)))
     assert [one.has_more for one in back] == [True] * (len(back) - 1) + [False]
-    assert {one.seq for one in back} == {9}
+    assert {one.number for one in back} == {9}
     assert (back[0].finished, back[0].admitted) == (step.finished, step.admitted)
-    assert not any(one.finished or one.admitted or one.host_s for one in back[1:])
+    assert not any(one.finished or one.admitted or one.hook_s for one in back[1:])
     assert all(len(one.topk_ids) == one.spans[:, 2].sum() <= rows_a_piece for one in back)
     for name in ("topk_ids", "topk_weights"):
         got = np.concatenate([getattr(one, name) for one in back])
@@ -159,7 +159,7 @@ def test_a_large_step_is_cut(rows_a_piece):
 
 
 def test_what_fits_and_what_was_joined_is_one_message():
-    steps = [make_step(seq, [(0, seq, 1)]) for seq in range(4)]
+    steps = [make_step(number, [(0, number, 1)]) for number in range(4)]
     assert len(pack_all(steps, max_bytes=1)) == 1
     assert len(pack_all([make_step(0, [(0, 0, 90)], lost="paused")], max_bytes=1)) == 1
     assert len(pack_all([make_step(0, finished=[1])], max_bytes=1)) == 1

@@ -24,7 +24,7 @@ def test_arms_are_parsed():
 
 @pytest.mark.parametrize("texts", [["stock"], ["stock", "stock"]])
 def test_two_arms_or_more_of_different_names_are_wanted(texts):
-    with pytest.raises(CommandError, match="two arms or more"):
+    with pytest.raises(CommandError, match="expected two or more"):
         arms.parse_all(texts)
 
 
@@ -45,7 +45,7 @@ def test_the_commands_of_the_built_in_arms():
     assert set(expected) == set(arms.BUILT_IN)
     for name, command in expected.items():
         line = Arm(name=name).command_line(model, 81)
-        assert line == [sys.executable, *command, "--port", "81"]
+        assert line == [sys.executable, "-P", *command, "--port", "81"]
     custom = Arm.parse("x=run --port {port} 'a b'")
     assert custom.command_line(model, 81) == ["run", "--port", "81", "a b"]
 
@@ -59,7 +59,7 @@ def test_commands_are_told_as_one_types_them(tmp_path):
     )
     every = [Arm(name="moescope"), Arm(name="x", command="y {port}"), Arm(name="z", url="http://z")]
     assert launcher.commands(every) == {
-        "moescope": "python -m moescope serve 'a model' --served-model-name demo "
+        "moescope": "python -P -m moescope serve 'a model' --served-model-name demo "
         "--host 127.0.0.1 --port {port}",
         "x": "y {port}",
         "z": "http://z",

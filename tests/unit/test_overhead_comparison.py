@@ -131,3 +131,32 @@ def test_outputs_are_compared_between_arms_and_within_an_arm():
         "between_arms": {"b": {"same": 4, "compared": 5}},
         "within_arm": {"same": 6, "compared": 7},
     }
+
+
+def as_json(measured):
+    return {
+        arm: {metric: one.as_json() for metric, one in by_metric.items()}
+        for arm, by_metric in comparison.differences(measured, 0).items()
+    }
+
+
+def test_what_equal_servers_differ_by_is_shown_of_the_headline_alone():
+    quiet = as_json(paired(again=[1.0, -1.0, 0.5], moescope=[1.0, 2.0, 3.0]))
+    assert comparison.telling(quiet) == comparison.METRICS
+    assert comparison.left_out(quiet) == ""
+    noisy = as_json(paired(again=[90.0, -60.0, 80.0], moescope=[1.0, 2.0, 3.0]))
+    assert list(comparison.telling(noisy)) == ["s_per_token", "engine_itl_ms"]
+    assert f"{len(comparison.METRICS) - 2} more in timing.json" in comparison.left_out(noisy)
+    # Without the same again nothing is known of the noise.
+    assert comparison.telling(as_json(paired(moescope=[90.0, -60.0, 80.0]))) == comparison.METRICS
+
+
+def test_one_noisy_metric_is_left_out():
+    wild = [made(1.0, mean_ttft_ms=value) for value in (0.3, 3.0, 9.0)]
+    measured = [
+        Round(order=(STOCK, STOCK_AGAIN), passes={STOCK: made(1.0), STOCK_AGAIN: one, "b": one})
+        for one in wild
+    ]
+    differences = as_json(measured)
+    assert comparison.METRICS.keys() - comparison.telling(differences) == {"mean_ttft_ms"}
+    assert "1 more in timing.json" in comparison.left_out(differences)

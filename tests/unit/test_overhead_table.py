@@ -5,10 +5,10 @@ from __future__ import annotations
 import orjson
 import pytest
 
+from benchmarks.gpu import overhead_table
+from benchmarks.gpu.loads import ENGINE_ITL, TPOT, WALL, workloads
+from benchmarks.gpu.overhead_table import BEGIN, END, verdict
 from moescope.errors import FormatError
-from tests.bench import overhead_table
-from tests.bench.overhead_table import BEGIN, END, verdict
-from tests.gpu.loads import ENGINE_ITL, TPOT, WALL, workloads
 
 BATCH_1, DECODE = (one.name for one in workloads()[:2])
 PREFILL = next(one.name for one in workloads() if one.name.startswith("prefill"))
@@ -24,7 +24,7 @@ def difference(percent, low, high, *, noise=0.0):
     }
 
 
-def measured(*, rounds=5, complete=True, host_us=42.3, first="stock", **by_arm):
+def measured(*, rounds=5, complete=True, hook_us=42.3, first="stock", **by_arm):
     """What a sitting measured: the same difference in every metric that is shown."""
     names = {name.replace("_", "-"): one for name, one in by_arm.items()}
     median = {
@@ -38,7 +38,7 @@ def measured(*, rounds=5, complete=True, host_us=42.3, first="stock", **by_arm):
         "arms": {
             name: {
                 "median": median,
-                "host_us_per_step": host_us if name != first else None,
+                "hook_us_per_step": hook_us if name != first else None,
                 "rows_captured": 1_000 if name != first else 0,
                 "rows_lost": 3 if name != first else 0,
             }

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from builders import admit, make_hello, make_rows, make_step
+from builders import admit, make_rows, make_spec, make_step
 
 from moescope.trace import Source
 from moescope_service.collector.arena import FILLED
-from moescope_service.collector.reassembly import CAUSES, Reassembler, Rows
+from moescope_service.collector.reassembly import Reassembler
+from moescope_service.collector.rows import CAUSES, Rows
 
-C, H, M = Source.COMPUTED, Source.CACHED, Source.MISSING
+C, H, M, R = Source.COMPUTED, Source.CACHED, Source.MISSING, Source.RECALLED
 
 
 class Worker:
     """Steps in order, and the last one's ends."""
 
-    def __init__(self, **hello):
-        self.reassembler = Reassembler(make_hello(**hello))
-        self.seq = 0
+    def __init__(self, *, prefix_bytes=0, **spec):
+        self.reassembler = Reassembler(make_spec(**spec), prefix_bytes=prefix_bytes)
+        self.next_step = 0
 
     def step(self, spans=(), **changes):
-        self.ended, self.written = self.reassembler.apply(make_step(self.seq, spans, **changes))
-        self.seq += 1
+        self.ended, self.written = self.reassembler.apply(
+            make_step(self.next_step, spans, **changes)
+        )
+        self.next_step += 1
         return self.written
 
     def end(self, handle=0):
@@ -157,6 +160,22 @@ def test_a_copied_block(worker):
     check(worker.end(1), [H] * 2 + [C] * 3)
 
 
+def test_a_copied_block_gives_the_cached_tokens_alone(worker):
+    """What stands behind them in the source is of another sequence, until it is routed anew."""
+    worker.step([(0, 0, 4)], admitted=[admit(0, "a", 4, [1])])
+    worker.step([(1, 0, 4)], admitted=[admit(1, "b", 8, [2])])
+    # "b" was preempted: its rows are in a block that another one has by now.
+    worker.step([(1, 2, 1)], resumed=[admit(1, "b", 8, [7], cached=2)], block_copies=[(1, 7)])
+    check(worker.end(1), [C, C, C, M])
+
+
+def test_a_copied_block_is_missing_where_hits_are_not_trusted():
+    worker = Worker(trust_prefix_hits=False)
+    worker.step([(0, 0, 4)], admitted=[admit(0, "a", 4, [1])])
+    worker.step([(1, 2, 3)], admitted=[admit(1, "b", 5, [7, 8], cached=2)], block_copies=[(1, 7)])
+    check(worker.end(1), [M] * 2 + [C] * 3)
+
+
 def test_hits_are_missing_where_they_are_not_trusted():
     worker = Worker(trust_prefix_hits=False)
     worker.step([(0, 0, 8)], admitted=[admit(0, "a", 8, [1, 2])])
@@ -184,7 +203,7 @@ def test_tables_grow(worker):
 
 def test_a_lost_step_gives_up_what_was_known(worker):
     worker.step([(0, 0, 4)], admitted=[admit(0, "a", 8, [1, 2])])
-    worker.seq += 1
+    worker.next_step += 1
     assert worker.step([(0, 5, 1)]).topk_ids.shape[0] == 0
     assert worker.reassembler.gaps == 1
     worker.step([(1, 4, 1)], admitted=[admit(1, "b", 5, [1, 3], cached=4)])
@@ -194,12 +213,12 @@ def test_a_lost_step_gives_up_what_was_known(worker):
 def test_what_was_given_up_ends_with_nothing(worker):
     """Its worker may know of no gap: nobody else would say that it has ended."""
     worker.step([(0, 0, 4), (1, 0, 4)], admitted=[admit(0, "a", 4, [1]), admit(1, "b", 4, [2])])
-    worker.seq += 1
+    worker.next_step += 1
     worker.step([(2, 0, 4)], admitted=[admit(2, "c", 4, [3])])
-    worker.seq += 1
+    worker.next_step += 1
     check(worker.end(0), [])
     assert worker.ended[0][0] == "a"
-    assert worker.ended[0][1].lacking == CAUSES["not_captured"]
+    assert worker.ended[0][1].cause_beyond == CAUSES["not_captured"]
     worker.step(finished=[1, 2])
     assert [name for name, _ in worker.ended] == ["b", "c"]
     worker.step(finished=[0, 1, 2])
@@ -208,7 +227,7 @@ def test_what_was_given_up_ends_with_nothing(worker):
 
 def test_a_handle_of_a_sequence_that_was_given_up_belongs_to_its_next_one(worker):
     worker.step([(0, 0, 4)], admitted=[admit(0, "a", 4, [1])])
-    worker.seq += 1  # its end was in there
+    worker.next_step += 1  # its end was in there
     worker.step([(0, 0, 4)], admitted=[admit(0, "b", 4, [1])])
     check(worker.end(0), [C] * 4)
     assert worker.ended[0][0] == "b"
@@ -227,7 +246,7 @@ def test_a_step_in_pieces_is_the_same(worker):
     for piece in cut(worker):
         _, written = worker.reassembler.apply(piece)
         assert len(written.topk_ids) == 2
-    worker.seq += 1
+    worker.next_step += 1
     check(worker.end(0), [C] * 8)
     check(worker.end(1), [C] * 4)
     assert worker.reassembler.gaps == 0
@@ -240,7 +259,7 @@ def test_a_lost_piece_gives_up_what_was_known(worker, lost):
     del pieces[lost]
     for piece in pieces:
         worker.reassembler.apply(piece)
-    worker.seq += 1
+    worker.next_step += 1
     worker.step(finished=[0, 1])
     assert all(not len(rows.source) for _, rows in worker.ended)
     assert worker.reassembler.gaps > 0
@@ -248,14 +267,14 @@ def test_a_lost_piece_gives_up_what_was_known(worker, lost):
 
 def test_a_gap_with_more_sequences_than_the_table_holds(worker):
     """The admission of handle 64 was lost: its rows are nobody's, the others' are kept."""
-    worker.seq += 1
+    worker.next_step += 1
     worker.step([(63, 0, 4)], admitted=[admit(63, "a", 8, [1, 2])])
     worker.step([(63, 4, 2), (64, 9, 1)])
     check(worker.end(63), [C] * 6)
 
 
 def test_a_resumed_sequence_whose_admission_was_lost_keeps_its_rows_from_there(worker):
-    worker.seq += 1
+    worker.next_step += 1
     worker.step([(0, 0, 5)], resumed=[admit(0, "a", 0, [1, 2])])
     check(worker.end(), [C] * 5)
 
@@ -276,3 +295,50 @@ def test_rows_are_cut_and_filled_up():
     check(rows.resized(5), [C, H, C, M, M])
     assert rows.resized(0).topk_ids.shape == (0, 2, 2)
     assert rows.resized(5).topk_ids.dtype == np.uint8
+
+
+@pytest.fixture
+def recalling():
+    """A worker with a sequence of two full blocks that has ended, and whose blocks were taken."""
+
+    def run(**of_the_second_step):
+        worker = Worker(prefix_bytes=2**16)
+        worker.step([(0, 0, 4)], admitted=[admit(0, "a", 8, [5, 6])], filled=[(5, "five")])
+        worker.step([(0, 4, 4)], filled=[(6, "six")], **of_the_second_step)
+        worker.end()
+        worker.step([(1, 0, 8)], admitted=[admit(1, "b", 8, [5, 6])], rows=make_rows(100, 8))
+        return worker
+
+    return run
+
+
+def load(worker, *blocks):
+    """Load blocks, and run a sequence on them."""
+    worker.step(loaded=blocks)
+    numbers = [block for block, _ in blocks]
+    worker.step([(2, 8, 1)], admitted=[admit(2, "c", 9, [*numbers, 9], 8)])
+    return worker.end(2)
+
+
+def test_rows_come_back_with_their_prefix(recalling):
+    worker = recalling()
+    check(load(worker, (7, "five"), (8, "six")), [R] * 8 + [C])
+    worker.step([(3, 8, 1)], admitted=[admit(3, "d", 9, [7, 8, 4], 8)])
+    check(worker.end(3), [R] * 8 + [C])  # as a hit, too
+
+
+def test_other_prefixes_and_blocks_that_end_within_a_load_have_no_rows(recalling):
+    check(load(recalling(), (7, "five"), (8, "")), [R] * 4 + [M] * 4 + [C])
+    check(load(recalling(), (7, "other"), (8, "six")), [M] * 4 + [R] * 4 + [C])
+
+
+def test_a_block_that_lacks_a_row_is_not_kept(recalling):
+    check(load(recalling(lost="paused"), (7, "five"), (8, "six")), [R] * 4 + [M] * 4 + [C])
+
+
+def test_blocks_of_before_a_gap_are_not_kept():
+    worker = Worker(prefix_bytes=2**16)
+    worker.step([(0, 0, 4)], admitted=[admit(0, "a", 4, [5])], filled=[(5, "five")])
+    worker.next_step += 1
+    worker.step([(1, 0, 4)], admitted=[admit(1, "b", 4, [5])], rows=make_rows(100, 4))
+    check(load(worker, (7, "five"), (8, "")), [M] * 8 + [C])

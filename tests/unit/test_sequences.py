@@ -6,21 +6,21 @@ import itertools
 
 import numpy as np
 import pytest
-from builders import Clock, make_hello, make_register, make_rows
+from builders import Clock, make_register, make_rows, make_spec
 
 from moescope.trace import Source
 from moescope_service.collector.arena import FILLED
-from moescope_service.collector.reassembly import Rows
+from moescope_service.collector.rows import Rows
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S, Sequences
 
-HELLO = make_hello()
+SPEC = make_spec()
 PROMPT, OUTPUT = np.array([1, 2, 3, 4], np.int32), np.array([5, 6], np.int32)
 
 
 def make_sequence_rows(num_rows=5):
     ids, weights = make_rows(0, num_rows)
     return Rows(
-        HELLO.layers,
+        SPEC.layers,
         ids,
         weights,
         np.zeros(num_rows, np.uint8),
@@ -40,7 +40,7 @@ def sequences(clock):
 
 
 def trace(sequence, **changes):
-    return sequence.trace(HELLO, **{"timed_out": False, "with_token_ids": True} | changes)[0]
+    return sequence.trace(SPEC, **{"timed_out": False, "with_token_ids": True} | changes)[0]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_a_sequence_is_ready_when_all_have_reported(sequences, order):
     assert built.complete
     assert len(sequences) == 1
     sequences.close(found[-1])
-    assert (len(sequences), sequences.find("a"), sequences._by_id) == (0, [], {})
+    assert (len(sequences), list(sequences.ids.any("a").values()), len(sequences.ids)) == (0, [], 0)
 
 
-def test_surplus_rows_are_cut_and_lacking_ones_are_missing(sequences):
+def test_surplus_rows_are_cut_and_absent_ones_are_missing(sequences):
     for name, num_rows, coverage in (("a", 7, 1.0), ("b", 5, 1.0), ("c", 3, 0.6), ("d", 0, 0.0)):
         sequences.register(make_register(name), PROMPT)
         sequences.finish(f"{name}-i", "length", OUTPUT)
@@ -88,7 +88,7 @@ def test_a_missing_row_makes_a_trace_incomplete(sequences):
 def test_a_prompt_of_one_token_without_output_has_no_rows(sequences):
     sequences.register(make_register("a", prompt_len=1), PROMPT[:1])
     sequences.finish("a-i", "abort", OUTPUT[:0])
-    built = trace(sequences.end("a-i", Rows.nothing(HELLO)))
+    built = trace(sequences.end("a-i", Rows.nothing(SPEC)))
     assert (built.num_rows, built.coverage) == (0, 1.0)
 
 
@@ -156,23 +156,26 @@ def test_a_finish_of_nobody_is_nothing(sequences):
 def test_ids_find_a_sequence_until_it_is_let_go(sequences):
     first = sequences.register(make_register("a"), PROMPT)
     second = sequences.register(make_register("b", ids=["a", "b-i"]), PROMPT)
-    assert sequences.find("a") == [first, second]
+    assert list(sequences.ids.any("a").values()) == [first, second]
     sequences.add_id(first, "alias")
     sequences.add_id(first, "alias")
-    assert sequences.find("alias") == [first]
+    assert list(sequences.ids.any("alias").values()) == [first]
     sequences.discard_ids(first)
-    assert (sequences.find("a"), sequences.find("alias")) == ([second], [])
+    assert (list(sequences.ids.any("a").values()), list(sequences.ids.any("alias").values())) == (
+        [second],
+        [],
+    )
     sequences.add_id(first, "again")
-    assert sequences.find("again") == []
+    assert list(sequences.ids.any("again").values()) == []
     assert len(sequences) == 2
     sequences.close(first)
     sequences.close(second)
-    assert sequences._by_id == {}
+    assert len(sequences.ids) == 0
 
 
 def test_an_opted_out_sequence_is_found_by_nobody(sequences):
     sequence = sequences.register(make_register("a", keep=False), PROMPT)
-    assert sequences.find("a") == []
+    assert list(sequences.ids.any("a").values()) == []
     sequences.finish("a-i", "stop", OUTPUT)
     sequences.end("a-i", make_sequence_rows())
     sequences.close(sequence)
@@ -182,3 +185,37 @@ def test_an_opted_out_sequence_is_found_by_nobody(sequences):
 def test_uids_grow(sequences):
     uids = [sequences.register(make_register(name), PROMPT).uid for name in "abc"]
     assert uids == sorted(set(uids))
+
+
+def test_all_that_is_held_is_counted_and_let_go(sequences, clock):
+    ids = [f"{'x' * 500}{number}" for number in range(3)]
+    sequence = sequences.register(make_register("a", ids=ids), np.zeros(1000, np.int32))
+    assert sequences.size_bytes > 1500 + 4000
+    sequences.add_id(sequence, "y" * 500)
+    registered = sequences.size_bytes
+    assert registered > 2000 + 4000
+    sequences.finish("a-i", "stop", np.zeros(1000, np.int32))
+    assert sequences.size_bytes == registered + 4000
+    sequences.end("a-i", make_sequence_rows(1000))
+    assert sequences.size_bytes == registered + 4000 + make_sequence_rows(1000).size_bytes
+    sequences.discard_ids(sequence)
+    sequences.close(sequence)
+    assert sequences.size_bytes == 0
+    for _ in range(2):
+        sequences.end("nobody", make_sequence_rows(1000))
+    sequences.end("late-i", make_sequence_rows(1000))
+    assert sequences.size_bytes > 2 * make_sequence_rows(1000).size_bytes
+    sequences.close(sequences.register(make_register("late"), PROMPT))
+    clock.now_s += API_TIMEOUT_S + 1
+    sequences.overdue()
+    assert sequences.size_bytes == 0
+
+
+def test_a_sequence_is_overdue_once(sequences, clock):
+    """It was told twice how it ended, in the same moment."""
+    sequence = sequences.register(make_register("a"), None)
+    for _ in range(2):
+        sequences.finish("a-i", "stop", np.array([5], np.int32))
+    clock.now_s += WORKER_TIMEOUT_S
+    assert sequences.overdue() == [sequence]
+    assert sequences.overdue() == []

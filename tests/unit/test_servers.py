@@ -1,10 +1,12 @@
 import os
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+import moescope
 from moescope import CommandError, servers
 
 
@@ -116,10 +118,25 @@ def test_the_plugin_is_loaded_where_it_is_installed():
 
 
 def test_the_commands():
-    assert servers.captured_command(["m", "--x"])[1:] == ["-m", "moescope", "serve", "m", "--x"]
-    assert servers.stock_command(["--x"])[1:] == [
-        "-m", "vllm.entrypoints.launchers.api_server.entry", "--x",
+    assert servers.captured_command(["m", "--x"])[1:] == [
+        "-P", "-m", "moescope", "serve", "m", "--x",
     ]  # fmt: skip
+    assert servers.stock_command(["--x"])[1:] == [
+        "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--x",
+    ]  # fmt: skip
+
+
+def test_a_server_imports_what_is_installed_whatever_lies_in_the_working_directory(tmp_path):
+    for name in ("moescope", "vllm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
+    started = servers.captured_command(["--help"])[:-2]  # without `serve --help`, which wants vLLM
+    done = subprocess.run(
+        [*started, "--version"],
+        check=False, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"moescope {moescope.__version__}\n"
 
 
 def test_a_second_interruption_while_a_server_ends_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -14,76 +14,18 @@ from moescope_service.settings import (
     export,
     flag,
     is_enabled,
-    parse_layers,
-    parse_size,
     variable,
 )
 
-NAMES = [field.name for field in dataclasses.fields(Settings)]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1", 1), ("1000", 1000), ("1k", 1000), ("1KiB", 1024), ("512MB", 512 * 10**6),
-     ("1GiB", 2**30), (" 1.5 gib ", 3 * 2**29), ("2g", 2 * 10**9), ("7b", 7)],
-)  # fmt: skip
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "0GiB", "-1", "GiB", "1 TiB", "one", "1e9", "0.1"])
-def test_what_is_no_size(text):
-    with pytest.raises(ValueError, match="is no size") as caught:
-        parse_size(text)
-    assert repr(text) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [
-        ("0", (0,)),
-        ("0,5-7", (0, 5, 6, 7)),
-        (" 3 - 4 , 1", (3, 4, 1)),
-        ("2,2,1-3", (2, 1, 3)),
-        ("5-5", (5,)),
-    ],
-)
-def test_layers(text, layers):
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize("text", ["", ",", "a", "1,", "3-1", "-1", "1-", "1--2", "1.5", "10000"])
-def test_what_is_no_list_of_layers(text):
-    with pytest.raises(ValueError, match="is no list of layers") as caught:
-        parse_layers(text)
-    assert repr(text) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("0-9999,0", "names more than 10,000 layers"),
-        (",".join(["0-9998"] * 140), "names more than 10,000 layers"),
-        (",".join(map(str, range(400))), "at most 1000 characters, got 1489"),
-    ],
-)
-def test_what_a_list_of_layers_costs_is_bounded(text, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        parse_layers(text)
-    assert len(str(caught.value)) < 1200
-
-
-def test_every_layer_by_its_number():
-    assert parse_layers(",".join(map(str, range(200)))) == tuple(range(200))
-    assert len(parse_layers("0-9999")) == 10_000
+NAMES = [field.metadata["name"] for field in dataclasses.fields(Settings)]
 
 
 def test_defaults():
     assert Settings.from_env({}) == Settings()
     found = Settings()
-    assert (found.memory, found.queue) == (2**30, 64 * 2**20)
-    assert (found.weights_dtype, found.default, found.token_ids) == ("float16", "on", "on")
-    assert (found.log, found.log_layers, found.allow_untested_vllm) == (None, None, "off")
+    assert (found.memory_bytes, found.queue_bytes) == (2**30, 64 * 2**20)
+    assert (found.weights_dtype, found.kept_share, found.keeps_token_ids) == ("float16", 1.0, True)
+    assert (found.log, found.log_layers, found.allows_untested_vllm) == (None, None, False)
 
 
 def test_variables_are_read_and_empty_ones_are_not():
@@ -94,7 +36,8 @@ def test_variables_are_read_and_empty_ones_are_not():
             "MOESCOPE_ROUTES_QUEUE": "",
         }
     )
-    assert (found.memory, found.default, found.queue) == (2**20, "off", 64 * 2**20)
+    assert (found.memory_bytes, found.keeps_by_default) == (2**20, False)
+    assert found.queue_bytes == 64 * 2**20
 
 
 def test_the_variables_of_the_older_log_name_the_log_and_ours_win():
@@ -115,13 +58,34 @@ def test_an_error_names_the_variable_and_the_value(name, value):
     assert value in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["MEMORY", "QUEUE", "PREFIX_MEMORY"])
+def test_no_more_memory_than_there_is(name):
+    variable_name, most = f"MOESCOPE_ROUTES_{name}", settings.memory_bytes()
+    assert Settings.from_env({variable_name: f"{most}"})
+    with pytest.raises(ValueError, match=f"^invalid {variable_name} '{most + 1}': expected at mo"):
+        Settings.from_env({variable_name: f"{most + 1}"})
+    env: dict[str, str] = {}
+    option = f"--routes-{name.lower().replace('_', '-')}"
+    flags = parse(option, f"{most + 1}")
+    with pytest.raises(ValueError, match=rf"^invalid {option} .* machine's memory"):
+        export(flags, env)
+    assert env == {}
+
+
+def test_a_log_may_be_larger_than_the_memory():
+    size = 2 * settings.memory_bytes()
+    found = Settings.from_env({"MOESCOPE_ROUTES_LOG_MAX_BYTES": f"{size}"})
+    assert found.log_max_bytes == size
+
+
 def test_an_error_names_the_older_variable_where_that_was_given():
-    with pytest.raises(ValueError, match=r"^VLLM_LOG_MOE_LAYER: 'x'"):
+    with pytest.raises(ValueError, match=r"^invalid VLLM_LOG_MOE_LAYER 'x': expected"):
         Settings.from_env({"VLLM_LOG_MOE_LAYER": "x"})
 
 
 def parse(*argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    # vLLM's help tells the defaults that it knows in this way too.
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     settings.add_arguments(parser)
     return parser.parse_args(argv)
 
@@ -142,13 +106,13 @@ def test_flags_are_written_to_the_environment():
     assert env["MOESCOPE_ROUTES_MEMORY"] == "2GiB"
     assert env["MOESCOPE_ROUTES_LOG_LAYERS"] == "1-2"
     assert "MOESCOPE_ROUTES_DEFAULT" not in env
-    assert (found.memory, found.queue, found.log_layers) == (2**31, 2**20, (1, 2))
+    assert (found.memory_bytes, found.queue_bytes, found.log_layers) == (2**31, 2**20, (1, 2))
     assert found == Settings.from_env(env)
 
 
 def test_an_error_names_the_flag_and_nothing_is_written():
     env: dict[str, str] = {}
-    with pytest.raises(ValueError, match=r"^--routes-memory: 'lots'"):
+    with pytest.raises(ValueError, match=r"^invalid --routes-memory 'lots': expected"):
         export(parse("--routes-memory", "lots"), env)
     assert env == {}
 
@@ -171,21 +135,58 @@ def test_enabled(env, enabled):
 
 @pytest.mark.parametrize(("text", "seconds"), [("60", 60.0), ("0.5", 0.5), ("3600", 3600.0)])
 def test_the_window_of_the_metrics(text, seconds):
-    assert Settings.from_env({"MOESCOPE_ROUTES_METRICS_WINDOW": text}).metrics_window == seconds
+    assert Settings.from_env({"MOESCOPE_ROUTES_METRICS_WINDOW": text}).metrics_window_s == seconds
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "3601", "1m", "nan", "inf", ""])
 def test_what_is_no_window(text):
-    with pytest.raises(ValueError, match=r"^MOESCOPE_ROUTES_METRICS_WINDOW: .* is no window"):
+    with pytest.raises(ValueError, match=r"_METRICS_WINDOW .*: expected seconds"):
         Settings.from_env({"MOESCOPE_ROUTES_METRICS_WINDOW": text or " "})
 
 
 @pytest.mark.parametrize(("text", "share"), [("1", 1.0), ("0.1", 0.1), ("0", 0.0), ("1e-3", 0.001)])
 def test_the_share_that_is_kept(text, share):
-    assert Settings.from_env({"MOESCOPE_ROUTES_SAMPLE": text}).sample == share
+    assert Settings.from_env({"MOESCOPE_ROUTES_SAMPLE": text}).sampled_share == share
 
 
 @pytest.mark.parametrize("text", ["-0.1", "1.1", "10%", "nan", "inf", " "])
 def test_what_is_no_share(text):
-    with pytest.raises(ValueError, match=r"^MOESCOPE_ROUTES_SAMPLE: .* is no share"):
+    with pytest.raises(ValueError, match=r"^invalid MOESCOPE_ROUTES_SAMPLE .*: expected a share"):
         Settings.from_env({"MOESCOPE_ROUTES_SAMPLE": text})
+
+
+def test_names_of_hosts():
+    found = Settings.from_env(
+        {"MOESCOPE_ROUTES_ALLOWED_HOSTS": "moe.example.org, Box.lan.,10.0.0.1"}
+    )
+    assert found.allowed_hosts == {"moe.example.org", "box.lan", "10.0.0.1"}
+
+
+@pytest.mark.parametrize("text", ["https://a.b", "a.b:80", "a.b/", "a,,b", "*", "*.a.b", " ", "-a"])
+def test_what_is_no_name_of_a_host(text):
+    with pytest.raises(
+        ValueError, match=r"^invalid MOESCOPE_ROUTES_ALLOWED_HOSTS .*: expected host"
+    ):
+        Settings.from_env({"MOESCOPE_ROUTES_ALLOWED_HOSTS": text})
+
+
+def test_the_admin_key_is_shown_nowhere(capsys):
+    env = {"MOESCOPE_ROUTES_ADMIN_KEY": "from-the-environment"}
+    args = parse("--routes-admin-key", "from-a-flag")
+    found = export(args, env)
+    assert (found.admin_key, env["MOESCOPE_ROUTES_ADMIN_KEY"]) == ("from-a-flag", "from-a-flag")
+    assert "from-a-flag" not in f"{found!r} {args!r}", "vLLM logs the flags that were given"
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "from-a-flag" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["two words", "sch\xf6n", "tab\t", " "])
+def test_an_admin_key_that_no_header_carries(key):
+    for read in (
+        lambda: Settings.from_env({"MOESCOPE_ROUTES_ADMIN_KEY": key}),
+        lambda: export(parse("--routes-admin-key", key), {}),
+    ):
+        with pytest.raises(ValueError, match=r"(?i)admin.key: expected visible ASCII") as caught:
+            read()
+        assert key.strip() == "" or key not in str(caught.value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moescope.trace import RouteTrace
-from moescope_service.collector.store import OVERHEAD_BYTES, Kept, TraceStore
+from moescope_service.collector.store import OVERHEAD_BYTES, Kept, TraceStore, id_bytes
 
 
 def make_kept(uid, *ids, num_rows=3, created_s=0.0, index=0):
@@ -23,20 +23,28 @@ def make_kept(uid, *ids, num_rows=3, created_s=0.0, index=0):
 SIZE = make_kept(1, "a").size_bytes
 
 
+def found(store, request_id):
+    return store.newest(store.ids.any(request_id)).kept
+
+
 def uids(kept):
     return [one.uid for one in kept]
 
 
 def test_a_trace_costs_its_arrays_and_some_more():
-    assert make_kept(1, "a", num_rows=10).size_bytes == OVERHEAD_BYTES + 10 * (4 + 8 + 1) + 8 + 1
+    arrays = 10 * (4 + 8 + 1) + 8
+    kept = make_kept(1, "a", num_rows=10)
+    assert kept.size_bytes == OVERHEAD_BYTES + arrays + 2 * id_bytes("a")  # one is the trace's own
+    longer = make_kept(1, "ä" * 500, num_rows=10)
+    assert 2 * 499 <= longer.size_bytes - kept.size_bytes <= 2 * 1100
 
 
 def test_every_id_finds_a_trace():
     store = TraceStore(10 * SIZE)
     store.add(make_kept(1, "a", "b/c", "a-internal"))
     for request_id in ("a", "b/c", "a-internal"):
-        assert uids(store.find(request_id)) == [1]
-    assert store.find("c") == []
+        assert uids(found(store, request_id)) == [1]
+    assert found(store, "c") == []
     assert len(store) == 1
 
 
@@ -50,7 +58,7 @@ def test_the_newest_request_comes_first_and_its_choices_in_order():
         (5, 20.0, 0),
     ):
         store.add(make_kept(uid, "a", created_s=created_s, index=index))
-    assert uids(store.find("a")) == [5, 4, 3, 2, 1]
+    assert uids(found(store, "a")) == [5, 4, 3, 2, 1]
 
 
 def test_the_oldest_make_room_and_are_remembered():
@@ -59,7 +67,7 @@ def test_the_oldest_make_room_and_are_remembered():
         store.add(make_kept(uid, request_id))
     assert (uids(store), store.size_bytes, store.num_evicted) == ([2, 3, 4], 3 * SIZE, 2)
     assert [store.was_evicted(request_id) for request_id in "abcde"] == [True, True] + [False] * 3
-    assert store.find("a") == []
+    assert found(store, "a") == []
 
 
 def test_a_trace_that_does_not_fit_at_all_is_evicted_itself():
@@ -89,7 +97,7 @@ class TestARequestIsKeptAsAWhole:
             store.add(make_kept(uid, *ids, index=int(index), created_s=created_s))
 
     def found(self, store, request_id):
-        return [kept.trace.index for kept in store.find(request_id)]
+        return [kept.trace.index for kept in found(store, request_id)]
 
     @pytest.fixture
     def store(self):
@@ -132,10 +140,10 @@ class TestARequestIsKeptAsAWhole:
         self.add(store, "a0", "a1", created_s=1.0)
         self.add(store, "a0", "a1", created_s=2.0)
         self.add(store, "a0", created_s=3.0)
-        assert [kept.trace.created_s for kept in store.find("a")] == [3.0, 2.0, 2.0]
-        assert (store.num_evicted, len(store.find("shared"))) == (2, 3)
-        for kept in store.find("shared"):
-            store.remove(kept)
+        assert [kept.trace.created_s for kept in found(store, "a")] == [3.0, 2.0, 2.0]
+        assert (store.num_evicted, len(found(store, "shared"))) == (2, 3)
+        for kept in found(store, "shared"):
+            store.remove(kept.uid)
         assert (len(store), store.size_bytes, store._requests) == (0, 0, {})
 
 
@@ -143,22 +151,27 @@ def test_removing_gives_every_byte_back():
     store = TraceStore(10 * SIZE)
     store.add(make_kept(1, "a", "shared"))
     store.add(make_kept(2, "b", "shared"))
-    store.add_id(store.find("b")[0], "later")
-    assert uids(store.find("later")) == [2]
-    store.remove(store.find("later")[0])
-    assert uids(store.find("shared")) == [1]
-    assert (store.find("b"), store.find("later"), store.was_evicted("b")) == ([], [], False)
-    store.remove(store.find("a")[0])
-    assert (len(store), store.size_bytes, store._uids, store._requests) == (0, 0, {}, {})
+    store.add_id("later", to="b")
+    assert uids(found(store, "later")) == [2]
+    store.remove(found(store, "later")[0].uid)
+    assert uids(found(store, "shared")) == [1]
+    assert (found(store, "b"), found(store, "later"), store.was_evicted("b")) == (
+        [],
+        [],
+        False,
+    )
+    store.remove(found(store, "a")[0].uid)
+    assert (len(store), store.size_bytes, store._requests) == (0, 0, {})
+    assert (store.ids._own, store.ids._any) == ({}, {})
 
 
 def test_one_more_id_is_added_once():
     store = TraceStore(10 * SIZE)
     store.add(make_kept(1, "a"))
     for _ in range(2):
-        store.add_id(store.find("a")[0], "b")
-    assert store.find("a")[0].ids == ("a", "b")
-    assert uids(store.find("b")) == [1]
+        store.add_id("b", to="a")
+    assert found(store, "a")[0].ids == ("a", "b")
+    assert uids(found(store, "b")) == [1]
 
 
 @pytest.mark.parametrize("limit", [1, OVERHEAD_BYTES])

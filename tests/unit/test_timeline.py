@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.gpu import timeline
+from benchmarks.gpu import timeline
 
 
 def event(name, ts, dur, *, cat="kernel", correlation=0, ph="X", stream=7):

@@ -65,6 +65,7 @@ def test_entropy_and_top_experts_are_per_layer():
     trace = dataclasses.replace(
         make_trace(num_rows=2, layers=(0, 3), top_k=2, weights=False), topk_ids=ids
     )
+    assert trace.entropy_bits() == pytest.approx([1.0, 1.5])
     assert trace.entropy() == pytest.approx([np.log(2), 1.5 * np.log(2)])
     assert trace.top_experts(1) == {0: [(0, 2, 0.5)], 3: [(5, 2, 0.5)]}
 

@@ -8,7 +8,7 @@ from builders import Clock, make_rows
 
 from moescope_service.collector import windows
 from moescope_service.collector.counters import ExpertCounters
-from moescope_service.collector.reassembly import Written
+from moescope_service.collector.rows import Written
 from moescope_service.collector.windows import MAX_WINDOW_S, SLICE_S, CountWindows
 
 

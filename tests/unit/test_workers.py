@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+
 import numpy as np
 import pytest
-from builders import make_hello, make_rows
+from builders import make_rows, make_spec
 
 from moescope.trace import Source
-from moescope_service.collector.reassembly import CAUSES, FILLED, Rows
+from moescope_service.collector.arena import FILLED
+from moescope_service.collector.rows import CAUSES, Rows
 from moescope_service.collector.workers import STAGE_TIMEOUT_S, Workers, merged_rows
-from moescope_service.messages import Hello
+from moescope_service.messages import CaptureSpec
+from moescope_service.processes import Process
 
 
 class Clock:
@@ -19,17 +24,17 @@ class Clock:
         return self.now_s
 
 
-def stage(number: int, layers: list[int], engine: int = 0, **changes: object) -> Hello:
-    return make_hello(stage=number, num_stages=2, layers=layers, engine=engine, **changes)
+def stage(number: int, layers: list[int], engine: int = 0, **changes: object) -> CaptureSpec:
+    return make_spec(stage=number, num_stages=2, layers=layers, engine=engine, **changes)
 
 
-def part(hello: Hello, num_rows: int, missing: dict[int, str] | None = None) -> Rows:
-    ids, weights = make_rows(hello.stage * 100, num_rows, hello)
+def part(spec: CaptureSpec, num_rows: int, missing: dict[int, str] | None = None) -> Rows:
+    ids, weights = make_rows(spec.stage * 100, num_rows, spec)
     source = np.full(num_rows, Source.COMPUTED, np.uint8)
     cause = np.full(num_rows, FILLED, np.uint8)
     for row, name in (missing or {}).items():
         source[row], cause[row] = Source.MISSING, CAUSES[name]
-    return Rows(hello.layers, ids, weights, source, cause, 0)
+    return Rows(spec.layers, ids, weights, source, cause, 0)
 
 
 @pytest.fixture
@@ -44,11 +49,11 @@ def workers(clock: Clock) -> Workers:
 
 def test_the_model_is_what_all_stages_of_an_engine_capture(workers: Workers) -> None:
     workers.add(b"late", stage(1, [4, 6], router_types=["Biased"], num_engines=2), None)
-    assert workers.model is None
+    assert workers.spec is None
     workers.add(b"early", stage(0, [1, 3], router_types=["Grouped"], num_engines=2), None)
-    assert workers.model is not None
-    assert workers.model.layers == [1, 3, 4, 6]
-    assert workers.model.router_types == ["Biased", "Grouped"]
+    assert workers.spec is not None
+    assert workers.spec.layers == [1, 3, 4, 6]
+    assert workers.spec.router_types == ["Biased", "Grouped"]
     assert not workers.are_complete  # the second engine is yet to come
     for number, layers in enumerate(([1, 3], [4, 6])):
         workers.add(b"%d" % number, stage(number, layers, engine=1, num_engines=2), None)
@@ -87,22 +92,41 @@ def test_a_sequence_has_ended_when_every_stage_has_told_so(workers: Workers) -> 
 
 
 def test_engines_end_their_own_sequences(workers: Workers) -> None:
-    hellos = [make_hello(engine=number, num_engines=2) for number in range(2)]
-    for number, hello in enumerate(hellos):
-        worker = workers.add(b"%d" % number, hello, None)
+    specs = [make_spec(engine=number, num_engines=2) for number in range(2)]
+    for number, spec in enumerate(specs):
+        worker = workers.add(b"%d" % number, spec, None)
         assert workers.is_first(worker)
-        assert workers.end(worker, f"of-{number}", part(hello, 1)) is not None
+        assert workers.end(worker, f"of-{number}", part(spec, 1)) is not None
 
 
 def test_a_stage_without_experts_is_not_waited_for(workers: Workers) -> None:
     workers.add(b"dense", stage(0, []), None)
-    hello = stage(1, [4, 6])
-    worker = workers.add(b"routed", hello, None)
+    spec = stage(1, [4, 6])
+    worker = workers.add(b"routed", spec, None)
     assert workers.are_complete
     assert workers.is_first(worker)
-    rows = workers.end(worker, "a", part(hello, 2))
+    rows = workers.end(worker, "a", part(spec, 2))
     assert rows is not None
     assert rows.layers == [4, 6]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_row_is_as_its_weakest_stage_has_it(order: int) -> None:
+    first, second = part(stage(0, [1, 3]), 4), part(stage(1, [4, 6]), 4)
+    first.source[:] = [Source.COMPUTED, Source.CACHED, Source.RECALLED, Source.RECALLED]
+    second.source[:] = [Source.CACHED, Source.RECALLED, Source.RECALLED, Source.MISSING]
+    rows = merged_rows([first, second][::order])
+    np.testing.assert_array_equal(rows.source, second.source, strict=True)
+
+
+def test_engines_share_the_memory_of_prefixes(clock: Clock) -> None:
+    workers = Workers(clock, prefix_bytes=2**20)
+    spec = make_spec(engine=0, num_engines=2)
+    worker = workers.add(b"one", spec, None)
+    for number in range(2**16):
+        worker.prefixes.put(str(number), make_rows(0, spec.block_size, spec))
+    assert 2**19 - 100 < worker.prefixes.size_bytes <= 2**19
+    assert workers.size_bytes == worker.prefixes.size_bytes
 
 
 def test_a_row_that_one_stage_lacks_is_missing(workers: Workers) -> None:
@@ -134,10 +158,27 @@ def test_a_stage_that_never_tells_costs_its_rows_and_not_the_trace(
 
 
 def test_a_worker_that_comes_again_takes_its_own_place(workers: Workers) -> None:
-    hello = make_hello()
-    before = workers.add(b"one", hello, None)
+    spec = make_spec()
+    before = workers.add(b"one", spec, None)
     before.gaps = 2
-    workers.add(b"two", hello, None)
+    workers.add(b"two", spec, None)
     assert list(workers) == [b"two"]
     assert workers.get(b"one") is None
     assert workers.num_gaps == 2
+
+
+def test_a_second_worker_that_runs_is_a_rival_and_none_that_has_ended(workers: Workers) -> None:
+    me = Process.current()
+    gone = dataclasses.replace(me, start_ticks=1)
+    parent = dataclasses.replace(me, pid=os.getppid())
+    spec = make_spec()
+    assert workers.rival(spec, me) is None
+    workers.add(b"gone", spec, None, gone)
+    assert workers.rival(spec, me) is None
+    workers.add(b"one", spec, None, me)
+    assert workers.rival(spec, me) is None  # it comes again
+    for other in (parent, gone, None):
+        assert workers.rival(spec, other) == me
+    assert workers.rival(make_spec(engine=1), parent) is None
+    workers.add(b"again", spec, None, me)
+    assert workers.rival(spec, parent) == me

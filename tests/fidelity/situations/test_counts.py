@@ -6,8 +6,8 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.fidelity.reference import reference, reference_model
 from moescope_service.histogram import count_selections
-from tests.fidelity.bundled import reference, reference_model
 from tests.fidelity.situations.served import BUDGET, random_prompt, serve
 from tests.waiting import wait_until
 

@@ -95,6 +95,7 @@ def rows_of(trace: RouteTrace, count: int) -> RouteTrace:
         trace, topk_ids=trace.topk_ids[:count],
         topk_weights=None if trace.topk_weights is None else trace.topk_weights[:count],
         source=trace.source[:count], token_ids=trace.token_ids[: count + 1], num_tokens=count + 1,
+        prompt_len=min(trace.prompt_len, count + 1),
         complete=True,
     )  # fmt: skip
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.fidelity.bundled import Tally, reference_model
+from benchmarks.fidelity.reference import reference_model
+from tests.fidelity.bundled import Tally
 from tests.fidelity.situations.served import Served, check_tokens, random_prompt, serve
 
 RANK, SCALE = 4, 2.0

@@ -11,6 +11,7 @@ import pytest
 
 from moescope import Source
 from moescope.errors import RequestNotFoundError
+from moescope_service.vllm_contract.versions import vllm_version
 from tests.fidelity.bundled import Tally
 from tests.fidelity.situations.served import BLOCK, Served, check_tokens, random_prompt, serve
 
@@ -31,6 +32,8 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def drafting_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The same with n-gram drafts, without async scheduling; requests are kept that ask for it."""
+    if vllm_version().startswith("0.30."):
+        pytest.skip("the CPU build of vLLM 0.30 dies of drafts: it inspects a Triton kernel")
     log = tmp_path_factory.mktemp("drafting") / "drafting.log"
     drafts = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, '
     drafts += '"prompt_lookup_min": 1}'

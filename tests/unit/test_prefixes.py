@@ -1,0 +1,58 @@
+"""Rows of blocks that left the KV cache, within a bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moescope_service.collector.prefixes import PrefixStore, RowsOfBlock
+
+SHAPE = (4, 2, 2)
+BLOCK_BYTES = 4 * 2 * 2 * 3
+"""uint8 and float16."""
+
+
+def rows(value: int) -> RowsOfBlock:
+    return np.full(SHAPE, value, np.uint8), np.full(SHAPE, value / 8, np.float16)
+
+
+def value(store: PrefixStore, key: str) -> int | None:
+    found = store.get(key)
+    if found is None:
+        return None
+    ids, weights = found
+    assert (weights == ids / 8).all()
+    assert len(np.unique(ids)) == 1
+    return int(ids.flat[0])
+
+
+@pytest.fixture
+def store() -> PrefixStore:
+    """Of three blocks."""
+    return PrefixStore(4 * BLOCK_BYTES - 1, SHAPE, np.uint8, np.float16)
+
+
+def test_the_least_recently_used_makes_room(store: PrefixStore) -> None:
+    for number in range(3):
+        store.put(f"{number}", rows(number))
+    assert value(store, "0") == 0
+    store.put("1", rows(5))
+    store.put("3", rows(3))
+    assert [value(store, key) for key in "0123"] == [0, 5, None, 3]
+    assert store.size_bytes == 3 * BLOCK_BYTES
+
+
+def test_places_are_used_again_and_again(store: PrefixStore) -> None:
+    for number in range(100):
+        store.put(f"{number}", rows(number))
+        assert [value(store, f"{n}") for n in range(max(0, number - 2), number + 1)] == [
+            *range(max(0, number - 2), number + 1)
+        ]
+        assert value(store, f"{number - 3}") is None
+
+
+def test_without_memory_nothing_is_kept() -> None:
+    store = PrefixStore(0, SHAPE, np.uint8, np.float16)
+    store.put("a", rows(1))
+    assert store.get("a") is None
+    assert store.size_bytes == 0
