@@ -12,9 +12,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
+import transformers
 
 from moescope import Client, RouteTrace
 from moescope.errors import RequestNotFoundError
+from moescope_service.verify.schemes import Scheme, scheme_of
 
 TIMEOUT_S = 300.0
 TOKENS = 128
@@ -107,42 +110,58 @@ class Agreement:
     """(Token, layer) pairs in which an unselected expert is more probable than a selected one, by
     more than the router's float32 can hide."""
     largest_error: float = 0.0
-    """Of a weight, against the softmax in float64."""
+    """Of a weight, against the model's formula in float64."""
     largest_error_in_spacings: float = 0.0
     """The same in units of the weights' dtype: up to 0.5 is rounding alone."""
 
-    def add(self, trace: RouteTrace, position: int, logits: np.ndarray) -> None:
+    def add(
+        self, trace: RouteTrace, position: int, logits: np.ndarray, scheme: Scheme, eps: float
+    ) -> None:
         """Compare one row.
 
         Args:
-            trace: A trace whose weights are a softmax over all experts.
+            trace: A trace.
             position: The row.
             logits: ``[num_layers, num_experts]``.
+            scheme: The model's, which selects the experts of the largest logits.
+            eps: Of the dtype that the weights were rounded to, the coarsest one.
         """
         ids = trace.topk_ids[position].astype(np.int64)
-        scores = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-        want = np.take_along_axis(scores, ids, -1)
-        np.put_along_axis(scores, ids, 0.0, -1)  # what is left was not selected
-        hidden = 1.0 - 8 * np.finfo(np.float32).eps
-        self.not_top_k += int((want.min(-1) < scores.max(-1) * hidden).sum())
+        rest = logits.astype(np.float64)
+        exact = torch.from_numpy(rest.copy())
+        want = scheme.route(exact, torch.zeros(()), torch.from_numpy(ids))[1].numpy()
+        selected = np.take_along_axis(rest, ids, -1)
+        np.put_along_axis(rest, ids, -np.inf, -1)  # what is left was not selected
+        hidden = 8 * np.finfo(np.float32).eps
+        self.not_top_k += int((selected.min(-1) < rest.max(-1) - hidden).sum())
         if trace.topk_weights is None:
             raise ValueError(f"{trace.request_id} has no weights to compare")
         error = np.abs(trace.topk_weights[position].astype(np.float64) - want)
         if not np.isfinite(error).all():
             raise ValueError(f"{trace.request_id}, row {position}: the logits are not finite")
-        spacing = np.spacing(want.astype(trace.topk_weights.dtype)).astype(np.float64)
+        stored = np.spacing(want.astype(trace.topk_weights.dtype)).astype(np.float64)
+        spacing = np.maximum(stored, np.exp2(np.floor(np.log2(want))) * eps)
         self.rows += 1
         self.largest_error = max(self.largest_error, float(error.max()))
         in_spacings = float((error / spacing).max())
         self.largest_error_in_spacings = max(self.largest_error_in_spacings, in_spacings)
 
 
-def compare_logits(url: str, tapped: Path) -> Agreement:
-    """Compare routes with the softmax and top-k of the logits that `benchmarks.gpu.tap` saved."""
+def compare_logits(url: str, tapped: Path, model: Path) -> Agreement:
+    """Compare routes with what follows from the logits that `benchmarks.gpu.tap` saved.
+
+    Args:
+        url: The server.
+        tapped: The directory of the logits.
+        model: The model's directory.
+    """
+    scheme = scheme_of(transformers.AutoConfig.from_pretrained(model))
     traces: dict[str, RouteTrace | None] = {}
     agreement = Agreement()
     with Client(url) as client:
+        # vLLM's own routers give weights in float32, `TritonTopk` in the dtype of the logits.
+        is_triton = "TritonTopk" in client.info().router_types
+        eps = float(torch.finfo(torch.bfloat16 if is_triton else torch.float32).eps)
         for path in sorted(tapped.glob("*.npz")):
             with np.load(path) as saved:
                 columns = [saved[key] for key in ("request_ids", "positions", "logits")]
@@ -151,7 +170,7 @@ def compare_logits(url: str, tapped: Path) -> Agreement:
                     traces[name] = _trace(client, str(name))
                 trace = traces[name]
                 if trace is not None and position < trace.num_rows:
-                    agreement.add(trace, int(position), logits)
+                    agreement.add(trace, int(position), logits, scheme, eps)
     agreement.requests = sum(trace is not None for trace in traces.values())
     return agreement
 

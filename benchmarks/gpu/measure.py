@@ -140,7 +140,7 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
             "router_types": info.router_types,
             "ids_against_vllm": fidelity.compare_ids(answers) if runner == "v2" else None,
             "coverage": fidelity.coverage(server.url, answers),
-            "against_router_logits": fidelity.compare_logits(server.url, tapped),
+            "against_router_logits": fidelity.compare_logits(server.url, tapped, Path(args.model)),
         }
 
 

@@ -98,7 +98,7 @@ def _sharpen(scale: float) -> None:
     def load_and_sharpen(worker: Any, *args: Any, **kwargs: Any) -> None:
         load_model(worker, *args, **kwargs)
         for name, parameter in worker.model_runner.get_model().named_parameters():
-            if name.endswith(".mlp.gate.weight"):
+            if name.endswith((".mlp.gate.weight", ".mlp.router.weight")):
                 parameter.data.mul_(scale)
 
     setattr(load_and_sharpen, "sharpens", True)  # noqa: B010, to mypy it has no such attribute
@@ -152,7 +152,7 @@ class Tap:
         compute_routing = router._compute_routing
         if self._logits is None:
             num_layers, max_tokens, _ = sink.buffers.topk_ids.shape
-            shape = (num_layers, max_tokens, router.global_num_experts)
+            shape = (num_layers, max_tokens, sink.num_experts)
             self._logits = torch.zeros(
                 shape, dtype=torch.float32, device=sink.buffers.topk_ids.device
             )

@@ -2,7 +2,7 @@
 
 It writes a checkpoint of random weights, serves it in each dtype, and verifies it as it is and with
 each of `benchmarks.fidelity.planted.FAULTS`. It exits with 1 where one exit status is another than
-it must be::
+it must be. What was verified, and what came out, stands in ``verify.json``::
 
     python -m benchmarks.gpu.verify --shape DIRECTORY --out runs/verify --device cuda \
         -- --gpu-memory-utilization 0.25
@@ -11,6 +11,7 @@ it must be::
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import result
 from benchmarks.fidelity.planted import FAULTS, planted
 from benchmarks.gpu import random_checkpoint
 from moescope.servers import (
@@ -32,34 +34,46 @@ DTYPES = ("bfloat16", "float16", "float32")
 _START_TIMEOUT_S = 900.0
 
 
-def verify_all(url: str, model: Path, options: Sequence[str], faults: Sequence[str]) -> bool:
-    """Verify a server, as it is and with each fault; return whether all came out as they must."""
-    outcomes = {"as it is": (0, _verify(url, model, options))}
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one call of ``moescope verify`` said."""
+
+    wanted: int
+    """The exit status that it must have."""
+    exit: int
+    seconds: float
+    report: list[str]
+    """Its lines."""
+
+
+def verify_all(
+    url: str, model: Path, options: Sequence[str], faults: Sequence[str]
+) -> dict[str, Outcome]:
+    """Verify a server, as it is and with each fault."""
+    outcomes = {"as it is": _verify(0, url, model, options)}
     for fault in faults:
         with planted(url, fault) as faulty:
-            outcomes[fault] = (1, _verify(faulty, model, options))
-    for name, (wanted, got) in outcomes.items():
-        print(f"{'ok' if got == wanted else 'WRONG'}: {name}: exit {got}, wanted {wanted}")
-    return all(got == wanted for wanted, got in outcomes.values())
+            outcomes[fault] = _verify(1, faulty, model, options)
+    for name, one in outcomes.items():
+        is_right = one.exit == one.wanted
+        print(f"{'ok' if is_right else 'WRONG'}: {name}: exit {one.exit}, wanted {one.wanted}")
+    return outcomes
 
 
-def _verify(url: str, model: Path, options: Sequence[str]) -> int:
-    command = [
-        *(sys.executable, "-P", "-m", "moescope", "verify"),
-        "--url",
-        url,
-        "--model",
-        str(model),
-    ]
-    command += options
+def _verify(wanted: int, url: str, model: Path, options: Sequence[str]) -> Outcome:
+    command = [sys.executable, "-P", "-m", "moescope", "verify"]
+    command += ["--base-url", url, "--model", str(model), *options]
     print(f"$ {' '.join(command[2:])}", flush=True)
     started_s = time.monotonic()
-    done = subprocess.run(command, stderr=subprocess.STDOUT, check=False)
-    print(f"exit {done.returncode}, {time.monotonic() - started_s:.0f} s\n", flush=True)
-    return done.returncode
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    seconds = round(time.monotonic() - started_s, 1)
+    print(f"{done.stdout}exit {done.returncode}, {seconds:.0f} s\n", flush=True)
+    return Outcome(wanted, done.returncode, seconds, done.stdout.splitlines())
 
 
-def serve_and_verify(args: argparse.Namespace, model: Path, dtype: str) -> bool:
+def serve_and_verify(args: argparse.Namespace, model: Path, dtype: str) -> dict[str, Outcome]:
     """Serve the model in a dtype, and verify it."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -91,8 +105,14 @@ def main() -> int:
     model = args.out / "model"
     if not model.exists():
         random_checkpoint.write(args.shape, model, layers=args.layers, device=args.device)
-    outcomes = [serve_and_verify(args, model, dtype) for dtype in args.dtype or ["bfloat16"]]
-    return 0 if all(outcomes) else 1
+    outcomes = {}
+    for dtype in args.dtype or ["bfloat16"]:
+        outcomes[dtype] = serve_and_verify(args, model, dtype)
+        result.write(
+            args.out / "verify.json", "benchmarks.gpu.verify", gpu=result.gpu(), outcomes=outcomes
+        )
+    right = [one.exit == one.wanted for by_name in outcomes.values() for one in by_name.values()]
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":

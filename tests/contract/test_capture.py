@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe.experts.gpt_oss_triton_kernels_moe import (
+    OAITritonMxfp4ExpertsMonolithic,
+)
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.platforms import current_platform
 
@@ -119,6 +124,24 @@ def test_a_layer_whose_routing_cannot_be_seen(change, words, monkeypatch):
         else:
             monkeypatch.setattr(Runner, name, value)
     with pytest.raises(RefusedError, match=words):
+        check_runner(runner)
+
+
+def test_a_kernel_that_routes_inside_where_it_can_be_seen(monkeypatch):
+    """gpt-oss by default; ``triton_kernels`` is in vLLM's CUDA builds alone."""
+    kernels = types.ModuleType("triton_kernels.topk")
+    kernels.topk = lambda *args, **kwargs: None
+    monkeypatch.setitem(sys.modules, "triton_kernels", types.ModuleType("triton_kernels"))
+    monkeypatch.setitem(sys.modules, "triton_kernels.topk", kernels)
+    monkeypatch.setattr(Runner, "is_monolithic", True)
+    runner = Runner(3)
+    runner.routed_experts.forward_monolithic = forward = lambda x, router_logits: None
+    runner.routed_experts.quant_method.experts_cls = OAITritonMxfp4ExpertsMonolithic
+    found = check_runner(runner)
+    assert (type(found.router).__name__, found.router.top_k) == ("TritonTopk", 2)
+    assert runner.routed_experts.forward_monolithic is not forward
+    runner.routed_experts.quant_method.experts_cls = Router
+    with pytest.raises(RefusedError, match=r"monolithic kernel \(Router\).* or marlin for 4-bit"):
         check_runner(runner)
 
 

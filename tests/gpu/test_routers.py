@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.router import router_factory
 
+from moescope_service.capture import triton_topk
 from moescope_service.capture.cuda.sink import CudaSink
 
 HIDDEN, LAYERS, MAX_TOKENS, TOP_K = 64, 3, 256, 6
@@ -101,3 +102,62 @@ def test_a_router_of_vllm(scheme, num_experts, id_dtype):
     taken = sink.take(50)
     taken.wait()
     assert taken.read() is None, "a step in which no router wrote"
+
+
+class Experts(torch.nn.Module):
+    """The part of vLLM's ``RoutedExperts`` that routes; it imports as vLLM does."""
+
+    def forward_monolithic(self, x, router_logits, input_ids=None):
+        from vllm.utils.import_utils import get_triton_kernels_version
+
+        if get_triton_kernels_version() == "3.5.1":  # the one that vLLM brings along
+            from triton_kernels.routing import routing
+
+            return routing(router_logits, 4, sm_first=False)
+        from triton_kernels.topk import topk
+
+        return topk(router_logits, 4, apply_softmax=True)
+
+
+@pytest.mark.parametrize("num_experts", [32, 128])
+def test_the_kernel_of_gpt_oss_selects_as_vllms_router(num_experts):
+    """10,000 rows; its weights are those of the router in the logits' dtype."""
+    rows, top_k = 10_000, 4
+    sink = CudaSink(
+        positions=torch.arange(rows, device="cuda"), num_layers=1, top_k=top_k,
+        num_experts=num_experts, index_dtype=None, id_dtype="uint8", weights_dtype="float32",
+        queue_bytes=2**20,
+    )  # fmt: skip
+    layer, generator = Experts(), torch.Generator("cuda").manual_seed(0)
+    sink.hook(0, triton_topk.TritonTopk(layer, top_k))
+    router = router_factory.create_fused_moe_router(top_k, num_experts)
+    logits = torch.empty(rows, num_experts, device="cuda", dtype=torch.bfloat16)
+
+    def fill():
+        logits.copy_(torch.randn(logits.shape, device="cuda", generator=generator) * 2)
+
+    def check(num_rows):
+        weights, ids = router._compute_routing(logits, logits, None)
+        taken = sink.take(num_rows)
+        taken.wait()
+        got = taken.read()
+        assert got is not None
+        there = torch.from_numpy(got.topk_ids[:, 0].astype(np.int64)).cuda()
+        assert (there.sort(-1).values == ids[:num_rows].long().sort(-1).values).all()
+        want = weights.float().cpu().numpy()[:num_rows]  # by descending weight, as ours
+        eps = torch.finfo(torch.bfloat16).eps
+        error = np.abs(got.topk_weights[:, 0] - want) / np.exp2(np.floor(np.log2(want)))
+        assert error.max() <= eps / 2 * 1.01
+        assert (np.diff(got.topk_weights[:, 0]) <= 0).all()
+        taken.release()
+
+    fill()
+    layer.forward_monolithic(None, logits)
+    check(rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.forward_monolithic(None, logits)
+    for num_rows in (rows, 37):
+        fill()
+        graph.replay()
+        check(num_rows)

@@ -38,7 +38,7 @@ def test_routes_are_what_the_routers_computed(runner: str, tmp_path: Path) -> No
         wait_ready([server], 300)
         questions = [item.question for item in datasets.sample()]
         answers = asyncio.run(fidelity.ask_all(server.url, questions, concurrency=32))
-        agreement = fidelity.compare_logits(server.url, tmp_path)
+        agreement = fidelity.compare_logits(server.url, tmp_path, bundled_model.path())
         with Client(server.url) as client:
             assert client.info().router_types == ("FusedTopKRouter",)
         responses = asyncio.run(replay_all(server.url, questions))

@@ -51,6 +51,21 @@ def test_strides_and_further_columns_are_minded():
     torch.testing.assert_close(to_weights[:50], weights[:, ::2][:, :4], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 700])
+def test_a_row_is_sorted_by_weight(num_tokens):
+    """Equal weights, as bfloat16 has many, keep their order."""
+    weights, ids = random_routing(num_tokens, 8, 40)
+    ids, order = ids.sort(-1)  # as triton_kernels gives them
+    weights = (weights.gather(-1, order).float() * 64).round().to(torch.bfloat16)
+    to_ids = torch.full((1024, 8), -7, dtype=torch.int32, device=DEVICE)
+    to_weights = torch.full((1024, 8), -7.0, device=DEVICE)
+    copy_routing(ids.to(torch.int16), weights, to_ids, to_weights, by_weight=True)
+    want, order = weights.float().sort(dim=-1, descending=True, stable=True)
+    torch.testing.assert_close(to_weights[:num_tokens], want, rtol=0, atol=0)
+    torch.testing.assert_close(to_ids[:num_tokens], ids.gather(-1, order), rtol=0, atol=0)
+    assert (to_ids[num_tokens:] == -7).all()
+
+
 def test_more_tokens_than_fit_are_left_out():
     weights, ids = random_routing(9, 2, 8)
     to_ids = torch.full((4, 2), -7, dtype=torch.int32, device=DEVICE)
@@ -203,7 +218,7 @@ SIGNATURES = {
     ),
     "copy_routing": (
         ["*i64", "*bf16", "*i32", "*fp32", *["i32"] * 5],
-        {"TOP_K": 4, "BLOCK": kernels.COPY_BLOCK},
+        {"TOP_K": 4, "BY_WEIGHT": True, "BLOCK": kernels.COPY_BLOCK},
     ),
 }
 

@@ -5,6 +5,8 @@ Relies on vLLM 0.32.0: ``model_executor/layers/fused_moe/runner/moe_runner.py`` 
 ``…/router/base_router.py`` (``BaseRouter._compute_routing`` returns
 ``(topk_weights, topk_ids)``, ids logical, before the expert-parallel load balancer's map;
 ``top_k``). A router's own ``global_num_experts`` counts the balancer's redundant experts too.
+`moescope_service.capture.triton_topk` stands in the place of a router that its layer's kernel
+(``experts_cls`` of the ``_quant_method``) never calls.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+from moescope_service.capture import triton_topk
 from moescope_service.errors import RefusedError
 
 _PARAMETERS = ["hidden_states", "router_logits", "indices_type", "input_ids"]
@@ -77,11 +80,15 @@ def check_runner(runner: Any) -> RoutedLayer:
         RefusedError: The routing of this layer cannot be seen.
     """
     layer, router = runner.layer_id, runner.router
-    if runner.is_monolithic:
+    experts_class = getattr(runner._quant_method, "experts_cls", None)
+    if runner.is_monolithic and triton_topk.is_of(experts_class):
+        router = triton_topk.TritonTopk(runner.routed_experts, router.top_k)
+    elif runner.is_monolithic:
+        kernel = (experts_class or type(runner.routed_experts)).__name__
         raise RefusedError(
-            f"layer {layer} runs a monolithic kernel ({type(runner.routed_experts).__name__}) that "
-            "routes inside and never calls its router; choose a MoE backend that does, such as "
-            "--moe-backend triton"
+            f"layer {layer} runs a monolithic kernel ({kernel}) that routes inside and never calls "
+            "its router; choose a MoE backend that does, such as --moe-backend triton, or marlin "
+            "for 4-bit weights"
         )
     if runner.enable_dbo:
         raise RefusedError("dual batch overlap routes halves of a step; start without --enable-dbo")

@@ -92,8 +92,10 @@ class VerifiedServer:
         self._http.close()
         self.client.close()
 
-    def complete(self, prompts: Sequence[str], max_tokens: int) -> list[RoutedCompletion]:
-        """Complete all prompts at once.
+    def complete(
+        self, prompts: Sequence[str | list[int]], max_tokens: int
+    ) -> list[RoutedCompletion]:
+        """Complete all prompts, texts or tokens, at most 64 at once.
 
         Raises:
             MoescopeError: The server does not respond, or not with completions and their routes.
@@ -138,7 +140,7 @@ class VerifiedServer:
         Raises:
             MoescopeError: The server does not respond.
         """
-        told = _CACHE.search(self._metrics())
+        told = _CACHE.search(self.metrics())
         labels = dict(re.findall(r'(\w+)="([^"]*)"', told[1])) if told else {}
         block = labels.get("block_size", "")
         return PrefixCache(
@@ -160,13 +162,18 @@ class VerifiedServer:
         """
         found: collections.Counter[str] = collections.Counter()
         try:
-            for cause, count in _MISSING.findall(self._metrics()):
+            for cause, count in _MISSING.findall(self.metrics()):
                 found[cause] += int(float(count))
         except MALFORMED as error:
             raise FormatError(f"/metrics has a count that is none: {shown(error)}") from error
         return dict(found)
 
-    def _metrics(self) -> str:
+    def metrics(self) -> str:
+        """Return the server's metrics as text.
+
+        Raises:
+            MoescopeError: The server does not respond.
+        """
         response = self._http.get("/metrics")
         http.check(response)
         return response.text

@@ -42,7 +42,7 @@ class Reference:
             text = config.get_text_config()
             own = str(text.dtype or "float32").split(".")[-1]
             self.server_dtype = server_dtype or ("bfloat16" if own == "float32" else own)
-            self._vocab_size = int(text.vocab_size)
+            self.vocab_size = int(text.vocab_size)
             if self.server_dtype == dtype:
                 raise CommandError(
                     f"a reference in {dtype} is no yardstick for a server in {dtype}: take "
@@ -108,10 +108,10 @@ class Reference:
                 f"{len(own[0])} layers {shown(own[0])} with {own[1]} of {own[2]}: is it the "
                 "checkpoint that is served?"
             )
-        if int(token_ids.max()) >= self._vocab_size:
+        if int(token_ids.max()) >= self.vocab_size:
             raise CommandError(
                 f"{trace.request_id} has the token {int(token_ids.max())}, the checkpoint's "
-                f"vocabulary {self._vocab_size:,} tokens: is it the checkpoint that is served?"
+                f"vocabulary {self.vocab_size:,} tokens: is it the checkpoint that is served?"
             )
 
 

@@ -246,6 +246,18 @@ WORKER = (
         "layer_id",
         used_by="capture/routers.py",
     ),
+    # Kernels that route inside.
+    _internal(
+        "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts",
+        "forward_monolithic",
+        used_by="capture/triton_topk.py",
+    ),
+    _internal(
+        "vllm.model_executor.layers.fused_moe.experts.gpt_oss_triton_kernels_moe",
+        "OAITritonMxfp4ExpertsMonolithic",
+        used_by="capture/triton_topk.py",
+    ),
+    _internal("vllm.utils.import_utils", "has_triton_kernels", used_by="capture/triton_topk.py"),
     _internal(
         "vllm.utils.torch_utils",
         "direct_register_custom_op",

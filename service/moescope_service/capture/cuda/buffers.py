@@ -6,7 +6,8 @@ write tensors that stay where they are:
 
 * `FusedTopKRouter` writes them itself: they are its kernel's outputs, in place of the fresh tensors
   that ``fused_topk`` allocates. This adds no kernel to vLLM's own.
-* Other routers' results are copied by one small kernel a layer.
+* Other routers' results are copied by one small kernel a layer. `TritonTopk` gives experts in the
+  order of their ids: the kernel sorts them by weight, as other routers do.
 
 Relies on vLLM 0.32.0, ``model_executor/layers/fused_moe/router/fused_topk_router.py``
 (``fused_topk``, ``dispatch_topk_softmax_func``, ``dispatch_topk_sigmoid_func``), and on that no
@@ -23,6 +24,7 @@ import torch
 
 from moescope_service.capture.cuda import kernels
 from moescope_service.capture.own_rows import OwnRows
+from moescope_service.capture.triton_topk import TritonTopk
 
 logger = logging.getLogger("moescope.capture")
 
@@ -64,25 +66,28 @@ class RoutingBuffers:
         """Let a router write its layer; see `moescope_service.capture.rows.StepSink`."""
         from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 
-        hooked = self._copying(column, router._compute_routing)
+        hooked = self._copying(column, router)
         if type(router) is FusedTopKRouter:
             hooked = self._in_place(column, router, hooked)
         router._compute_routing = hooked
 
-    def _copying(self, column: int, compute_routing: ComputeRouting) -> ComputeRouting:
+    def _copying(self, column: int, router: Any) -> ComputeRouting:
         to_ids, to_weights = self.topk_ids[column], self.topk_weights[column]
+        compute_routing = router._compute_routing
+        is_triton = isinstance(router, TritonTopk)
 
         def compute_and_copy(
             hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            self._check_padding(router_logits)
+            if not is_triton:  # which reads rows of any length
+                self._check_padding(router_logits)
             topk_weights, topk_ids = compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
             own = (topk_ids, topk_weights)
             if self._own_rows is not None:
                 own = self._own_rows(*own)
-            copy_routing(*own, to_ids, to_weights)
+            copy_routing(*own, to_ids, to_weights, by_weight=is_triton)
             return topk_weights, topk_ids
 
         return compute_and_copy
@@ -145,6 +150,8 @@ def copy_routing(
     topk_weights: torch.Tensor,
     to_ids: torch.Tensor,
     to_weights: torch.Tensor,
+    *,
+    by_weight: bool = False,
 ) -> None:
     """Copy one layer's routing, ids and weights in one kernel.
 
@@ -153,6 +160,7 @@ def copy_routing(
         topk_weights: ``[num_tokens, >= top_k]``, any floating type and strides.
         to_ids: ``[max_tokens, top_k]``, contiguous; more tokens than fit are left out.
         to_weights: ``[max_tokens, top_k]``, contiguous.
+        by_weight: Whether to sort each row by descending weight.
     """
     top_k = to_ids.shape[1]
     num_tokens = min(len(topk_ids), len(to_ids))
@@ -166,5 +174,6 @@ def copy_routing(
             *topk_ids.stride(),
             *topk_weights.stride(),
             TOP_K=top_k,
+            BY_WEIGHT=by_weight,
             BLOCK=kernels.COPY_BLOCK,
         )

@@ -31,6 +31,7 @@ def copy_routing(
     weights_row,
     weights_column,
     TOP_K: tl.constexpr,
+    BY_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Copy one layer's ids and weights into their static buffers, ``[max_tokens, TOP_K]`` each.
@@ -46,6 +47,7 @@ def copy_routing(
         weights_row: …
         weights_column: …
         TOP_K: Columns to copy.
+        BY_WEIGHT: Whether to sort each row by descending weight; equal ones keep their order.
         BLOCK: Entries a program copies.
     """
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -53,11 +55,18 @@ def copy_routing(
     row = (entry // TOP_K).to(tl.int64)
     column = entry % TOP_K
     ids = tl.load(topk_ids + row * ids_row + column * ids_column, mask=mask, other=0)
-    tl.store(to_ids + entry, ids.to(to_ids.dtype.element_ty), mask=mask)
-    weights = tl.load(
-        topk_weights + row * weights_row + column * weights_column, mask=mask, other=0.0
-    )
-    tl.store(to_weights + entry, weights.to(to_weights.dtype.element_ty), mask=mask)
+    row_weights = topk_weights + row * weights_row
+    weights = tl.load(row_weights + column * weights_column, mask=mask, other=0.0)
+    target = entry
+    if BY_WEIGHT:
+        rank = tl.zeros([BLOCK], tl.int32)
+        for other in tl.static_range(TOP_K):
+            beside = tl.load(row_weights + other * weights_column, mask=mask, other=0.0)
+            is_before = (beside > weights) | ((beside == weights) & (other < column))
+            rank += is_before.to(tl.int32)
+        target = entry - column + rank
+    tl.store(to_ids + target, ids.to(to_ids.dtype.element_ty), mask=mask)
+    tl.store(to_weights + target, weights.to(to_weights.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_slot", "num_rows", "layer_stride", "num_experts"])

@@ -61,7 +61,7 @@ class CudaSink:
         self._pack = KernelLauncher(
             kernels.pack_rows, (*tensors, *self._ring.tensors), 4, constants
         )
-        self._layer_stride, self._num_experts = max_tokens * top_k, num_experts
+        self._layer_stride, self.num_experts = max_tokens * top_k, num_experts
 
     def hook(self, column: int, router: Any) -> None:
         """Let a router hand over its results; see `moescope_service.capture.rows.StepSink`.
@@ -82,6 +82,6 @@ class CudaSink:
         reserved = self._ring.reserve(num_rows)
         if reserved is None:
             return "queue_full"
-        stream = self._pack(reserved.offset, num_rows, self._layer_stride, self._num_experts)
+        stream = self._pack(reserved.offset, num_rows, self._layer_stride, self.num_experts)
         reserved.event.record(stream)
         return reserved
