@@ -49,13 +49,13 @@ async def ask_all(url: str, questions: Sequence[str], *, concurrency: int) -> li
 
         async def ask(question: str) -> Answer:
             body = {
-                "messages": [{"role": "user", "content": question}],
+                "prompt": question,
                 "max_tokens": TOKENS,
                 "temperature": 0.0,
                 "ignore_eos": True,
             }
             async with gate:
-                reply = await http.post("/v1/chat/completions", json=body)
+                reply = await http.post("/v1/completions", json=body)
                 reply.raise_for_status()
                 values = reply.json()
                 route = await http.get(f"/routes/{values['id']}", params={"format": "npy"})

@@ -127,7 +127,8 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
     tapped.mkdir()
     env = {**tap.saving(tapped, TAP_ROWS), **fidelity.runner_env(runner)}
     # vLLM's own capture needs the V2 runner.
-    own = ["--enable-return-routed-experts"] if runner == "v2" else []
+    has_own = runner == "v2" and args.own_capture
+    own = ["--enable-return-routed-experts"] if has_own else []
     start = launcher(args, [*args.vllm, *own], env)
     with start.server(Arm(name=f"fidelity_{runner}")) as server:
         wait_ready([server], START_TIMEOUT_S)
@@ -138,7 +139,7 @@ def run_fidelity(args: argparse.Namespace, questions: Sequence[str], runner: str
             "model_runner": runner,
             "command": shlex.join(["python", *server.command[1:]]),
             "router_types": info.router_types,
-            "ids_against_vllm": fidelity.compare_ids(answers) if runner == "v2" else None,
+            "ids_against_vllm": fidelity.compare_ids(answers) if has_own else None,
             "coverage": fidelity.coverage(server.url, answers),
             "against_router_logits": fidelity.compare_logits(server.url, tapped, Path(args.model)),
         }

@@ -50,6 +50,12 @@ def _options() -> argparse.ArgumentParser:
         "token, 18,000 chunks a second, API server and client lag behind the GPU.",
     )
     parser.add_argument("--limit", type=int, default=1319, help="Questions of the fidelity part.")
+    parser.add_argument(
+        "--own-capture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Fidelity on the V2 runner: whether vLLM captures too; some kernels it cannot.",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the rounds to run.")
     parser.add_argument("--kv-cache-gib", type=float, default=13.0, help="KV cache of each server.")
     parser.add_argument(

@@ -59,7 +59,9 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(self._env),
-                start_new_session=True,
+                # No session of its own: Linux shares processors between sessions (autogroup), and
+                # a busy engine was seen to keep its client off them for 10 s.
+                process_group=0,
             )
         return self
 

@@ -77,6 +77,12 @@ def test_stopping_ends_the_process_and_its_children(tmp_path):
         assert pipe.read() == b""
 
 
+def test_a_server_is_ended_by_its_group_and_shares_processors_with_its_client(tmp_path):
+    with start(tmp_path, "import signal; signal.pause()") as server:
+        assert os.getpgid(server.pid) == server.pid
+        assert os.getsid(server.pid) == os.getsid(0)  # what Linux shares processors by
+
+
 def test_the_stock_environment_has_nothing_of_moescope():
     env = {
         "PATH": "/bin",
