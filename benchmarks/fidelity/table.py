@@ -25,7 +25,7 @@ NOTES = """
 ## Notes
 
 * Cells of a GPU are those of `python -m benchmarks.gpu.measure`
-  ([the file](../gpu/fidelity_h200.json)), kept in `gpu.jsonl` beside this table;
+  ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)), kept in `gpu.jsonl` beside this table;
   their reference stands in the situation's name.
 * In the situation *pause* pairs are missing as they must be: those routed while the capture was
   held.
@@ -37,8 +37,8 @@ NOTES = """
 * vLLM's CPU router leaves out the selection bias of Ernie 4.5; the reference then does as well.
 * Sigmoid scores without groups (MiniMax-M2) are not served on the CPU, whose router takes softmax
   there.
-* Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels and
-  dense models are refused at start.
+* Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels but
+  that of gpt-oss, and dense models are refused at start.
 * LoRA: vLLM's CPU build serves no MoE model with it (it takes Triton kernels that are not there).
   Asynchronous scheduling: the CPU build switches it off. Both are compared where there is a GPU.
 * Ranks: data parallelism fails in the MoE layers of the CPU build, which has no all-to-all

@@ -60,10 +60,15 @@ def judge(completions: Sequence[RoutedCompletion], reference: Reference) -> dict
     """Compare all rows, those of each source, and a control with the reference."""
     expected = [reference.follow(one.token_ids[:-1], one.trace) for one in completions]
     tolerance = Tolerance.of(expected, reference.eps)
-    judged = {"all": _counts(completions, expected, tolerance, reference, list(Source))}
-    for source in (Source.COMPUTED, Source.CACHED, Source.RECALLED):
-        judged[source.name.lower()] = _counts(completions, expected, tolerance, reference, [source])
-    return judged
+    sources = {one.name.lower(): [one] for one in Source if one != Source.MISSING}
+    judged = {
+        name: _counts(completions, expected, tolerance, reference, counted)
+        for name, counted in {"all": list(Source), **sources}.items()
+    }
+    control = Counts()  # each row against the next one's: it must fail
+    for one, want in zip(completions, expected, strict=True):
+        control.add(compare(one.trace, want, tolerance, reference.route, shift=1))
+    return {**judged, "control": {"pairs": control.pairs, "mismatches": control.mismatches}}
 
 
 def _counts(
