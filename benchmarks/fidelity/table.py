@@ -25,8 +25,8 @@ NOTES = """
 ## Notes
 
 * Cells of a GPU are those of `python -m benchmarks.gpu.measure`
-  ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)), kept in `gpu.jsonl` beside this table;
-  their reference stands in the situation's name.
+  ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)), kept
+  in `gpu.jsonl` beside this table; their reference stands in the situation's name.
 * In the situation *pause* pairs are missing as they must be: those routed while the capture was
   held.
 * Weights are what vLLM's router returns: without `routed_scaling_factor` for DeepSeek and GLM-4,

@@ -60,10 +60,11 @@ def judge(completions: Sequence[RoutedCompletion], reference: Reference) -> dict
     """Compare all rows, those of each source, and a control with the reference."""
     expected = [reference.follow(one.token_ids[:-1], one.trace) for one in completions]
     tolerance = Tolerance.of(expected, reference.eps)
-    sources = {one.name.lower(): [one] for one in Source if one != Source.MISSING}
+    sources = {"all": list(Source)}
+    sources |= {one.name.lower(): [one] for one in Source if one != Source.MISSING}
     judged = {
         name: _counts(completions, expected, tolerance, reference, counted)
-        for name, counted in {"all": list(Source), **sources}.items()
+        for name, counted in sources.items()
     }
     control = Counts()  # each row against the next one's: it must fail
     for one, want in zip(completions, expected, strict=True):
