@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moescope_service.collector.prefixes import PrefixStore, RowsOfBlock
+from moescope_service.collector.prefixes import HeldPrefixes, PrefixStore, RowsOfBlock
 
 SHAPE = (4, 2, 2)
 BLOCK_BYTES = 4 * 2 * 2 * 3
@@ -56,3 +56,17 @@ def test_without_memory_nothing_is_kept() -> None:
     store.put("a", rows(1))
     assert store.get("a") is None
     assert store.size_bytes == 0
+
+
+def test_a_prefix_is_found_in_a_block_that_holds_it():
+    held = HeldPrefixes()
+    held.add([(3, "a"), (4, "b"), (5, "a")])
+    assert held.block_of("a") == 5
+    assert held.take([5, 9]) == [(5, "a")]
+    assert held.block_of("a") is None  # its rows are kept elsewhere from here on
+    assert held.take([3]) == [(3, "a")]
+    held.add([(4, "c")])  # computed again after a load that failed
+    assert (held.block_of("b"), held.block_of("c")) == (None, 4)
+    held.clear()
+    assert held.block_of("c") is None
+    assert held.take([4]) == []

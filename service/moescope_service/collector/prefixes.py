@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,42 @@ import numpy.typing as npt
 
 RowsOfBlock = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """Expert ids and weights, ``[block_size, num_layers, top_k]``."""
+
+
+class HeldPrefixes:
+    """The keys of the prefixes that full blocks hold.
+
+    A connector also loads what another block still holds: vLLM finds no prefix in its cache beyond
+    the first block that has left it.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[int, str] = {}
+        self._blocks: dict[str, int] = {}
+
+    def add(self, filled: Iterable[tuple[int, str]]) -> None:
+        """Note (block, key) of blocks that are full."""
+        for block, key in filled:
+            self._keys[block] = key
+            self._blocks[key] = block  # of several, any: their rows are alike
+
+    def take(self, blocks: Iterable[int]) -> list[tuple[int, str]]:
+        """Forget blocks; return (block, key) of those that were full."""
+        taken = [(block, self._keys.pop(block)) for block in blocks if block in self._keys]
+        for block, key in taken:
+            if self._blocks.get(key) == block:
+                del self._blocks[key]
+        return taken
+
+    def block_of(self, key: str) -> int | None:
+        """Return a block that holds a prefix; None where none is known to."""
+        block = self._blocks.get(key)
+        return block if block is not None and self._keys.get(block) == key else None
+
+    def clear(self) -> None:
+        """Forget all blocks."""
+        self._keys.clear()
+        self._blocks.clear()
 
 
 class PrefixStore:

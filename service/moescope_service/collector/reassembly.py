@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moescope.trace import Source
 from moescope_service.collector.arena import EMPTY, FILLED, RECALLED, Arena
-from moescope_service.collector.prefixes import PrefixStore
+from moescope_service.collector.prefixes import HeldPrefixes, PrefixStore
 from moescope_service.collector.rows import CAUSES, Rows, Written
 from moescope_service.messages import (
     Admission,
@@ -61,8 +61,7 @@ class Reassembler:
             spec.id_dtype,
             spec.weights_dtype,
         )
-        self._keys: dict[int, str] = {}
-        """Of the prefixes that blocks hold, by block; for those that are full."""
+        self._held = HeldPrefixes()
         self._arena = Arena(
             num_blocks=spec.num_blocks,
             block_size=spec.block_size,
@@ -112,7 +111,7 @@ class Reassembler:
             if handle in self._running:
                 self._append_blocks(handle, block_ids)
         self._copy_blocks(step)
-        self._keys.update(step.filled)
+        self._held.add(step.filled)
         written = self._write(step)
         # A step that failed halfway is a gap.
         self._next = (step.number, step.part + 1) if step.has_more else (step.number + 1, 0)
@@ -130,7 +129,7 @@ class Reassembler:
         # Blocks may have changed hands unseen: no row and no table from before can be trusted.
         self.gaps += 1
         self._arena.void_all()
-        self._keys.clear()
+        self._held.clear()
         self._given_up |= {handle: one.internal_id for handle, one in self._running.items()}
         self._running.clear()
         self._is_running[:] = False
@@ -194,14 +193,15 @@ class Reassembler:
             fresh += admission.block_ids[self._num_hits(admission) :]
         if not fresh:
             return
-        for block in fresh if self._keys else ():
-            key = self._keys.pop(block, None)
-            rows = None if key is None else self._arena.rows_of(block)
-            if key is not None and rows is not None:
+        for block, key in self._held.take(fresh):
+            if (rows := self._arena.rows_of(block)) is not None:
                 self.prefixes.put(key, rows)
         self._arena.allocate(fresh)
         for block, key in step.loaded:
-            if (rows := self.prefixes.get(key)) is not None:
+            rows = self.prefixes.get(key)
+            if rows is None and (held := self._held.block_of(key)) is not None:
+                rows = self._arena.rows_of(held)
+            if rows is not None:
                 self._arena.recall(block, rows)
 
     def _copy_blocks(self, step: Step) -> None:
