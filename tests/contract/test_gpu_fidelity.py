@@ -1,0 +1,96 @@
+"""What the GPU's measurements compare routes with, and the models that they serve."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from benchmarks.gpu import shapes
+from benchmarks.gpu.fidelity import Agreement
+from benchmarks.gpu.offloading import make_prompts
+from moescope import RouteTrace
+from moescope_service import bundled_model
+from moescope_service.verify.schemes import Scheme, scheme_of
+
+EPS = {dtype: float(torch.finfo(dtype).eps) for dtype in (torch.bfloat16, torch.float32)}
+ROWS, EXPERTS = 40, 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shapes") / "gpt-oss"
+    shapes.write("gpt-oss", out, bundled_model.path())
+    return out
+
+
+@pytest.fixture(scope="module")
+def scheme(model: Path) -> Scheme:
+    return scheme_of(transformers.AutoConfig.from_pretrained(model))
+
+
+def test_a_shape_is_the_model_with_the_vocabulary_of_its_tokenizer(
+    model: Path, scheme: Scheme
+) -> None:
+    config = transformers.AutoConfig.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    assert (config.model_type, config.num_local_experts) == ("gpt_oss", EXPERTS)
+    assert config.vocab_size >= len(tokenizer)
+    assert scheme.name == "softmax top-4, renormalized"
+
+
+def served(scheme: Scheme, logits: np.ndarray, dtype: torch.dtype) -> RouteTrace:
+    """A trace of what follows from logits, its weights rounded to a dtype."""
+    exact = torch.from_numpy(logits.astype(np.float64))
+    ids, weights = scheme.route(exact, torch.zeros(()), None)
+    return RouteTrace(
+        request_id="r",
+        index=0,
+        model="m",
+        num_experts=EXPERTS,
+        num_hidden_layers=2,
+        layers=np.arange(2, dtype=np.int32),
+        topk_ids=ids.numpy().astype(np.uint8),
+        topk_weights=weights.to(dtype).float().numpy().astype(np.float16),
+        source=np.ones(ROWS, np.uint8),
+        token_ids=None,
+        num_tokens=ROWS + 1,
+        prompt_len=ROWS,
+        cached_len=0,
+        finish_reason="length",
+        created_s=0.0,
+        complete=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_route_is_judged_by_its_logits(dtype: torch.dtype, scheme: Scheme) -> None:
+    logits = np.random.default_rng(0).normal(0, 2, (ROWS, 2, EXPERTS)).astype(np.float32)
+    trace = served(scheme, logits, dtype)
+
+    def agreement(one: RouteTrace) -> Agreement:
+        found = Agreement()
+        for position in range(ROWS):
+            found.add(one, position, logits[position], scheme, EPS[dtype])
+        return found
+
+    right = agreement(trace)
+    assert (right.rows, right.not_top_k) == (ROWS, 0)
+    assert 0.3 < right.largest_error_in_spacings <= 0.6
+    ids = trace.topk_ids.copy()
+    ids[7, 1, 0] = np.argmin(logits[7, 1])
+    assert agreement(dataclasses.replace(trace, topk_ids=ids)).not_top_k == 1
+    assert trace.topk_weights is not None
+    swapped = trace.topk_weights[..., [1, 0, 2, 3]]
+    assert agreement(dataclasses.replace(trace, topk_weights=swapped)).largest_error > 0.05
+
+
+def test_prompts_beside_a_connector_begin_alike() -> None:
+    prompts = make_prompts(200, 5, 1000)
+    assert len({tuple(prompt[:64]) for prompt in prompts}) == 5
+    assert len({tuple(prompt) for prompt in prompts}) == 200
+    assert {len(prompt) >= 65 for prompt in prompts} == {True}
