@@ -27,8 +27,8 @@ NOTES = """
 * Cells of a GPU are those of `python -m benchmarks.gpu.measure`
   ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)), kept
   in `gpu.jsonl` beside this table; their reference stands in the situation's name.
-* In the situation *pause* pairs are missing as they must be: those routed while the capture was
-  held.
+* In two situations pairs are missing as they must be: those routed while the capture was held, and
+  those of KV entries that another machine computed.
 * Weights are what vLLM's router returns: without `routed_scaling_factor` for DeepSeek and GLM-4,
   where vLLM scales the experts' sum, with `route_scale` for AFMoE; Llama 4's multiply the experts'
   inputs.
