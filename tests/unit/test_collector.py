@@ -104,6 +104,36 @@ class TestWaiting:
         assert bench.reply(number) is not None
         assert bench.status("a") == "running"
 
+    def test_news_of_a_request_may_come_after_a_question_to_another_server(self, bench):
+        assert bench.reply(bench.wait("a", wait_s=5.0)) is not None  # there is no other server
+        bench.collector.handle(b"other", pack("server"))
+        number, impatient, late = (
+            bench.wait("a", wait_s=5.0),
+            bench.wait("a"),
+            bench.wait("late", wait_s=5.0),
+        )
+        bench.start("a")
+        bench.pass_s(answers.OTHER_SERVER_WAIT_S + 0.01)
+        assert bench.reply(late) is not None  # nobody has told of it
+        assert bench.status("late") == "unknown"
+        assert [bench.reply(one) for one in (number, impatient)] == [None, None]
+        bench.pass_s(answers.OTHER_SERVER_WAIT_S + 0.01)
+        assert bench.reply(impatient) is not None
+        bench.pass_s(4.0)
+        assert bench.reply(number) is None
+        bench.finish("a-i")
+        bench.end()
+        assert bench.reply(number) is not None
+        assert bench.status("a") == "finished"
+
+    def test_what_is_gone_is_not_waited_for(self, bench):
+        bench.collector.handle(b"other", pack("server"))
+        bench.run("a")
+        bench.collector.state.store.limit_bytes = 0
+        bench.run("b", blocks=[2, 3])
+        assert bench.status("a") == "evicted"
+        assert bench.reply(bench.wait("a", wait_s=5.0)) is not None
+
     def test_it_waits_for_every_choice(self, bench):
         for index in range(2):
             bench.start("a", handle=index, blocks=[2 * index, 2 * index + 1], index=index,

@@ -44,8 +44,8 @@ from moescope_service.queries import (
 T = TypeVar("T")
 
 OTHER_SERVER_WAIT_S = 0.1
-"""How long a query waits for a request that has not been answered yet, where there are several API
-servers: the news of the answer comes from another one than the query."""
+"""How long a query waits for a request that has not been answered yet, or that nobody knows, where
+there are several API servers: the news of it comes from another one than the query."""
 
 MAX_WAITING = 1024
 """Queries that may wait at a time, of all API servers."""
@@ -67,6 +67,8 @@ class _Waiting:
     """Ids of a `WaitQuery` that still find running sequences; None of a `SettleQuery`."""
     owner: str | None
     deadline_s: float
+    again: WaitQuery | None = None
+    """Asked again at the deadline: until then nobody knew the requests."""
 
 
 class Answers:
@@ -131,8 +133,19 @@ class Answers:
     def expire(self) -> None:
         """Answer the queries that have waited long enough."""
         now = self._state.clock()
-        for place in [place for place, one in self._waiting.items() if one.deadline_s <= now]:
-            self._end(place)
+        for place, one in list(self._waiting.items()):
+            if one.deadline_s > now:
+                continue
+            query, one.again = one.again, None
+            known = query and [
+                request_id
+                for request_id in one.running or ()
+                if self._state.find(request_id, one.owner)[0]
+            ]
+            if query and known:
+                one.deadline_s = now + max(self._wait_s(each, query) for each in known)
+            else:
+                self._end(place)
 
     def work(self) -> bool:
         """Go on with what is done piece by piece; return whether there is more of it."""
@@ -175,17 +188,23 @@ class Answers:
             self._reply(peer, number, WaitReply(is_refused=bool(running)))
             return
         deadline_s = self._state.clock() + max(waits.values())
-        self._add(_Waiting((peer, number), running, query.owner, deadline_s))
+        are_unknown = not any(self._state.find(one, query.owner)[0] for one in running)
+        again = query if are_unknown else None
+        self._add(_Waiting((peer, number), running, query.owner, deadline_s, again))
 
     def _wait_s(self, request_id: str, query: WaitQuery) -> float:
-        running, _ = self._state.find(request_id, query.owner)
+        running, kept = self._state.find(request_id, query.owner)
+        are_several = len(self._state.servers) > 1
         if not running:
-            return 0.0
+            store = self._state.store
+            is_gone = store.was_evicted(request_id, query.owner)
+            is_gone |= store.was_lost(request_id, query.owner)
+            return OTHER_SERVER_WAIT_S if are_several and not (kept or is_gone) else 0.0
         if query.wait_s is not None:
             return query.wait_s
         if all(sequence.is_finishing for sequence in running.values()):
             return FINISHING_WAIT_S
-        return OTHER_SERVER_WAIT_S if len(self._state.servers) > 1 else 0.0
+        return OTHER_SERVER_WAIT_S if are_several else 0.0
 
     def _add(self, waiting: _Waiting) -> None:
         self._remove(waiting.place)  # a number that is used twice is no query of ours
