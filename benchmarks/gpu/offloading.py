@@ -31,7 +31,7 @@ from moescope.servers import (
     free_ports,
     wait_ready,
 )
-from moescope_service.verify.comparison import Counts, Expected, Tolerance, compare
+from moescope_service.verify.comparison import Counts, Tolerance, compare
 from moescope_service.verify.completions import RoutedCompletion, VerifiedServer
 from moescope_service.verify.reference import Reference
 
@@ -60,34 +60,24 @@ def judge(completions: Sequence[RoutedCompletion], reference: Reference) -> dict
     """Compare all rows, those of each source, and a control with the reference."""
     expected = [reference.follow(one.token_ids[:-1], one.trace) for one in completions]
     tolerance = Tolerance.of(expected, reference.eps)
-    sources = {"all": list(Source)}
-    sources |= {one.name.lower(): [one] for one in Source if one != Source.MISSING}
-    judged = {
-        name: _counts(completions, expected, tolerance, reference, counted)
-        for name, counted in sources.items()
-    }
-    control = Counts()  # each row against the next one's: it must fail
+    total, control = Counts(), Counts()
+    by_source = {source: Counts() for source in Source if source != Source.MISSING}
     for one, want in zip(completions, expected, strict=True):
+        for source, counts in by_source.items():
+            kept = np.where(one.trace.source == source, source, Source.MISSING).astype(np.uint8)
+            trace = dataclasses.replace(one.trace, source=kept)
+            counts.add(compare(trace, want, tolerance, reference.route))
+        # Each row against the next one's: it must fail.
         control.add(compare(one.trace, want, tolerance, reference.route, shift=1))
-    return {**judged, "control": {"pairs": control.pairs, "mismatches": control.mismatches}}
+    for counts in by_source.values():
+        total.add(counts)
+    judged = {source.name.lower(): _shown(counts) for source, counts in by_source.items()}
+    told = {"pairs": control.pairs - control.missing, "mismatches": control.mismatches}
+    return {"all": _shown(total), **judged, "control": told}
 
 
-def _counts(
-    completions: Sequence[RoutedCompletion],
-    expected: Sequence[Expected],
-    tolerance: Tolerance,
-    reference: Reference,
-    sources: Sequence[Source],
-) -> dict[str, Any]:
-    total, rows = Counts(), 0
-    for one, want in zip(completions, expected, strict=True):
-        is_judged = np.isin(one.trace.source, sources)
-        rows += int(is_judged.sum())
-        kept = np.where(is_judged, one.trace.source, Source.MISSING).astype(np.uint8)
-        trace = dataclasses.replace(one.trace, source=kept)
-        total.add(compare(trace, want, tolerance, reference.route))
+def _shown(total: Counts) -> dict[str, Any]:
     return {
-        "rows": rows,
         "pairs": total.pairs - total.missing,
         "equal": total.equal,
         "near_ties": total.near_ties,
@@ -110,8 +100,8 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         with VerifiedServer(url, None) as verified:
             info = verified.client.info()
             reference = Reference(str(model), info.layers, "float64", args.dtype, args.device)
-            started_s = time.monotonic()
             prompts = make_prompts(args.requests, args.prefixes, reference.vocab_size)
+            started_s = time.monotonic()
             completions = verified.complete(prompts, MAX_TOKENS)
             seconds = time.monotonic() - started_s
             missing, hits = verified.missing(), dict(_HITS.findall(verified.metrics()))

@@ -133,19 +133,19 @@ class Answers:
     def expire(self) -> None:
         """Answer the queries that have waited long enough."""
         now = self._state.clock()
-        for place, one in list(self._waiting.items()):
-            if one.deadline_s > now:
-                continue
-            query, one.again = one.again, None
-            known = query and [
-                request_id
-                for request_id in one.running or ()
-                if self._state.find(request_id, one.owner)[0]
-            ]
-            if query and known:
-                one.deadline_s = now + max(self._wait_s(each, query) for each in known)
-            else:
-                self._end(place)
+        for waiting in [one for one in self._waiting.values() if one.deadline_s <= now]:
+            if not self._waits_again(waiting, now):
+                self._end(waiting.place)
+
+    def _waits_again(self, waiting: _Waiting, now: float) -> bool:
+        """Return whether a query waits on for requests that somebody has told of meanwhile."""
+        query, waiting.again = waiting.again, None
+        if query is None:
+            return False
+        ids = waiting.running or ()
+        known = [one for one in ids if self._state.find(one, query.owner)[0]]
+        waiting.deadline_s = now + max((self._wait_s(one, query) for one in known), default=0.0)
+        return bool(known)
 
     def work(self) -> bool:
         """Go on with what is done piece by piece; return whether there is more of it."""
@@ -194,17 +194,20 @@ class Answers:
 
     def _wait_s(self, request_id: str, query: WaitQuery) -> float:
         running, kept = self._state.find(request_id, query.owner)
-        are_several = len(self._state.servers) > 1
+        other_wait_s = OTHER_SERVER_WAIT_S if len(self._state.servers) > 1 else 0.0
         if not running:
             store = self._state.store
-            is_gone = store.was_evicted(request_id, query.owner)
-            is_gone |= store.was_lost(request_id, query.owner)
-            return OTHER_SERVER_WAIT_S if are_several and not (kept or is_gone) else 0.0
+            is_over = (
+                kept
+                or store.was_evicted(request_id, query.owner)
+                or store.was_lost(request_id, query.owner)
+            )
+            return 0.0 if is_over else other_wait_s
         if query.wait_s is not None:
             return query.wait_s
         if all(sequence.is_finishing for sequence in running.values()):
             return FINISHING_WAIT_S
-        return OTHER_SERVER_WAIT_S if are_several else 0.0
+        return other_wait_s
 
     def _add(self, waiting: _Waiting) -> None:
         self._remove(waiting.place)  # a number that is used twice is no query of ours
