@@ -11,32 +11,27 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks import vllm_plugin
 
 VARIABLE = "MOESCOPE_TEST_FAULTS"
 """JSON: the chance of each fault a message, the seed, and how often the clock steps, if it does."""
 MAX_DELAY_S = 0.05
 CLOCK_STEP_S = 3600.0
 
-_METADATA = "Metadata-Version: 2.1\nName: moescope-faults\nVersion: 0\n"
-_ENTRY_POINTS = "[vllm.general_plugins]\nmoescope_faults = benchmarks.faults.plugin:register\n"
-
 
 def install(directory: Path) -> None:
     """Write the metadata by which vLLM finds the plugin."""
-    info = directory / "moescope_faults-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(_METADATA)
-    (info / "entry_points.txt").write_text(_ENTRY_POINTS)
+    vllm_plugin.install(directory, "moescope_faults", "benchmarks.faults.plugin:register")
 
 
 def environment(directory: Path, chances: dict[str, float], seed: int) -> dict[str, str]:
     """Return the variables of a server with the plugin."""
-    path = os.pathsep.join([str(directory), str(Path.cwd()), *filter(None, sys.path)])
-    return {"PYTHONPATH": path, VARIABLE: json.dumps({"seed": seed, **chances})}
+    faults = json.dumps({"seed": seed, **chances})
+    return {**vllm_plugin.python_path(directory), VARIABLE: faults}
 
 
 def register() -> None:

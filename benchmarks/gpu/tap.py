@@ -15,12 +15,13 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks import vllm_plugin
 
 DIRECTORY = "TAP_DIR"
 MAX_ROWS = "TAP_ROWS"
@@ -29,16 +30,10 @@ STATE = "TAP_CAPTURE_STATE"
 TIMELINE = "TAP_TIMELINE"
 ROWS_A_STEP = 400
 
-_METADATA = "Metadata-Version: 2.1\nName: moescope-tap\nVersion: 0\n"
-_ENTRY_POINTS = "[vllm.general_plugins]\nmoescope_tap = benchmarks.gpu.tap:register\n"
-
 
 def install(directory: Path) -> None:
     """Write the metadata by which vLLM finds the plugin; put ``directory`` on ``PYTHONPATH``."""
-    info = directory / "moescope_tap-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(_METADATA)
-    (info / "entry_points.txt").write_text(_ENTRY_POINTS)
+    vllm_plugin.install(directory, "moescope_tap", "benchmarks.gpu.tap:register")
 
 
 def environment(directory: Path, *, gate_scale: float | None = None) -> dict[str, str]:
@@ -48,8 +43,8 @@ def environment(directory: Path, *, gate_scale: float | None = None) -> dict[str
         directory: Where `install` wrote the metadata.
         gate_scale: What to multiply the gates' weights by.
     """
-    path = os.pathsep.join([str(directory), str(Path.cwd()), *filter(None, sys.path)])
-    return {"PYTHONPATH": path} | ({} if gate_scale is None else {GATE_SCALE: str(gate_scale)})
+    scale = {} if gate_scale is None else {GATE_SCALE: str(gate_scale)}
+    return vllm_plugin.python_path(directory) | scale
 
 
 def switching(state: Path) -> dict[str, str]:
