@@ -15,14 +15,15 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from moescope_service.capture.shown_router import ShownRouter
 from moescope_service.vllm_contract.patching import wrap_once
 
 _running: TritonTopk | None = None
 """Of the layer that runs, in the thread that runs the model; None in a draft model's layers."""
 
 
-class TritonTopk:
-    """Stands in a router's place: `_compute_routing` returns what the layer's kernel selected.
+class TritonTopk(ShownRouter):
+    """Is shown what the layer's kernel selected.
 
     Args:
         routed_experts: The layer's ``RoutedExperts``.
@@ -30,21 +31,9 @@ class TritonTopk:
     """
 
     def __init__(self, routed_experts: Any, top_k: int) -> None:
-        self.top_k = top_k
-        self._selected: tuple[Any, Any] | None = None
+        super().__init__(top_k)
         wrap_once(routed_experts, "forward_monolithic", self._noting)
         wrap_once(_topk_module(), "topk", _showing)
-
-    def _compute_routing(
-        self, hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
-    ) -> Any:
-        return self._selected
-
-    def show(self, router_logits: Any, topk_weights: Any, topk_ids: Any) -> None:
-        """Hand over what the kernel has just selected, ``[num_tokens, top_k]``."""
-        self._selected = topk_weights, topk_ids
-        self._compute_routing(None, router_logits, None)
-        self._selected = None
 
     def _noting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def note_and_forward(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +68,7 @@ def _showing(topk: Callable[..., Any]) -> Callable[..., Any]:
         selected = topk(router_logits, *args, **kwargs)
         if _running is not None:
             values = selected if isinstance(selected, tuple) else (selected.vals, selected.indx)
-            _running.show(router_logits, *values[:2])
+            _running.show(*values[:2])
         return selected
 
     return select_and_show

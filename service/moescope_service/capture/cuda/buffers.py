@@ -6,8 +6,8 @@ write tensors that stay where they are:
 
 * `FusedTopKRouter` writes them itself: they are its kernel's outputs, in place of the fresh tensors
   that ``fused_topk`` allocates. This adds no kernel to vLLM's own.
-* Other routers' results are copied by one small kernel a layer. `TritonTopk` gives experts in the
-  order of their ids: the kernel sorts them by weight, as other routers do.
+* Other routers' results are copied by one small kernel a layer. It sorts those of a `ShownRouter`
+  by weight, as other routers do.
 
 Relies on vLLM 0.32.0, ``model_executor/layers/fused_moe/router/fused_topk_router.py``
 (``fused_topk``, ``dispatch_topk_softmax_func``, ``dispatch_topk_sigmoid_func``), and on that no
@@ -24,7 +24,7 @@ import torch
 
 from moescope_service.capture.cuda import kernels
 from moescope_service.capture.own_rows import OwnRows
-from moescope_service.capture.triton_topk import TritonTopk
+from moescope_service.capture.shown_router import ShownRouter
 
 logger = logging.getLogger("moescope.capture")
 
@@ -74,12 +74,12 @@ class RoutingBuffers:
     def _copying(self, column: int, router: Any) -> ComputeRouting:
         to_ids, to_weights = self.topk_ids[column], self.topk_weights[column]
         compute_routing = router._compute_routing
-        is_triton = isinstance(router, TritonTopk)
+        is_shown = isinstance(router, ShownRouter)
 
         def compute_and_copy(
             hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            if not is_triton:  # which reads rows of any length
+            if not is_shown:  # vLLM's top-k kernels did not run
                 self._check_padding(router_logits)
             topk_weights, topk_ids = compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
@@ -87,7 +87,7 @@ class RoutingBuffers:
             own = (topk_ids, topk_weights)
             if self._own_rows is not None:
                 own = self._own_rows(*own)
-            copy_routing(*own, to_ids, to_weights, by_weight=is_triton)
+            copy_routing(*own, to_ids, to_weights, by_weight=is_shown)
             return topk_weights, topk_ids
 
         return compute_and_copy
