@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.experts.gpt_oss_triton_kernels_moe import (
-    OAITritonMxfp4ExpertsMonolithic,
-)
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.platforms import current_platform
 
-from moescope_service.capture.cpu.sink import CpuSink
 from moescope_service.capture.kv_cache import full_attention_group
 from moescope_service.capture.refusals import check_config
 from moescope_service.capture.routers import check_runner, find_routed_layers
 from moescope_service.errors import RefusedError
 
-
-class Router(torch.nn.Module):
-    """A top-k router with the signature of vLLM's."""
-
-    def __init__(self, top_k=2, num_experts=8):
-        super().__init__()
-        self.top_k, self.global_num_experts = top_k, num_experts
-
-    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
-        weights, ids = torch.topk(torch.softmax(router_logits, -1), self.top_k)
-        return weights, ids.to(indices_type or torch.int32)
-
-    def forward(self, hidden_states, router_logits):
-        return self._compute_routing(hidden_states, router_logits, torch.int32)
-
-
-class Runner(MoERunner):
-    """A `MoERunner` by type alone."""
-
-    layer_id = 0
-    is_monolithic = False
-    enable_dbo = False
-
-    def __init__(self, layer_id, router=None):
-        torch.nn.Module.__init__(self)
-        self.layer_id, self.router = layer_id, router or Router()
-        self.moe_config = SimpleNamespace(num_logical_experts=8)
-        self.routed_experts = torch.nn.Identity()
-        self.routed_experts.quant_method = SimpleNamespace(topk_indices_dtype=None)
-
-
-class Model(torch.nn.Module):
-    def __init__(self, *runners):
-        super().__init__()
-        self.runners = torch.nn.ModuleList(runners)
-
-    def forward(self, x):
-        for runner in self.runners:
-            weights, ids = runner.router(x, x)
-            x = x + weights.sum(-1, keepdim=True) + ids.sum(-1, keepdim=True)
-        return x
+from .routed_model import Model, Router, Runner, hook, make_sink
 
 
 def test_routed_layers_come_in_the_models_order():
@@ -72,17 +25,6 @@ def test_routed_layers_come_in_the_models_order():
 def test_a_model_without_experts():
     with pytest.raises(RefusedError, match=r"Model has no mixture-of-experts layer"):
         find_routed_layers(Model())
-
-
-class MegaMoE(torch.nn.Module):
-    """Routes by itself, and offers vLLM's own capture a hook."""
-
-    layer_id, capture_fn = 4, None
-
-
-def test_a_layer_that_routes_without_vllms_runner():
-    with pytest.raises(RefusedError, match=r"layer 4 is a MegaMoE"):
-        find_routed_layers(Model(Runner(3), MegaMoE()))
 
 
 def test_what_the_kernels_want_ids_to_be():
@@ -127,49 +69,22 @@ def test_a_layer_whose_routing_cannot_be_seen(change, words, monkeypatch):
         check_runner(runner)
 
 
-def test_a_kernel_that_routes_inside_where_it_can_be_seen(monkeypatch):
-    """gpt-oss by default; ``triton_kernels`` is in vLLM's CUDA builds alone."""
-    kernels = types.ModuleType("triton_kernels.topk")
-    kernels.topk = lambda *args, **kwargs: None
-    monkeypatch.setitem(sys.modules, "triton_kernels", types.ModuleType("triton_kernels"))
-    monkeypatch.setitem(sys.modules, "triton_kernels.topk", kernels)
-    monkeypatch.setattr(Runner, "is_monolithic", True)
-    runner = Runner(3)
-    runner.routed_experts.forward_monolithic = forward = lambda x, router_logits: None
-    runner.routed_experts.quant_method.experts_cls = OAITritonMxfp4ExpertsMonolithic
-    found = check_runner(runner)
-    assert (type(found.router).__name__, found.router.top_k) == ("TritonTopk", 2)
-    assert runner.routed_experts.forward_monolithic is not forward
-    runner.routed_experts.quant_method.experts_cls = Router
-    with pytest.raises(RefusedError, match=r"monolithic kernel \(Router\).* or marlin for 4-bit"):
-        check_runner(runner)
-
-
-def make_sink(max_tokens=16, num_layers=2, weights_dtype="float16"):
-    positions = torch.arange(max_tokens)
-    return CpuSink(positions=positions, num_layers=num_layers, top_k=2, id_dtype="uint8",
-                   weights_dtype=weights_dtype)  # fmt: skip
-
-
-def hook(layers, sink):
-    for column, found in enumerate(layers):
-        sink.hook(column, found.router)
-
-
 def make_config(**changes):
     model = {"is_moe": True, "model": "m", "architectures": ["A"], "runner_type": "generate"}
     parallel = dict.fromkeys(
         ["data_parallel_size", "data_parallel_size_local", "nnodes",
-         "prefill_context_parallel_size", "decode_context_parallel_size"], 1,
+         "prefill_context_parallel_size", "decode_context_parallel_size",
+         "tensor_parallel_size", "pipeline_parallel_size"], 1,
     ) | dict.fromkeys(
         ["use_ubatching", "enable_elastic_ep", "data_parallel_external_lb",
-         "data_parallel_hybrid_lb"], False,
+         "data_parallel_hybrid_lb", "use_sequence_parallel_moe"], False,
     )  # fmt: skip
     top = {"use_v2_model_runner": False}
     groups = {
         "model_config": model,
         "parallel_config": parallel,
         "device_config": {"device_type": "cpu"},
+        "kernel_config": {"moe_backend": "auto"},
         "scheduler_config": {"policy": "fcfs"},
         "cache_config": {"kv_sharing_fast_prefill": False},
         "speculative_config": {"enable_adaptive_verification": False},
@@ -205,6 +120,27 @@ def test_a_configuration_that_cannot_be_captured(name, value, words):
     with pytest.raises(RefusedError) as caught:
         check_config(make_config(**{name: value}))
     assert words in str(caught.value)
+
+
+MEGA_MOE = {"moe_backend": "deep_gemm_mega_moe", "tensor_parallel_size": 4}
+
+
+def test_workers_that_route_shards_of_a_step():
+    with pytest.raises(RefusedError, match=r"deep_gemm_mega_moe .*-parallel-size 4 workers; use"):
+        check_config(make_config(**MEGA_MOE))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moe_backend", "triton"),
+        ("use_sequence_parallel_moe", True),  # data parallel: the shards are gathered
+        ("tensor_parallel_size", 1),
+        ("pipeline_parallel_size", 2),
+    ],
+)
+def test_workers_whose_shards_are_gathered_or_that_have_none(name, value):
+    check_config(make_config(**MEGA_MOE | {name: value}))
 
 
 @pytest.mark.parametrize(("device", "v2"), [("cuda", True), ("cuda", False), ("cpu", False)])

@@ -18,11 +18,12 @@ import moescope_service
 from moescope_service.errors import RefusedError
 from moescope_service.settings import Settings
 from moescope_service.vllm_contract import compat, guard, versions
-from moescope_service.vllm_contract.internals import FRONT_END, WORKER
+from moescope_service.vllm_contract.internals import FRONT_END, ROUTING_REPLAY, WORKER
 from moescope_service.vllm_contract.patching import followed_by, preceded_by, wrap_once
 
 SERVICE = Path(moescope_service.__file__).parent
-INTERNALS = (*FRONT_END, *WORKER)
+OPTIONAL = ROUTING_REPLAY if compat.offers_routing_replay() else ()
+INTERNALS = (*FRONT_END, *WORKER, *OPTIONAL)
 NAMES = [(one, name) for one in INTERNALS for name in one.attributes]
 PARAMETERS = [
     (one, function, name)

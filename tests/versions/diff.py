@@ -18,7 +18,12 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moescope_service.vllm_contract.internals import FRONT_END, WORKER, Internal
+from moescope_service.vllm_contract.internals import (
+    FRONT_END,
+    ROUTING_REPLAY,
+    WORKER,
+    Internal,
+)
 
 READ = {
     "vllm.v1.engine.output_processor": ["OutputProcessor.process_outputs"],
@@ -108,7 +113,7 @@ def report(old: Wheel, new: Wheel, *, shows_all: bool, with_patch: bool) -> Iter
     before, after = old.requirements(), new.requirements()
     yield from (f"requires - {one}" for one in sorted(before - after))
     yield from (f"requires + {one}" for one in sorted(after - before))
-    for module, names in sorted(used((*FRONT_END, *WORKER)).items()):
+    for module, names in sorted(used((*FRONT_END, *WORKER, *ROUTING_REPLAY)).items()):
         source = old.source(module)
         if source is None:
             continue

@@ -3,7 +3,8 @@
 Checked before anything is loaded. What only the loaded model can tell is checked in
 `moescope_service.capture.routers`.
 
-Relies on vLLM 0.32.0, ``config/vllm.py``, ``config/model.py`` and ``config/parallel.py``.
+Relies on vLLM 0.32.0, ``config/vllm.py``, ``config/model.py``, ``config/parallel.py`` and
+``config/kernel.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def check_config(config: Any) -> None:
     Raises:
         RefusedError: With the first reason found, and what to do about it.
     """
-    for reason in (_model(config), _parallel(config), _runner(config)):
+    for reason in (_model(config), _parallel(config), _mega_moe(config), _runner(config)):
         if reason is not None:
             raise RefusedError(reason)
 
@@ -69,6 +70,28 @@ def _parallel(config: Any) -> str | None:
         )
     if parallel.use_ubatching:
         return "micro-batches route parts of a step; start without --enable-dbo and --ubatch-size"
+    return None
+
+
+def _mega_moe(config: Any) -> str | None:
+    """Refuse tensor-parallel workers that route shards of a step which nothing gathers.
+
+    Source: vLLM 0.32.0, ``models/deepseek_v4/nvidia/model.py``, ``_use_sequence_parallel``.
+    """
+    from vllm.config.kernel import MEGA_MOE_BACKENDS
+
+    parallel, backend = config.parallel_config, config.kernel_config.moe_backend
+    if (
+        backend in MEGA_MOE_BACKENDS
+        and parallel.tensor_parallel_size > 1
+        and parallel.pipeline_parallel_size == 1
+        and not parallel.use_sequence_parallel_moe
+    ):
+        return (
+            f"--moe-backend {backend} splits a step's tokens between --tensor-parallel-size "
+            f"{parallel.tensor_parallel_size} workers; use --data-parallel-size in its place, or "
+            "another --moe-backend"
+        )
     return None
 
 

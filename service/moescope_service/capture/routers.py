@@ -5,8 +5,8 @@ Relies on vLLM 0.32.0: ``model_executor/layers/fused_moe/runner/moe_runner.py`` 
 ``…/router/base_router.py`` (``BaseRouter._compute_routing`` returns
 ``(topk_weights, topk_ids)``, ids logical, before the expert-parallel load balancer's map;
 ``top_k``). A router's own ``global_num_experts`` counts the balancer's redundant experts too.
-`moescope_service.capture.triton_topk` stands in the place of a router that its layer's kernel
-(``experts_cls`` of the ``_quant_method``) never calls.
+`TritonTopk`, `RoutingReplay` and `MegaMoE` stand in the place of routers that their layers never
+call; ``experts_cls`` of the ``_quant_method`` is the class of the layer's kernel.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ import dataclasses
 import inspect
 from typing import Any
 
-from moescope_service.capture import triton_topk
+from moescope_service.capture import routing_replay, triton_topk
+from moescope_service.capture.mega_moe import MegaMoE, is_given_experts
+from moescope_service.capture.shown_router import ShownRouter
 from moescope_service.errors import RefusedError
+from moescope_service.vllm_contract.compat import offers_routing_replay
 
 _PARAMETERS = ["hidden_states", "router_logits", "indices_type", "input_ids"]
+_OTHER_BACKEND = (
+    "choose a MoE backend that calls its router, such as --moe-backend triton, or marlin for 4-bit "
+    "weights"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,16 +56,13 @@ def find_routed_layers(model: Any, *, may_lack: bool = False) -> list[RoutedLaye
     )
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    runners = []
+    layers = []
     for module in model.modules():
         if isinstance(module, MoERunner):
-            runners.append(module)
+            layers.append(check_runner(module))
         elif isinstance(module, RoutedExpertsCaptureSource):
-            raise RefusedError(
-                f"layer {module.layer_id} is a {type(module).__name__}, which routes without "
-                "vLLM's MoERunner; choose another MoE backend (--moe-backend)"
-            )
-    layers = sorted((check_runner(runner) for runner in runners), key=lambda found: found.layer)
+            layers.append(_check_source(module))
+    layers.sort(key=lambda found: found.layer)
     if not layers and not may_lack:
         raise RefusedError(
             f"{type(model).__name__} has no mixture-of-experts layer that vLLM routes; a model "
@@ -80,16 +84,8 @@ def check_runner(runner: Any) -> RoutedLayer:
         RefusedError: The routing of this layer cannot be seen.
     """
     layer, router = runner.layer_id, runner.router
-    experts_class = getattr(runner._quant_method, "experts_cls", None)
-    if runner.is_monolithic and triton_topk.is_of(experts_class):
-        router = triton_topk.TritonTopk(runner.routed_experts, router.top_k)
-    elif runner.is_monolithic:
-        kernel = (experts_class or type(runner.routed_experts)).__name__
-        raise RefusedError(
-            f"layer {layer} runs a monolithic kernel ({kernel}) that routes inside and never calls "
-            "its router; choose a MoE backend that does, such as --moe-backend triton, or marlin "
-            "for 4-bit weights"
-        )
+    if runner.is_monolithic:
+        router = _router_inside(runner)
     if runner.enable_dbo:
         raise RefusedError("dual batch overlap routes halves of a step; start without --enable-dbo")
     compute = getattr(router, "_compute_routing", None)
@@ -103,4 +99,38 @@ def check_runner(runner: Any) -> RoutedLayer:
         router,
         num_experts=runner.moe_config.num_logical_experts,
         index_dtype=runner._quant_method.topk_indices_dtype,
+    )
+
+
+def _router_inside(runner: Any) -> ShownRouter:
+    """Return what stands in the place of a router that the layer's kernel never calls."""
+    routed_experts = runner.routed_experts
+    experts_class = getattr(runner._quant_method, "experts_cls", None)
+    if triton_topk.is_of(experts_class):
+        return triton_topk.TritonTopk(routed_experts, runner.router.top_k)
+    kernel = routing_replay.kernel_of(runner._quant_method) if offers_routing_replay() else None
+    if kernel is None:
+        name = (experts_class or type(routed_experts)).__name__
+        raise RefusedError(
+            f"layer {runner.layer_id} runs a monolithic kernel ({name}) that routes inside and "
+            f"never calls its router; {_OTHER_BACKEND}"
+        )
+    unknown = routing_replay.unknown_weights(routed_experts, kernel)
+    if unknown is not None:
+        raise RefusedError(
+            f"layer {runner.layer_id} runs a monolithic kernel ({type(kernel).__name__}) that "
+            f"routes inside by {unknown}, whose weights moescope cannot tell; {_OTHER_BACKEND}"
+        )
+    return routing_replay.RoutingReplay(routed_experts, kernel, runner.router.top_k)
+
+
+def _check_source(source: Any) -> RoutedLayer:
+    if not is_given_experts(source):
+        raise RefusedError(
+            f"layer {source.layer_id} is a {type(source).__name__}, which routes without vLLM's "
+            "MoERunner and is not called with the experts' weights; choose another MoE backend "
+            "(--moe-backend)"
+        )
+    return RoutedLayer(
+        source.layer_id, MegaMoE(source), num_experts=source.num_logical_experts, index_dtype=None
     )

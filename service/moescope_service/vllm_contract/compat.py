@@ -12,7 +12,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from moescope_service.vllm_contract.internals import CLI_ENV_SETUP
+from moescope_service.errors import RefusedError
+from moescope_service.vllm_contract.guard import check_internals
+from moescope_service.vllm_contract.internals import CLI_ENV_SETUP, ROUTING_REPLAY
 
 
 def cli_env_setup() -> None:
@@ -95,3 +97,16 @@ def replace_route(app: FastAPI, path: str) -> None:
     Until 0.31 a plugin's route of the same path loses to it, without a word; later vLLM does this.
     """
     app.router.routes[:] = [one for one in app.routes if getattr(one, "path", None) != path]
+
+
+def offers_routing_replay() -> bool:
+    """Whether a kernel that routes inside can be handed a buffer for the ids that it selects.
+
+    Since 0.32; until 0.31 such a kernel has a buffer and a callback of its own, for vLLM's capture
+    alone. On a later vLLM that lacks something of `ROUTING_REPLAY` these kernels are refused, too.
+    """
+    try:
+        check_internals(ROUTING_REPLAY)
+    except RefusedError:
+        return False
+    return True

@@ -51,7 +51,7 @@ def check_internals(internals: Sequence[Internal]) -> None:
     The version alone does not tell: `check_vllm` can be switched off, and forks keep the number.
 
     Args:
-        internals: `FRONT_END` or `WORKER`.
+        internals: `FRONT_END`, `WORKER` or `ROUTING_REPLAY`.
 
     Raises:
         RefusedError: A module, an attribute or a parameter is missing; the message names it.

@@ -1,8 +1,9 @@
 """What moescope relies on in vLLM and vLLM does not document: one entry a class or module.
 
 `moescope_service.vllm_contract.guard` compares the lists with the vLLM that is installed, before a
-model is loaded: `FRONT_END` in every process, `WORKER` where a model will run. The files that use a
-name say what it means, and where it stands in vLLM.
+model is loaded: `FRONT_END` in every process, `WORKER` where a model will run. What only some
+kernels need, `ROUTING_REPLAY`, may be absent: they are refused then. The files that use a name say
+what it means, and where it stands in vLLM.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ FRONT_END = (
     _internal(
         "vllm.config:VllmConfig",
         "model_config parallel_config scheduler_config speculative_config cache_config"
-        " device_config use_v2_model_runner kv_transfer_config",
+        " device_config kernel_config use_v2_model_runner kv_transfer_config",
         used_by="capture/refusals.py capture/install.py capture/loads.py",
     ),
     _internal(
@@ -191,7 +192,8 @@ FRONT_END = (
         "vllm.config:ParallelConfig",
         "prefill_context_parallel_size decode_context_parallel_size data_parallel_external_lb"
         " data_parallel_hybrid_lb data_parallel_size data_parallel_size_local data_parallel_rank"
-        " data_parallel_index nnodes enable_elastic_ep use_ubatching use_sequence_parallel_moe",
+        " data_parallel_index nnodes enable_elastic_ep use_ubatching use_sequence_parallel_moe"
+        " tensor_parallel_size pipeline_parallel_size",
         used_by="capture/refusals.py capture/ranks.py",
     ),
     _internal(
@@ -200,6 +202,8 @@ FRONT_END = (
         used_by="capture/refusals.py capture/loads.py",
     ),
     _internal("vllm.config:CacheConfig", "kv_sharing_fast_prefill", used_by="capture/refusals.py"),
+    _internal("vllm.config.kernel", "MEGA_MOE_BACKENDS", used_by="capture/refusals.py"),
+    _internal("vllm.config.kernel:KernelConfig", "moe_backend", used_by="capture/refusals.py"),
     _internal("vllm.config:DeviceConfig", "device_type", used_by="capture/refusals.py"),
     _internal("vllm.platforms", "current_platform", used_by="capture/refusals.py"),
     _internal(
@@ -249,8 +253,8 @@ WORKER = (
     # Kernels that route inside.
     _internal(
         "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts",
-        "forward_monolithic",
-        used_by="capture/triton_topk.py",
+        "forward_monolithic quant_method",
+        used_by="capture/triton_topk.py capture/routing_replay.py",
     ),
     _internal(
         "vllm.model_executor.layers.fused_moe.experts.gpt_oss_triton_kernels_moe",
@@ -361,3 +365,43 @@ WORKER = (
         used_by="capture/kv_cache.py",
     ),
 )
+
+ROUTING_REPLAY = (
+    _internal(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExpertsMonolithic",
+        "supports_routing_replay_capture apply moe_config",
+        parameters={"apply": "hidden_states router_logits routing_replay_out"},
+        used_by="capture/routing_replay.py",
+    ),
+    _internal(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEKernelMonolithicImpl",
+        "fused_experts",
+        used_by="capture/routing_replay.py",
+    ),
+    _internal(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEKernel",
+        "impl",
+        used_by="capture/routing_replay.py",
+    ),
+    _internal(
+        "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts",
+        "routed_scaling_factor",
+        used_by="capture/routing_replay.py",
+    ),
+    _internal(
+        "vllm.model_executor.layers.fused_moe.routed_experts_capturer:RoutedExpertsSink",
+        "buffer",
+        used_by="capture/routing_replay.py",
+    ),
+    _internal(
+        "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig",
+        "routing_method",
+        used_by="capture/routing_replay.py",
+    ),
+    _internal(
+        "vllm.model_executor.layers.fused_moe.config:RoutingMethodType",
+        "Renormalize RenormalizeNaive DeepSeekV3 MiniMax2 SigmoidRenorm Sigmoid Llama4",
+        used_by="capture/routing_replay.py",
+    ),
+)
+"""Of kernels that route inside and can tell the ids; see `compat.offers_routing_replay`."""
