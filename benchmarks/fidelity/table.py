@@ -37,8 +37,9 @@ NOTES = """
 * vLLM's CPU router leaves out the selection bias of Ernie 4.5; the reference then does as well.
 * Sigmoid scores without groups (MiniMax-M2) are not served on the CPU, whose router takes softmax
   there.
-* Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels but
-  that of gpt-oss, and dense models are refused at start.
+* Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels that
+  do not tell what they select, and dense models are refused at start. Those that do are compared
+  on GPUs alone: gpt-oss's on Hopper; for Blackwell's none was at hand.
 * LoRA: vLLM's CPU build serves no MoE model with it (it takes Triton kernels that are not there).
   Asynchronous scheduling: the CPU build switches it off. Both are compared where there is a GPU.
 * Ranks: data parallelism fails in the MoE layers of the CPU build, which has no all-to-all

@@ -20,6 +20,7 @@ from fastapi.routing import APIRoute
 import moescope
 from moescope.cli import app
 from moescope.servers import stock_command
+from moescope_service.capture.routing_replay import ROUTING_METHODS
 from moescope_service.causes import MISSING_CAUSES
 from moescope_service.metric_names import METRICS
 from moescope_service.settings import Settings, flag, variable
@@ -28,6 +29,7 @@ from tests.versions import evidence
 
 from .pages import DOCS, PAGES, ROOT, TEXTS, anchors, code, prose, rows, section
 
+OAITRITON = "OAITritonMxfp4ExpertsMonolithic"  # selects with another kernel's function
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -113,6 +115,11 @@ def headings_under(page: str, anchor: str) -> list[str]:
 
 def test_every_cause_of_a_missing_row_is_explained():
     assert sorted(headings_under("metrics.md", "why-rows-are-missing")) == sorted(MISSING_CAUSES)
+
+
+def test_every_routing_method_of_kernels_that_route_inside():
+    names = first_cells("serving.md", "kernels-that-route-inside")
+    assert Counter(names) == Counter([OAITRITON, *ROUTING_METHODS])
 
 
 def test_every_alert_has_an_entry_in_the_runbook():
