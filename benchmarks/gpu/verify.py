@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import subprocess
 import sys
 import time
@@ -21,17 +20,10 @@ from pathlib import Path
 
 from benchmarks import result
 from benchmarks.fidelity.planted import FAULTS, planted
-from benchmarks.gpu import random_checkpoint
-from moescope.servers import (
-    Server,
-    captured_command,
-    end_servers_on_signals,
-    free_ports,
-    wait_ready,
-)
+from benchmarks.gpu import judged, random_checkpoint
+from moescope.servers import end_servers_on_signals
 
 DTYPES = ("bfloat16", "float16", "float32")
-_START_TIMEOUT_S = 900.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,16 +67,12 @@ def _verify(wanted: int, url: str, model: Path, options: Sequence[str]) -> Outco
 
 def serve_and_verify(args: argparse.Namespace, model: Path, dtype: str) -> dict[str, Outcome]:
     """Serve the model in a dtype, and verify it."""
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    flags = [str(model), "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), *args.vllm]
-    log = args.out / f"{dtype}.log"
-    with Server(dtype, captured_command(flags), url, log, dict(os.environ)) as server:
-        wait_ready([server], _START_TIMEOUT_S)
+    flags = [str(model), "--dtype", dtype, *args.vllm]
+    with judged.serving(dtype, flags, args.out / f"{dtype}.log") as server:
         print(f"== {dtype}", flush=True)
         options = ["--dtype", dtype, "--device", args.device, "--limit", str(args.limit)]
         options += ["--max-tokens", str(args.max_tokens)]
-        return verify_all(url, model, options, args.fault or list(FAULTS))
+        return verify_all(server.url, model, options, args.fault or list(FAULTS))
 
 
 def main() -> int:

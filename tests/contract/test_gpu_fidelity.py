@@ -12,7 +12,7 @@ import transformers
 
 from benchmarks.gpu import shapes
 from benchmarks.gpu.fidelity import Agreement
-from benchmarks.gpu.offloading import make_prompts
+from benchmarks.gpu.judged import make_prompts
 from moescope import RouteTrace
 from moescope_service import bundled_model
 from moescope_service.verify.schemes import Scheme, scheme_of

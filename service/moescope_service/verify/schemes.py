@@ -171,4 +171,5 @@ _SCHEMES: dict[str, Callable[[Any], Scheme]] = {
     "phimoe": _phimoe,
     "qwen2_moe": _softmax("mlp.gate"),
     "qwen3_moe": _softmax("mlp.gate"),
+    "qwen3_next": _softmax("mlp.gate"),
 }

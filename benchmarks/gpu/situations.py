@@ -1,0 +1,222 @@
+"""Shows that rows are right in layouts of several GPUs, with drafters, in hybrids, after sleep.
+
+Each case serves a checkpoint of random weights in a model's shape and sends requests whose prompts
+begin alike: all at once, then some of one token, one after the other, so that of several engines
+all but one are idle. Every row is judged by HF transformers as `moescope verify` judges it, and
+vLLM's own capture runs beside wherever it can. A case's entry is in the file when it is done. It
+exits with 1 where a row is wrong or missing, or a case did not do what it is for::
+
+    python -m benchmarks.gpu.situations --tokenizer DIRECTORY --out runs/situations.json \
+        --device cuda --case tp2 --case pp2 -- --max-num-seqs 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+
+from benchmarks import result
+from benchmarks.gpu import judged, random_checkpoint, shapes
+from moescope.servers import Server, end_servers_on_signals
+from moescope_service.verify.completions import RoutedCompletion, VerifiedServer
+from moescope_service.verify.reference import Reference
+
+MAX_TOKENS = 32
+LONELY = 12
+"""Requests of one token, one after the other."""
+_OWN = "--enable-return-routed-experts"
+_EPLB = {"num_redundant_experts": 4, "window_size": 16, "step_interval": 16}
+_MTP = {
+    "method": "mtp",
+    "num_speculative_tokens": 2,
+    # Of random weights no draft would be accepted.
+    "rejection_sample_method": "synthetic",
+    "synthetic_acceptance_length": 2.0,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """What is served, and what must be seen."""
+
+    flags: tuple[str, ...]
+    shape: str = "qwen2-moe"
+    layers: int = 4
+    gpus: int = 1
+    vllm_captures: bool = True
+    is_judged: bool = True
+    """Whether HF transformers computes what vLLM does; not where weights are quantized."""
+    prefix_tokens: tuple[int, int] = (64, 480)
+    between: Callable[[httpx.Client, Path], None] | None = None
+    """What is done to the server, after which all prompts are sent once more."""
+    env: tuple[tuple[str, str], ...] = ()
+    says: str = ""
+    """What the server's log must say at least twice."""
+
+
+def sleep_and_wake(http: httpx.Client, model: Path) -> None:
+    """Let the server sleep and wake: weights kept, then weights read again."""
+    _post(http, "/sleep", level=1)
+    _post(http, "/wake_up")
+    _post(http, "/sleep", level=2)
+    _post(http, "/wake_up", tags="weights")
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+    http.post("/collective_rpc", json=reload).raise_for_status()
+    _post(http, "/wake_up", tags="kv_cache")
+
+
+def _post(http: httpx.Client, path: str, **params: Any) -> None:
+    http.post(path, params=params).raise_for_status()
+
+
+_TWO_ENGINES = ("--data-parallel-size", "2", "--enable-expert-parallel")
+CASES = {
+    "tp2": Case(("--tensor-parallel-size", "2"), gpus=2),
+    "pp2": Case(("--pipeline-parallel-size", "2"), gpus=2, vllm_captures=False),
+    "dp2_ep": Case((*_TWO_ENGINES, "--api-server-count", "2"), gpus=2),
+    "dp2_ep_eplb": Case(
+        (*_TWO_ENGINES, "--enable-eplb", "--eplb-config", json.dumps(_EPLB)),
+        gpus=2,
+        says=r"Rearranging experts \S+ mode\)? *\.\.\.",
+    ),
+    "mtp": Case(("--speculative-config", json.dumps(_MTP)), "deepseek-v3", 3),
+    "hybrid": Case(
+        ("--gdn-prefill-backend", "triton", "--enable-prefix-caching"),
+        "qwen3-next",
+        prefix_tokens=(900, 1900),
+    ),
+    "fp8": Case(("--quantization", "fp8"), "qwen3-moe", is_judged=False),
+    "sleep": Case(
+        ("--enable-sleep-mode",),
+        between=sleep_and_wake,
+        env=(("VLLM_SERVER_DEV_MODE", "1"),),
+        says="Sleep mode freed",
+    ),
+}
+
+
+def run(case: Case, model: Path, log: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Serve a case, send its requests and judge their rows."""
+    flags = [*case.flags, "--max-model-len", "2048", *args.vllm]
+    vllm_captures = case.vllm_captures and args.own_capture
+    flags += [_OWN] if vllm_captures else []
+    started_s = time.monotonic()
+    with judged.serving(log.stem, [str(model), *flags], log, dict(case.env)) as server:
+        ready_s = time.monotonic() - started_s
+        completions = ask(case, server, model, args)
+        with VerifiedServer(server.url, None) as verified:
+            info, missing = verified.client.info(), verified.missing()
+            counted = verified.client.experts().counts.sum(-1)
+            accepted = judged.counter(verified.metrics(), "vllm:spec_decode_num_accepted_tokens")
+    said = len(re.findall(case.says, log.read_text(errors="replace"))) if case.says else None
+    made = {
+        "shape": f"{case.shape}, {case.layers} layers",
+        "gpus": case.gpus,
+        "flags": flags,
+        "ready_s": round(ready_s, 1),
+        "router_types": info.router_types,
+        "requests": len(completions),
+        "rows": judged.rows(completions),
+        "missing_by_cause": missing,
+        "counted_by_layer": sorted(set(counted.tolist())),
+        "drafts_accepted": accepted,
+        "log_says": {case.says: said} if case.says else None,
+        "against_vllm": judged.against_vllm(completions) if vllm_captures else None,
+    }
+    if case.is_judged:
+        reference = Reference(str(model), info.layers, "float64", "bfloat16", args.device)
+        made["judged"] = judged.judge(completions, reference)
+    return made
+
+
+def ask(
+    case: Case, server: Server, model: Path, args: argparse.Namespace
+) -> list[RoutedCompletion]:
+    """Send a case's requests."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    prompts = judged.make_prompts(args.requests, 6, vocabulary, case.prefix_tokens)
+    with VerifiedServer(server.url, None) as verified:
+        completions = verified.complete(prompts, MAX_TOKENS)
+        for prompt in prompts[:LONELY]:
+            completions += verified.complete([prompt[::-1]], 1)
+        if case.between is not None:
+            with httpx.Client(base_url=server.url, timeout=300.0) as http:
+                case.between(http, model)
+            completions += verified.complete(prompts, MAX_TOKENS)
+    return completions
+
+
+def is_right(case: Case, made: dict[str, Any]) -> bool:
+    """Return whether a case's result is what it must be."""
+    rows, own, found = made["rows"], made["against_vllm"], made.get("judged")
+    wrong = found["all"]["mismatches"] + found["all"]["wrong_weights"] if found else 0
+    return (
+        rows["missing"] == 0
+        and wrong == 0
+        and (own is None or own["equal_rows"] == own["rows"] == rows["computed"] + rows["cached"])
+        and (not case.says or made["log_says"][case.says] >= 2)
+        and ("--speculative-config" not in case.flags or made["drafts_accepted"] > 0)
+    )
+
+
+def checkpoint(case: Case, args: argparse.Namespace) -> Path:
+    """Return the checkpoint of a case, written unless it is there."""
+    shape = args.out.parent / f"{case.shape}.shape"
+    model = args.out.parent / f"{case.shape}.model"
+    if not model.exists():
+        shapes.write(case.shape, shape, args.tokenizer)
+        random_checkpoint.write(
+            shape,
+            model,
+            layers=case.layers,
+            device=args.device,
+            drafter="--speculative-config" in case.flags,
+        )
+    return model
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; that of this process where None."""
+    parser = result.parser(__doc__ or "")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="A model's directory.")
+    parser.add_argument("--case", choices=CASES, action="append", help="Repeat; all else.")
+    parser.add_argument("--device", default="cpu", help="Where the reference runs.")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument(
+        "--own-capture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Whether vLLM captures too, where it can; on a CPU it cannot.",
+    )
+    parser.add_argument("vllm", nargs="*", help="After --: vLLM's flags.")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run what the command line names; return the exit status."""
+    args = parse()
+    end_servers_on_signals()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    cases = orjson.loads(args.out.read_bytes())["cases"] if args.out.exists() else {}
+    status = 0
+    for name in args.case or CASES:
+        case = CASES[name]
+        cases[name] = run(case, checkpoint(case, args), args.out.parent / f"{name}.log", args)
+        right = is_right(case, cases[name])
+        status |= not right
+        print(f"{'ok' if right else 'WRONG'}: {name}: {orjson.dumps(cases[name]).decode()}")
+        result.write(args.out, "benchmarks.gpu.situations", gpu=result.gpu(), cases=cases)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
