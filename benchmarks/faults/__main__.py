@@ -28,6 +28,7 @@ SIMULATED = (
     Chances(**dict.fromkeys(FAULTS, 0.02), speculation=0.3, optimism=1),
     Chances(**dict.fromkeys(FAULTS, 0.01), speculation=0.2, loads=0.3, optimism=1),
     Chances(abort=0.1, loads=0.6),
+    Chances(rows_lost=0.02, kill=0.01, abort=0.03, loads=0.3, speculation=0.3, weights=0.2),
 )
 
 
@@ -45,6 +46,7 @@ def simulate(num_requests: int) -> dict[str, Any]:
         happened += deployment.happened
         happened["preemptions"] += deployment.engine.num_preemptions
         happened["loads"] += deployment.engine.num_loads
+        happened["weight_changes"] += deployment.weights_version
         happened["rejected_drafts"] += deployment.engine.num_rejected
         happened["requests"] += REQUESTS_A_RUN
     del happened["nothing"]

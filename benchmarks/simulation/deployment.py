@@ -21,6 +21,7 @@ from benchmarks.simulation.kv import Seq
 from benchmarks.simulation.link import SimLink
 from benchmarks.simulation.parts import Clock, make_spec
 from moescope.trace import RouteTrace, Source
+from moescope.version_runs import MIXED
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, StepRows
 from moescope_service.collector.core import Collector
@@ -59,6 +60,8 @@ class Chances:
     speculation: float = 0.0
     loads: float = 0.0
     """By a KV connector, of a sequence that waits."""
+    weights: float = 0.0
+    """An update of the weights begins or ends."""
     optimism: int = 0
     """By how many positions the scheduler may be ahead of the device."""
 
@@ -99,6 +102,7 @@ class Deployment:
         """Traces that a collector had made before it was killed."""
         self._num_requests, self._next_step, self._is_capturing = num_requests, 0, True
         self._orphans: set[str] = set()
+        self.weights_version, self._is_updating = 0, False
         self._untold: list[str] = []
         self.epoch = -1
         self.worker = SimLink("worker", self._introduce_worker, self._encode_step)
@@ -131,7 +135,7 @@ class Deployment:
         self._keep_traces()
 
     def check(self) -> collections.Counter[str]:
-        """No row is wrong, and no trace that lacks a row says that it is complete.
+        """No row is wrong, nor its version, and no trace that lacks a row says it is complete.
 
         Returns:
             How many traces there are, complete ones, and rows by source.
@@ -144,7 +148,11 @@ class Deployment:
             seq = self.seqs[trace.request_id]
             here = trace.source != Source.MISSING
             _require(trace.num_rows <= max(len(seq.tokens) - 1, 0), f"{seq.name}: rows too many")
-            ids, weights = truth(seq.hashes[: trace.num_rows], self.spec)
+            version = trace.weights_version
+            ids, weights = truth(
+                seq.hashes[: trace.num_rows], self.spec, 0 if version is None else version
+            )
+            counts["versions"] += len(trace.weights_versions)
             np.testing.assert_array_equal(trace.topk_ids[here], ids[here], seq.name)
             if trace.topk_weights is None:
                 raise AssertionError(f"{seq.name}: no weights")
@@ -246,6 +254,7 @@ class Deployment:
     # --- a step
 
     def _step(self, fault: str) -> None:
+        self._change_weights()
         output = self.engine.schedule()
         self.missing |= output.missing
         self.ended_in |= dict.fromkeys(output.finished_req_ids, self.epoch)
@@ -264,7 +273,19 @@ class Deployment:
         spans = output.batch
         hashes = [h for seq, start, count in spans for h in seq.row_hashes(start, count)]
         positions = [p for _, start, count in spans for p in range(start, start + count)]
-        return StepRows(np.array(positions, np.int32), *truth(hashes, self.spec))
+        rows = truth(hashes, self.spec, MIXED if self._is_updating else self.weights_version)
+        return StepRows(np.array(positions, np.int32), *rows)
+
+    def _change_weights(self) -> None:
+        if not self.chances.weights or self.rng.random() >= self.chances.weights:
+            return
+        self._is_updating = not self._is_updating and bool(self.rng.randrange(2))
+        if not self._is_updating:
+            self.weights_version += 1
+            message = StepMessage(self._next_step, 0.0, 0.0)
+            message.weights_version = self.weights_version
+            self._next_step += 1
+            self.worker.put(message)
 
     def _encode_step(self, message: StepMessage) -> list[Frames]:
         return pack_all([self.encoder.encode(message)], self._message_bytes)
@@ -279,6 +300,7 @@ class Deployment:
             output.scheduled_cached_reqs, output.kv_cache_block_copies or (),
         )  # fmt: skip
         message.loaded, message.filled = output.loaded, output.filled
+        message.weights_version = MIXED if self._is_updating else self.weights_version
         self._next_step += 1
         if output.batch:
             counts = [count for _, _, count in output.batch]

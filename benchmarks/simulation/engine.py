@@ -23,10 +23,17 @@ VOCABULARY = 3
 MAX_DRAFTS = 3
 
 
-def truth(hashes: list[int], spec: CaptureSpec) -> tuple[Any, Any]:
-    """The rows of positions whose prefixes have these hashes: (ids, weights)."""
+def truth(hashes: list[int], spec: CaptureSpec, version: Any = 0) -> tuple[Any, Any]:
+    """The rows of positions whose prefixes have these hashes: (ids, weights).
+
+    Args:
+        hashes: One a row.
+        spec: Their shape.
+        version: Of the model's weights, of all rows or of each: rows of another one are others.
+    """
     shape = (len(hashes), len(spec.layers), spec.top_k)
-    values = np.array(hashes, np.uint64)[:, None]
+    salts = np.asarray(version, np.int64).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    values = (np.array(hashes, np.uint64) ^ salts)[:, None]
     shifts = np.arange(shape[1] * shape[2], dtype=np.uint64)[None, :] * np.uint64(7)
     ids = (values >> shifts) % np.uint64(spec.num_experts)
     weights = ((values >> shifts) % np.uint64(1021)).astype(np.float32) / 1024

@@ -1,18 +1,20 @@
 """Traces as Arrow tables and Parquet files, one row a token; needs the extra ``arrow``.
 
-=================  ==========================================================================
-``request_id``     string, dictionary-encoded
-``index``          int32: the choice's index in the response
-``position``       int32: the token's position in the sequence, prompt first
-``is_prompt``      bool
-``token_id``       int32; null where the server keeps token ids out
-``source``         string, dictionary-encoded: ``computed``, ``cached``, ``recalled`` or ``missing``
-``topk_ids``       uint8 or uint16, ``[num_layers][top_k]``
-``topk_weights``   float32, the same shape; no such column where the weights were left out
-=================  ==========================================================================
+===================  ========================================================================
+``request_id``       string, dictionary-encoded
+``index``            int32: the choice's index in the response
+``position``         int32: the token's position in the sequence, prompt first
+``is_prompt``        bool
+``token_id``         int32; null where the server keeps token ids out
+``source``           string, dictionary-encoded: `Source`, as ``computed``, ``missing`` …
+``topk_ids``         uint8 or uint16, ``[num_layers][top_k]``
+``topk_weights``     float32, the same shape; no such column where the weights were left out
+``weights_version``  int32: which weights computed the row; null where that is unknown
+===================  ========================================================================
 
 The last sampled token has a row too, so that ``token_id`` holds whole sequences; it was never
-routed: its ``source``, ids and weights are null. Ids and weights of a missing row are null.
+routed: its ``source``, ids and weights are null, and its version. Those of a missing row are null,
+but for its ``source``.
 
 The list of layers is not one of fixed size, although every row has as many: pyarrow before 26
 neither writes nor reads null lists of fixed size in Parquet. Weights are float32, since DuckDB and
@@ -41,6 +43,7 @@ from moescope.received import (
     shown,
 )
 from moescope.trace import RouteTrace, Source
+from moescope.version_runs import runs_of
 
 try:
     import pyarrow as pa
@@ -90,6 +93,7 @@ def to_table(
     weights = [t.topk_weights[t.present] for t in traces if t.topk_weights is not None]
     if weights:
         columns["topk_weights"] = _nested([w.astype(np.float32) for w in weights], present)
+    columns["weights_version"] = _versions(traces, present)
     shared = {
         "layers": traces[0].layers.tolist(),
         "top_k": traces[0].top_k,
@@ -132,7 +136,8 @@ def dump_parquet(
 def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> list[RouteTrace]:
     """Rebuild the traces of a table of `to_table`, such as ``pyarrow.parquet.read_table(…)``.
 
-    Exact but for the ids and weights of missing rows, which mean nothing and become zero.
+    Exact but for missing rows: their ids and weights mean nothing and become zero, and at the start
+    of a page their version is that of the rows behind them.
 
     Args:
         table: The table.
@@ -219,6 +224,21 @@ def _tokens(trace: RouteTrace) -> pa.Array:
     return pa.array(trace.token_ids)
 
 
+def _versions(traces: Sequence[RouteTrace], present: npt.NDArray[np.bool_]) -> pa.Array:
+    """Return the numbers of the weights for the rows that are present, null for the others."""
+    numbers, known = np.zeros(len(present), np.int32), present.copy()
+    start = 0
+    for trace in traces:
+        rows = slice(start, start + trace.num_rows)
+        version = trace.weights_version
+        if version is None:
+            known[rows] = False
+        else:
+            numbers[rows] = version
+        start += _num_tokens({**formats.meta(trace), "num_rows": trace.num_rows})
+    return pa.array(numbers, mask=~known)
+
+
 def _nested(rows: list[npt.NDArray[Any]], present: npt.NDArray[np.bool_]) -> pa.Array:
     """Return ``[num_layers][top_k]`` for the rows that are present, null for the others."""
     values = np.concatenate(rows)
@@ -249,6 +269,7 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
     source = pc.index_in(names, pa.array(formats.SOURCE_NAMES)).fill_null(Source.MISSING)
     source = source.to_numpy().astype(np.uint8)
     tokens = table["token_id"].fill_null(0).to_numpy()
+    numbers, known = _numbers(table)
     traces, start = [], 0
     for meta in shared["traces"]:
         end = start + _num_tokens(meta)
@@ -259,9 +280,19 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
                 topk_ids=ids[rows],
                 topk_weights=None if weights is None else weights[rows],
                 source=source[rows],
+                weights_versions=runs_of(numbers[rows], known[rows], meta["start"]),
                 token_ids=tokens[start:end] if meta.pop("has_token_ids") else None,
                 **meta,
             ).check_values()
         )
         start = end
     return traces
+
+
+def _numbers(table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return the number of the weights of each row, and where it is known."""
+    if "weights_version" not in table.column_names:  # of before there were versions
+        return np.zeros(len(table), np.int64), np.zeros(len(table), np.bool_)
+    column = table["weights_version"]
+    numbers = narrowed(column.fill_null(0).to_numpy(), np.int64)
+    return numbers, column.is_valid().to_numpy()

@@ -98,6 +98,8 @@ class ServerInfo(_Record):
     """The store of finished traces."""
     started_s: float
     """Unix time at which the collector started, in seconds."""
+    weights_version: int | None = None
+    """How often the weights have changed since the server started; None where it does not tell."""
     log: LogInfo | None = None
     """The route log; None where the server does not tell."""
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from moescope import analysis, received
+from moescope import analysis, received, version_runs
 from moescope.errors import LayerNotCapturedError
 from moescope.received import MAX_EXPERTS, MAX_LAYERS, MAX_TOKENS, MAX_TOP_K
 
@@ -76,6 +76,11 @@ class RouteTrace:
     """The weights the router returned, ``[num_rows, num_layers, top_k]``; None if left out."""
     source: npt.NDArray[np.uint8]
     """A `Source` for every row, ``[num_rows]``."""
+    weights_versions: npt.NDArray[np.int64] = dataclasses.field(
+        default_factory=version_runs.unknown
+    )
+    """Which weights computed the rows, ``[num_runs, 2]``: see `moescope.version_runs`. Empty
+    where the server does not tell."""
     token_ids: npt.NDArray[np.int32] | None
     """Prompt and output tokens, ``[num_tokens]``; a page has those of its rows, and the last page
     the last token too, which was never routed. None where the server keeps them out."""
@@ -115,6 +120,10 @@ class RouteTrace:
             )
         if self.source.shape != (self.num_rows,):
             raise ValueError(f"source must be [{self.num_rows}], got shape {self.source.shape}")
+        if self.weights_versions.ndim != 2 or self.weights_versions.shape[1] != 2:
+            raise ValueError(
+                f"weights_versions must be [num_runs, 2], got shape {self.weights_versions.shape}"
+            )
         self._check_numbers()
         num_tokens = len(self._tokens_of(self.start, self.num_rows))
         if self.token_ids is not None and self.token_ids.shape != (num_tokens,):
@@ -157,11 +166,13 @@ class RouteTrace:
         _check_dtype("topk_ids", self.topk_ids, np.uint8, np.uint16)
         _check_dtype("topk_weights", self.topk_weights, np.float16, np.float32)
         _check_dtype("source", self.source, np.uint8)
+        _check_dtype("weights_versions", self.weights_versions, np.int64)
         _check_dtype("token_ids", self.token_ids, np.int32)
         if self.top_k > MAX_TOP_K:
             raise ValueError(f"topk_ids has {self.top_k} experts a row: more than {MAX_TOP_K}")
         _check_range("layers", self.layers, self.num_hidden_layers)
         _check_range("source", self.source, len(Source))
+        version_runs.check(self.weights_versions, self.start, self.num_rows)
         if self.complete and not self.present.all():
             raise ValueError("the trace is complete, and rows are missing")
         if self.topk_ids.size and int(self.topk_ids.max()) >= self.num_experts:
@@ -195,6 +206,16 @@ class RouteTrace:
         return present
 
     @property
+    def weights_version(self) -> npt.NDArray[np.int64] | None:
+        """The number of the weights of each row, ``[num_rows]``; None where it is unknown.
+
+        `moescope.version_runs` says what the numbers mean, and that of a missing row.
+        """
+        if self.num_rows and not len(self.weights_versions):
+            return None
+        return version_runs.by_row(self.weights_versions, self.start, self.num_rows)
+
+    @property
     def coverage(self) -> float:
         """Share of rows that are not missing, in [0, 1]; 1.0 for a trace without rows."""
         return float(self.present.mean()) if self.num_rows else 1.0
@@ -203,7 +224,8 @@ class RouteTrace:
     def size_bytes(self) -> int:
         """Bytes of the arrays."""
         arrays = (self.layers, self.topk_ids, self.topk_weights, self.source, self.token_ids)
-        return sum(array.nbytes for array in arrays if array is not None)
+        size = sum(array.nbytes for array in arrays if array is not None)
+        return size + self.weights_versions.nbytes
 
     def counts(self) -> npt.NDArray[np.int64]:
         """Count how often each expert was selected in the rows that are not missing.
@@ -256,6 +278,9 @@ class RouteTrace:
             topk_ids=self.topk_ids[first:last],
             topk_weights=None if self.topk_weights is None else self.topk_weights[first:last],
             source=self.source[first:last],
+            weights_versions=version_runs.cut(
+                self.weights_versions, self.start + first, self.start + last
+            ),
             token_ids=None if self.token_ids is None else self.token_ids[skipped],
         )
 
@@ -286,6 +311,9 @@ class RouteTrace:
             topk_ids=np.concatenate([page.topk_ids for page in pages]),
             topk_weights=np.concatenate(weights) if weights else None,
             source=np.concatenate([page.source for page in pages]),
+            weights_versions=version_runs.joined(
+                [page.weights_versions for page in pages], first.start
+            ),
             token_ids=np.concatenate(tokens) if tokens else None,
         )
 

@@ -94,6 +94,8 @@ class WorkerState:
     ongoing: list[Ongoing]
     ended: list[str]
     """Internal ids of the last sequences that ended: this collector was not told of their end."""
+    weights_version: int = 0
+    """How often its weights have changed."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -125,6 +127,9 @@ class Step:
     """Number of the piece, where the step was too large for one message; see `pieces`."""
     has_more: bool = False
     """Whether another piece follows."""
+    weights_version: int = 0
+    """Which weights computed its rows: how often the worker's had changed since its start, or
+    `moescope.version_runs.MIXED`. Where a step has no rows, how often they have, or 0."""
     lost: str | None = None
     """Where its rows were not shipped, one of `moescope_service.causes.LOST_CAUSES`."""
     spans: npt.NDArray[np.int32]
@@ -148,6 +153,12 @@ class Step:
         size = max(1, max_bytes * num_rows // self.rows_bytes)
         ends = np.cumsum(self.spans[:, 2])
         starts = ends - self.spans[:, 2]
+        further = Step(
+            number=self.number,
+            time_s=self.time_s,
+            weights_version=self.weights_version,
+            spans=self.spans,
+        )
         for part, first in enumerate(range(0, num_rows, size)):
             last = min(first + size, num_rows)
             here = (starts < last) & (ends > first)
@@ -155,7 +166,7 @@ class Step:
             spans[:, 1] += np.maximum(first - starts[here], 0)
             spans[:, 2] = np.minimum(ends[here], last) - np.maximum(starts[here], first)
             yield dataclasses.replace(
-                self if part == 0 else Step(number=self.number, time_s=self.time_s, spans=spans),
+                self if part == 0 else further,
                 part=part,
                 has_more=last < num_rows,
                 spans=spans,

@@ -236,6 +236,8 @@ class CollectorInfo:
     refusal: str | None
     """Why the deployment is not to serve, which its workers can tell only together."""
     capture: Literal["on", "paused"]
+    weights_version: int
+    """Number of the newest weights that a worker has."""
     started_s: float
     """Unix time, in seconds."""
     epoch: int

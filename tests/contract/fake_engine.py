@@ -12,6 +12,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from moescope_service.capture.control import ControlEncoder
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.rows import Batch, StepRows
+from moescope_service.capture.weights import WeightsVersion
 from moescope_service.messages import CaptureSpec
 
 PROMPT, OUTPUT = [11, 12, 13, 14, 15], [21, 22, 23]
@@ -72,9 +73,11 @@ class Engine:
         self.rows_of = rows_of
         self.batch: Any = None
         self._next_block = 1
+        self.weights = WeightsVersion()
         self.recorder = Recorder(
             address, spec, sink=self.sink, read_batch=lambda: self.batch,
-            encoder=ControlEncoder(0, SPEC.block_size), max_rows_bytes=max_rows_bytes,
+            encoder=ControlEncoder(0, SPEC.block_size), weights=self.weights,
+            max_rows_bytes=max_rows_bytes,
         )  # fmt: skip
 
     def start(self, internal_id: str, prompt: list[int] = PROMPT) -> Running:

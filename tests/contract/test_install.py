@@ -127,6 +127,24 @@ def test_a_layer_to_log_that_routes_nothing_is_refused_where_one_worker_has_all(
         worker.load_model()
 
 
+def test_steps_say_which_weights_computed_them(worker):
+    model = worker.model
+    model.load_weights = set
+    model.load_weights([])  # vLLM's loader
+    start(worker)
+    worker.execute_model(step("a"))
+    model.load_weights([])
+    worker.execute_model(step("b"))
+    worker.shutdown()
+    _, values, _ = receive(worker)
+    spec, *_ = unpack_introduction(values)
+    steps = []
+    while len(steps) < 3:
+        _, values, frames = receive(worker)
+        steps += unpack_steps(values, frames, spec)
+    assert [(len(got.spans), got.weights_version) for got in steps] == [(1, 0), (0, 1), (1, 1)]
+
+
 def test_steps_of_the_warm_up_and_dummy_runs_are_nobodys(worker):
     start(worker)
     assert worker.execute_model(step("dummy"), dummy_run=True) is True

@@ -228,7 +228,7 @@ def families(num_layers=2, num_experts=8, window=None, expert_metrics="auto"):
     info = CollectorInfo(
         spec=spec, workers_complete=True, refusal=None, capture="on", started_s=0.0, epoch=0,
         store=StoreInfo(limit_bytes=1, bytes=0, traces=0, evicted=0),
-        log=LogInfo(state="off", dropped=0),
+        log=LogInfo(state="off", dropped=0), weights_version=0,
     )  # fmt: skip
     registry = CollectorRegistry()
     arrays = [np.zeros(shape, np.int64).tobytes(), window.tobytes()]

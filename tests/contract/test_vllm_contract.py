@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import moescope_service
 from moescope_service.errors import RefusedError
 from moescope_service.settings import Settings
 from moescope_service.vllm_contract import compat, guard, versions
-from moescope_service.vllm_contract.internals import FRONT_END, ROUTING_REPLAY, WORKER
+from moescope_service.vllm_contract.internals import FRONT_END, ROUTING_REPLAY, WEIGHTS, WORKER
 from moescope_service.vllm_contract.patching import followed_by, preceded_by, wrap_once
 
 SERVICE = Path(moescope_service.__file__).parent
 OPTIONAL = ROUTING_REPLAY if compat.offers_routing_replay() else ()
+if Version(versions.vllm_version()).release >= (0, 32):
+    OPTIONAL += WEIGHTS
 INTERNALS = (*FRONT_END, *WORKER, *OPTIONAL)
 NAMES = [(one, name) for one in INTERNALS for name in one.attributes]
 PARAMETERS = [

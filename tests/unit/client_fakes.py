@@ -6,7 +6,7 @@ import httpx
 import numpy as np
 import orjson
 
-from moescope import formats
+from moescope import formats, version_runs
 from moescope.trace import RouteTrace, Source
 
 
@@ -22,11 +22,13 @@ def make_trace(
     missing: float = 0.0,
     request_id: str = "chatcmpl-1",
     index: int = 0,
+    versions: bool = True,
 ) -> RouteTrace:
     random = np.random.default_rng(seed)
     shape = (num_rows, len(layers))
     ids = np.argsort(random.random((*shape, num_experts)), axis=-1)[..., :top_k]
     gone = random.random(num_rows) < missing
+    numbers = np.sort(random.integers(version_runs.MIXED, 3, num_rows))
     return RouteTrace(
         request_id=request_id,
         index=index,
@@ -37,6 +39,9 @@ def make_trace(
         topk_ids=ids.astype(formats.id_dtype(num_experts)),
         topk_weights=random.random((*shape, top_k)).astype(np.float16) if weights else None,
         source=np.where(gone, Source.MISSING, random.integers(0, 2, num_rows)).astype(np.uint8),
+        weights_versions=version_runs.runs_of(numbers, ~gone, 0)
+        if versions
+        else version_runs.unknown(),
         token_ids=random.integers(0, 1000, num_rows + 1).astype(np.int32) if token_ids else None,
         prompt_len=min(3, num_rows),
         num_tokens=num_rows + 1,

@@ -26,7 +26,7 @@ class SimEncoder:
         self._handles: dict[str, int] = {}
         self._free: list[int] = []
 
-    def encode(self, output: Output, lost: str | None = None) -> Step:
+    def encode(self, output: Output, lost: str | None = None, version: int = 0) -> Step:
         step = Step(number=self.next_step, time_s=0.0, hook_s=0.0, spans=np.empty((0, 3), np.int32))
         self.next_step += 1
         for name in output.finished_req_ids:
@@ -53,14 +53,15 @@ class SimEncoder:
         if output.batch:
             spans = [(self._handles[seq.name], start, count) for seq, start, count in output.batch]
             step.spans = np.array(spans, np.int32)
+            step.weights_version = version
             self._add_rows(step, output, lost)
         return step
 
     def _add_rows(self, step: Step, output: Output, lost: str | None) -> None:
-        step.lost = lost
+        step.lost, version = lost, step.weights_version
         if lost is None:
             hashes = [h for seq, start, n in output.batch for h in seq.row_hashes(start, n)]
-            step.topk_ids, step.topk_weights = truth(hashes, self.spec)
+            step.topk_ids, step.topk_weights = truth(hashes, self.spec, version)
 
     def _admission(self, name: str, prompt_len: int, num_cached: int, blocks: Any) -> Admission:
         handle = self._handles.get(name)

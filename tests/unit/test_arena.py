@@ -21,14 +21,14 @@ def write(arena, slots, first):
 
 
 def check(arena, slots, first):
-    ids, weights, state = arena.read(np.array(slots))
+    ids, weights, _, state = arena.read(np.array(slots))
     assert (state == FILLED).all()
     np.testing.assert_array_equal(ids, make_rows(first, len(slots))[0])
     np.testing.assert_array_equal(weights, make_rows(first, len(slots))[1])
 
 
 def filled(arena):
-    return np.flatnonzero(arena.read(np.arange(16))[2] == FILLED).tolist()
+    return np.flatnonzero(arena.read(np.arange(16)).state == FILLED).tolist()
 
 
 def test_nothing_is_filled_at_first(arena):
@@ -46,7 +46,7 @@ def test_what_is_written_is_read_and_the_last_write_wins(arena):
 
 def test_read_returns_copies(arena):
     write(arena, [1], 5)
-    ids, _, here = arena.read(np.array([1]))
+    ids, _, _, here = arena.read(np.array([1]))
     write(arena, [1], 6)
     arena.allocate([0])
     np.testing.assert_array_equal(ids, make_rows(5, 1)[0])
@@ -69,7 +69,7 @@ def test_many_rows_are_copies_too(pages, monkeypatch):
     sent = generator.integers(0, 300, (8192, 4, 4)).astype(np.uint16)
     arena.write(np.arange(8192), sent, sent.astype(np.float32))
     slots = generator.permutation(8192)[:8000]
-    ids, weights, _ = arena.read(slots)
+    ids, weights, _, _ = arena.read(slots)
     arena.write(np.arange(8192), np.zeros_like(sent), np.zeros(sent.shape, np.float32))
     np.testing.assert_array_equal(ids, sent[slots])
     np.testing.assert_array_equal(weights, sent[slots])
@@ -104,12 +104,23 @@ def test_a_copy_ends_where_the_hit_does(arena):
     assert filled(arena) == [4, 5, 6, 7, 12, 13]
 
 
+def test_the_version_goes_with_the_row(arena):
+    arena.write(np.array([4, 5, 6]), *make_rows(0, 3), weights_version=2)
+    arena.write(np.array([5, 7]), *make_rows(0, 2), weights_version=3)
+    arena.copy(1, 3, 3)
+    arena.recall(0, arena.rows_of(1))
+    version = arena.read(np.arange(16)).weights_version
+    assert version.tolist() == [2, 3, 2, 3, 2, 3, 2, 3, 0, 0, 0, 0, 2, 3, 2, 0]
+    write(arena, [4], 0)
+    assert arena.read(np.array([0, 4])).weights_version.tolist() == [2, 0]
+
+
 def test_void(arena):
     write(arena, range(8), 0)
     before = arena.generation.copy()
     arena.void(np.array([0, 5]), 7)
     assert filled(arena) == [1, 2, 3, 4, 6, 7]
-    assert arena.read(np.array([5, 6, 9]))[2].tolist() == [7, FILLED, EMPTY]
+    assert arena.read(np.array([5, 6, 9])).state.tolist() == [7, FILLED, EMPTY]
     np.testing.assert_array_equal(arena.generation, before)
     arena.void_all()
     assert filled(arena) == []

@@ -58,6 +58,19 @@ def test_a_missing_row_has_its_token_and_no_routing():
     assert [row["token_id"] for row in rows] == trace.token_ids[:-1].tolist()
 
 
+def test_every_row_that_is_there_says_which_weights_computed_it():
+    trace = make_trace(num_rows=30, missing=0.5)
+    rows = arrow.to_table([make_trace(1, versions=False), trace]).to_pylist()
+    known = np.where(trace.present, trace.weights_version, None).tolist()
+    assert [row["weights_version"] for row in rows] == [None] * 13 + [*known, None]
+
+
+def test_a_table_of_before_there_were_versions_has_none():
+    traces = [make_trace(), make_trace(1)]
+    (first, _) = arrow.from_table(arrow.to_table(traces).drop_columns(["weights_version"]))
+    assert same(first, make_trace(versions=False))
+
+
 def test_token_ids_that_are_kept_out_are_null():
     table = arrow.to_table([make_trace(), make_trace(1, token_ids=False)])
     assert table["token_id"].is_null().to_pylist() == [False] * 13 + [True] * 13
@@ -77,6 +90,7 @@ def test_the_columns(num_experts, ids):
                 ("source", pa.dictionary(pa.int8(), pa.string())),
                 ("topk_ids", pa.list_(pa.list_(ids, 4))),
                 ("topk_weights", pa.list_(pa.list_(pa.float32(), 4))),
+                ("weights_version", pa.int32()),
             ]
         )
     )
@@ -121,12 +135,13 @@ def test_a_table_of_other_rows_than_were_written_is_refused():
 
 def test_a_table_that_is_none_of_ours_is_refused():
     table = arrow.to_table([make_trace()])
+    optional = {"is_prompt", "weights_version"}
     for other in (
         table.replace_schema_metadata(None),
         table.replace_schema_metadata({"moescope": "[]"}),
         table.replace_schema_metadata({"moescope": "{"}),
         table.set_column(6, "topk_ids", table["position"]),
-        *(table.drop_columns([name]) for name in table.column_names if name != "is_prompt"),
+        *(table.drop_columns([name]) for name in table.column_names if name not in optional),
     ):
         with pytest.raises(FormatError, match="not a table of traces"):
             arrow.from_table(other)

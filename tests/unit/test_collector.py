@@ -20,6 +20,7 @@ from builders import (
 )
 
 from moescope.trace import Source
+from moescope.version_runs import MIXED
 from moescope_service.collector import answers
 from moescope_service.collector.sequences import API_TIMEOUT_S, WORKER_TIMEOUT_S
 from moescope_service.messages import pack, pack_all, pack_introduction, pack_steps
@@ -54,6 +55,25 @@ def test_a_request_from_start_to_trace(bench):
     np.testing.assert_array_equal(trace.topk_weights, make_rows(0, 5)[1])
     assert trace.versions == bench.spec.versions
     assert bench.traces("a-i")[0].request_id == "a"
+
+
+def test_a_trace_says_which_weights_computed_its_rows(bench):
+    bench.register("a", [1, 2, 3, 4])
+    bench.step([(0, 0, 4)], admitted=[admit(0, "a-i", 4, [0, 1])])
+    assert bench.answered(InfoQuery()).info.weights_version == 0
+    bench.step(weights_version=1)
+    assert bench.answered(InfoQuery()).info.weights_version == 1
+    bench.step([(0, 4, 2)], weights_version=1)
+    bench.step([(0, 6, 1)], weights_version=MIXED)
+    bench.step([(0, 7, 1)], lost="paused", weights_version=2)
+    bench.finish("a-i", output=[5, 6, 7, 8, 9])
+    bench.end()
+    (trace,) = bench.traces("a")
+    assert trace.weights_versions.tolist() == [[0, 0], [4, 1], [6, MIXED]]
+    assert trace.weights_version.tolist() == [0, 0, 0, 0, 1, 1, MIXED, MIXED]
+    assert bench.answered(InfoQuery()).info.weights_version == 2
+    found, reply = bench.routes("a", start=5)
+    assert reply.traces()[found.traces[0]].weights_versions.tolist() == [[5, 1], [6, MIXED]]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from builders import make_spec
 
+from moescope.version_runs import MIXED
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch
 from moescope_service.ids import short_id
@@ -86,6 +87,14 @@ def test_tables_and_rows_of_running_sequences(worker):
     worker.step(finished=["a"])
     assert worker.ongoing.keys() == {"b"}
     assert worker.encoder.worker_state().ended == ["a"]
+
+
+def test_the_number_of_the_weights(worker):
+    for number in (2, MIXED):
+        message = StepMessage(worker.next_step, 0.0, 0.0, weights_version=number)
+        assert worker.encoder.encode(message).weights_version == number
+        worker.next_step += 1
+    assert worker.encoder.worker_state().weights_version == 2
 
 
 def test_long_ids_of_vllm_are_told_short(worker):

@@ -14,6 +14,7 @@ from sim_encoder import SimEncoder
 from benchmarks.simulation.engine import VOCABULARY, Engine, truth
 from benchmarks.simulation.kv import Seq
 from moescope.trace import Source
+from moescope.version_runs import MIXED
 from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.reassembly import Reassembler
 from moescope_service.collector.rows import Rows
@@ -33,6 +34,8 @@ class Run:
     gaps: float = 0.0
     surplus: float = 0.0
     copies: bool = False
+    changes: float = 0.0
+    """How often the weights change, or an update of them begins."""
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
@@ -48,6 +51,7 @@ class Run:
         self.missing: dict[str, set[int]] = {}
         self.seqs: dict[str, Seq] = {}
         self.is_paused = False
+        self.version, self.is_updating = 0, False
         arrivals = [self._new_seq(i) for i in range(rng.randint(4, 9))]
         while arrivals or self.engine.is_busy:
             while arrivals and rng.random() < 0.5:
@@ -76,7 +80,11 @@ class Run:
         if self.rng.random() < self.losses:
             lost = self.rng.choice(["queue_full", "hook_missed"])
         is_gap = self.rng.random() < self.gaps
-        step = self.encoder.encode(output, lost)
+        if self.changes and self.rng.random() < self.changes:
+            self.is_updating = not self.is_updating and self.rng.random() < 0.5
+            self.version += not self.is_updating
+        version = MIXED if self.is_updating else self.version
+        step = self.encoder.encode(output, lost, version)
         self.engine.execute(output, shipped=lost is None and not is_gap)
         if is_gap:
             return
@@ -85,12 +93,12 @@ class Run:
         if written is not None:
             self.counters.add(written)
         if lost is None:
-            self._count(output)
+            self._count(output, version)
 
-    def _count(self, output: Any) -> None:
+    def _count(self, output: Any, version: int) -> None:
         num_layers, num_experts = self.expected.shape[1:]
         for seq, start, count in output.batch:
-            ids, _ = truth(seq.hashes[start : start + count], self.spec)
+            ids, _ = truth(seq.hashes[start : start + count], self.spec, version)
             is_decode = np.arange(start, start + count)[:, None, None] >= seq.prompt_len
             layer = np.arange(num_layers)[None, :, None]
             flat = (is_decode * num_layers + layer) * num_experts + ids
@@ -102,12 +110,13 @@ class Run:
         return self.ended[name].resized(len(self.seqs[name].tokens) - 1)
 
     def check_truth(self) -> int:
-        """Every row that is not missing is the right one; returns how many there are."""
-        total = 0
+        """Every row that is there, and its version, is right; returns how many there are."""
+        total = self.num_changes = 0
         for name in self.ended:
             rows, seq = self.rows(name), self.seqs[name]
             here = rows.source != Source.MISSING
-            ids, weights = truth(seq.hashes[: len(here)], self.spec)
+            ids, weights = truth(seq.hashes[: len(here)], self.spec, rows.weights_version)
+            self.num_changes += np.count_nonzero(np.diff(rows.weights_version[here]))
             np.testing.assert_array_equal(rows.topk_ids[here], ids[here])
             np.testing.assert_array_equal(rows.topk_weights[here], weights[here])
             total += int(here.sum())
@@ -124,6 +133,22 @@ class Run:
 
 def runs(number: int, seed: int, **chances: Any) -> list[Run]:
     return [Run(seed + i, **chances) for i in range(number)]
+
+
+def test_every_row_says_which_weights_computed_it():
+    """Rows that other weights computed are others: a wrong version is a wrong row."""
+    changes = hits = 0
+    chances = {"changes": 0.2, "aborts": 0.03, "losses": 0.05, "surplus": 0.3, "copies": True}
+    for run in runs(60, 700, num_blocks=30, **chances):
+        assert run.check_truth() > 0
+        run.check_missing()
+        changes += run.num_changes
+        hits += sum(
+            len(np.unique(rows.weights_version[rows.source == Source.CACHED])) > 1
+            for rows in run.ended.values()
+        )
+    assert changes > 300
+    assert hits > 10
 
 
 def test_without_pressure_every_row_is_there_and_says_where_it_is_from():

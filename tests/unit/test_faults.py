@@ -17,6 +17,7 @@ everything = st.builds(
     **dict.fromkeys(FAULTS, often),
     speculation=st.sampled_from([0.0, 0.5]),
     loads=st.sampled_from([0.0, 0.5]),
+    weights=st.sampled_from([0.0, 0.3]),
     optimism=st.integers(0, 1),
 )
 orderly = st.builds(
@@ -24,6 +25,7 @@ orderly = st.builds(
     **dict.fromkeys(["rows_lost", "pause", "kill", "abort"], often),
     speculation=st.sampled_from([0.0, 0.5]),
     loads=st.sampled_from([0.0, 0.5]),
+    weights=st.sampled_from([0.0, 0.3]),
 )
 chance = st.randoms(use_true_random=False)
 checked = settings(
@@ -60,8 +62,9 @@ def test_what_was_not_lost_is_there(rng, chances, num_requests, num_blocks):
         Chances(kill=0.03, rows_lost=0.05, speculation=0.3, abort=0.03, pause=0.03),
         Chances(**dict.fromkeys(FAULTS, 0.02), speculation=0.3, optimism=1),
         Chances(abort=0.1, loads=0.6),
+        Chances(rows_lost=0.02, kill=0.01, abort=0.03, loads=0.3, speculation=0.3, weights=0.2),
     ],
-    ids=["losses", "restarts", "everything", "loads"],
+    ids=["losses", "restarts", "everything", "loads", "weights"],
 )
 def test_many_requests_with_prefix_hits_on_reused_blocks(chances):
     """The short form of ``python -m benchmarks.faults``."""
@@ -74,6 +77,9 @@ def test_many_requests_with_prefix_hits_on_reused_blocks(chances):
         deployment.check_missing(exactly=not chances.given_up)
         happened += deployment.happened
         happened["loads"] += deployment.engine.num_loads
+        happened["weights"] += deployment.weights_version
     assert counts["complete"] > 50
     assert min(counts[source] for source in ("computed", "cached", "missing")) > 500
-    assert all(happened[fault] > 5 for fault in (*FAULTS, "loads") if getattr(chances, fault))
+    assert all(
+        happened[fault] > 5 for fault in (*FAULTS, "loads", "weights") if getattr(chances, fault)
+    )

@@ -15,6 +15,7 @@ CASES = [
     {"missing": 0.4, "num_rows": 30},
     {"num_experts": 512, "top_k": 8},
     {"num_rows": 0},
+    {"versions": False},
     {"index": 3, "request_id": "a/b …"},
 ]
 
@@ -161,9 +162,53 @@ def test_json_shows_a_missing_row_as_null():
     assert values["coverage"] == trace.coverage < 1
 
 
+def test_json_and_npz_of_before_there_were_versions_have_none():
+    older = make_trace(versions=False)
+    (values,) = orjson.loads(formats.dump_json("r", [make_trace(weights=False)]))["traces"]
+    del values["weights_versions"]
+    assert same(formats.from_dict(values), make_trace(weights=False, versions=False))
+    arrays = formats.arrays_of([make_trace()])
+    del arrays["weights_versions"], arrays["version_splits"]
+    assert same(formats.traces_of(arrays)[0], older)
+
+
+BAD_RUNS = [
+    [[1, 0]],
+    [[0, 0], [0, 1]],
+    [[0, 0], [12, 1]],
+    [[0, -2]],
+    [[0, 2**31]],
+    [[0, 2**64]],
+    [[0, 0.5]],
+    [[0, None]],
+    [0, 1],
+    [[0, 1, 2]],
+    [[0, 1], [2]],
+    {"0": 1},
+    7,
+]
+
+
+@pytest.mark.parametrize("runs", BAD_RUNS, ids=str)
+def test_runs_of_versions_that_cannot_be_are_a_format_error(runs):
+    (values,) = orjson.loads(formats.dump_json("r", [make_trace()]))["traces"]
+    with pytest.raises(FormatError, match="not a trace"):
+        formats.from_dict({**values, "weights_versions": runs})
+
+
+@pytest.mark.parametrize("runs", BAD_RUNS[:5], ids=str)
+def test_so_they_are_in_npz(runs):
+    arrays = formats.arrays_of([make_trace()]) | {
+        "weights_versions": np.array(runs, np.int64),
+        "version_splits": np.array([0, len(runs)]),
+    }
+    with pytest.raises(FormatError, match=r"not an \.npz of traces.*weights_versions must"):
+        formats.traces_of(arrays)
+
+
 def test_json_that_is_no_trace_is_a_format_error():
     values = orjson.loads(formats.dump_json("r", [make_trace()]))["traces"][0]
-    for name in values.keys() - {"coverage", "top_k", "start"}:
+    for name in values.keys() - {"coverage", "top_k", "start", "weights_versions"}:
         with pytest.raises(FormatError):
             formats.from_dict({key: value for key, value in values.items() if key != name})
     with pytest.raises(FormatError):
@@ -205,9 +250,11 @@ def test_there_is_one_route_line_a_row_and_layer():
     for record in records:
         assert list(record) == [
             "type", "req_id", "index", "token_idx", "layer", "topk_ids", "topk_weights",
+            "weights_version",
         ]  # fmt: skip
         column = (2, 7).index(record["layer"])
         assert record["req_id"] == "chatcmpl-1"
+        assert record["weights_version"] == trace.weights_version[record["token_idx"]]
         assert record["topk_ids"] == trace.topk_ids[record["token_idx"], column].tolist()
         assert record["topk_weights"] == pytest.approx(
             trace.topk_weights[record["token_idx"], column].astype(float)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moescope_service.collector.prefixes import HeldPrefixes, PrefixStore, RowsOfBlock
+from moescope_service.collector.arena import RowsOfBlock
+from moescope_service.collector.prefixes import HeldPrefixes, PrefixStore
 
 SHAPE = (4, 2, 2)
-BLOCK_BYTES = 4 * 2 * 2 * 3
-"""uint8 and float16."""
+BLOCK_BYTES = 4 * (2 * 2 * 3 + 4)
+"""uint8 and float16, and the version of each row."""
 
 
 def rows(value: int) -> RowsOfBlock:
-    return np.full(SHAPE, value, np.uint8), np.full(SHAPE, value / 8, np.float16)
+    ids, weights = np.full(SHAPE, value, np.uint8), np.full(SHAPE, value / 8, np.float16)
+    return RowsOfBlock(ids, weights, np.full(SHAPE[0], value + 100, np.int32))
 
 
 def value(store: PrefixStore, key: str) -> int | None:
     found = store.get(key)
     if found is None:
         return None
-    ids, weights = found
+    ids, weights, version = found
     assert (weights == ids / 8).all()
+    assert (version == ids[:, 0, 0] + 100).all()
     assert len(np.unique(ids)) == 1
     return int(ids.flat[0])
 

@@ -7,6 +7,7 @@ import pytest
 from builders import admit, make_rows, make_spec, make_step
 
 from moescope.trace import Source
+from moescope.version_runs import MIXED
 from moescope_service.collector.arena import FILLED
 from moescope_service.collector.reassembly import Reassembler
 from moescope_service.collector.rows import CAUSES, Rows
@@ -285,11 +286,48 @@ def test_describe(worker):
     assert worker.reassembler.describe(step) == [("a", 0, 3, 6)]
 
 
+def test_an_update_within_a_sequence_is_right_to_the_row(worker):
+    worker.step([(0, 0, 3)], admitted=[admit(0, "a", 6, [5])])
+    worker.step(weights_version=1)
+    worker.step([(0, 3, 2)], grown=[(0, [2])], weights_version=1)
+    worker.step([(0, 5, 2)], weights_version=MIXED)
+    worker.step([(0, 7, 1)], weights_version=2)
+    assert worker.end().weights_version.tolist() == [0, 0, 0, 1, 1, MIXED, MIXED, 2]
+    assert worker.reassembler.weights_version == 2
+
+
+def test_a_hit_and_a_copy_bring_the_version_of_the_weights_that_computed_them(worker):
+    worker.step([(0, 0, 8)], admitted=[admit(0, "a", 8, [1, 2])], weights_version=1)
+    worker.end()
+    copied = {"block_copies": [(2, 3)], "weights_version": 4}
+    worker.step([(0, 6, 2)], admitted=[admit(0, "b", 8, [1, 3], cached=6)], **copied)
+    assert worker.end().weights_version.tolist() == [1] * 6 + [4] * 2
+    # What is computed again, is of the weights that compute it again.
+    worker.step([(0, 2, 3)], admitted=[admit(0, "c", 8, [1, 4], cached=4)], weights_version=5)
+    assert worker.end().weights_version.tolist() == [1, 1, 5, 5, 5]
+
+
+def test_rows_that_come_back_have_the_version_that_they_had():
+    worker = Worker(prefix_bytes=2**16)
+    worker.step(
+        [(0, 0, 4)], admitted=[admit(0, "a", 4, [5])], filled=[(5, "five")], weights_version=3
+    )
+    worker.end()
+    other = make_rows(100, 4)
+    worker.step([(1, 0, 4)], admitted=[admit(1, "b", 4, [5])], rows=other, weights_version=4)
+    worker.step(loaded=[(7, "five")])
+    worker.step([(2, 4, 1)], admitted=[admit(2, "c", 5, [7, 9], 4)], weights_version=5)
+    rows = worker.end(2)
+    check(rows, [R] * 4 + [C])
+    assert rows.weights_version.tolist() == [3] * 4 + [5]
+
+
 def test_rows_are_cut_and_filled_up():
     ids, weights = make_rows(0, 3)
-    rows = Rows(
-        [1, 3], ids, weights, np.array([C, H, C], np.uint8), np.full(3, FILLED, np.uint8), 1
-    )
+    source, cause = np.array([C, H, C], np.uint8), np.full(3, FILLED, np.uint8)
+    rows = Rows([1, 3], ids, weights, source, cause, 1, np.array([4, 5, 6], np.int32))
+    assert rows.resized(2).weights_version.tolist() == [4, 5]
+    assert len(rows.resized(5).weights_version) == 5
     check(rows.resized(2), [C, H])
     check(rows.resized(3), [C, H, C])
     check(rows.resized(5), [C, H, C, M, M])

@@ -26,6 +26,7 @@ def make_sequence_rows(num_rows=5):
         np.zeros(num_rows, np.uint8),
         np.full(num_rows, FILLED, np.uint8),
         0,
+        np.zeros(num_rows, np.int32),
     )
 
 

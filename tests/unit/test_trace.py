@@ -30,7 +30,8 @@ def test_a_missing_row_is_not_counted_as_expert_0():
 def test_shapes():
     trace = make_trace(num_rows=12)
     assert (trace.num_rows, trace.num_layers, trace.top_k) == (12, 3, 4)
-    assert trace.size_bytes == 3 * 4 + 12 * 3 * 4 * (1 + 2) + 12 + 13 * 4
+    num_runs = len(trace.weights_versions)
+    assert trace.size_bytes == 3 * 4 + 12 * 3 * 4 * (1 + 2) + 12 + 13 * 4 + num_runs * 16
 
 
 def test_coverage():

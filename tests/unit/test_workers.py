@@ -7,13 +7,14 @@ import os
 
 import numpy as np
 import pytest
-from builders import make_rows, make_spec
+from builders import admit, make_rows, make_spec, make_step
 
 from moescope.trace import Source
-from moescope_service.collector.arena import FILLED
+from moescope.version_runs import MIXED
+from moescope_service.collector.arena import FILLED, RowsOfBlock
 from moescope_service.collector.rows import CAUSES, Rows
 from moescope_service.collector.workers import STAGE_TIMEOUT_S, Workers, merged_rows
-from moescope_service.messages import CaptureSpec
+from moescope_service.messages import CaptureSpec, WorkerState
 from moescope_service.processes import Process
 
 
@@ -34,7 +35,7 @@ def part(spec: CaptureSpec, num_rows: int, missing: dict[int, str] | None = None
     cause = np.full(num_rows, FILLED, np.uint8)
     for row, name in (missing or {}).items():
         source[row], cause[row] = Source.MISSING, CAUSES[name]
-    return Rows(spec.layers, ids, weights, source, cause, 0)
+    return Rows(spec.layers, ids, weights, source, cause, 0, np.zeros(num_rows, np.int32))
 
 
 @pytest.fixture
@@ -119,12 +120,55 @@ def test_a_row_is_as_its_weakest_stage_has_it(order: int) -> None:
     np.testing.assert_array_equal(rows.source, second.source, strict=True)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_row_that_stages_computed_by_different_weights_is_mixed(order: int) -> None:
+    first, second = part(stage(0, [1, 3]), 4), part(stage(1, [4, 6]), 5)
+    first.weights_version[:] = [0, 0, 1, MIXED]
+    second.weights_version[:] = [0, 1, 1, 1, 1]
+    rows = merged_rows([first, second][::order])
+    assert rows.weights_version[:4].tolist() == [0, MIXED, 1, MIXED]
+
+
+def told(process: Process, *numbers: int) -> tuple[CaptureSpec, WorkerState, Process]:
+    (next_step, weights_version) = numbers
+    state = WorkerState(next_step=next_step, ongoing=[], ended=[], weights_version=weights_version)
+    return make_spec(), state, process
+
+
+def test_a_worker_that_comes_again_goes_on_with_its_number(workers: Workers) -> None:
+    here = Process.current()
+    worker = workers.add(b"first", *told(here, 3, 2))
+    assert workers.weights_version == 2
+    worker.apply(make_step(3, weights_version=3))
+    worker.apply(make_step(4, weights_version=MIXED))
+    worker.apply(make_step(5))  # a step without rows need not tell
+    assert workers.weights_version == 3
+    assert workers.add(b"again", *told(here, 9, 5)).weights_version == 5
+
+
+def test_the_numbers_of_another_process_go_on_behind_those_of_the_one_before(
+    workers: Workers,
+) -> None:
+    here = Process.current()
+    other = dataclasses.replace(here, pid=here.pid + 1)
+    workers.add(b"first", *told(here, 3, 2))
+    worker = workers.add(b"other", *told(other, 0, 0))
+    assert workers.weights_version == 3
+    worker.apply(make_step(0, [(0, 0, 2)], admitted=[admit(0, "a", 4, [1])]))
+    worker.apply(make_step(1, [(0, 2, 1)], weights_version=1))
+    (((_, rows),), _) = worker.apply(make_step(2, finished=[0]))
+    assert rows.weights_version.tolist() == [3, 3, 4]
+    assert workers.add(b"again", *told(other, 3, 1)).weights_version == 4
+
+
 def test_engines_share_the_memory_of_prefixes(clock: Clock) -> None:
     workers = Workers(clock, prefix_bytes=2**20)
     spec = make_spec(engine=0, num_engines=2)
     worker = workers.add(b"one", spec, None)
+    version = np.zeros(spec.block_size, np.int32)
+    rows = RowsOfBlock(*make_rows(0, spec.block_size, spec), version)
     for number in range(2**16):
-        worker.prefixes.put(str(number), make_rows(0, spec.block_size, spec))
+        worker.prefixes.put(str(number), rows)
     assert 2**19 - 100 < worker.prefixes.size_bytes <= 2**19
     assert workers.size_bytes == worker.prefixes.size_bytes
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from moescope_service.vllm_contract.internals import (
     FRONT_END,
     ROUTING_REPLAY,
+    WEIGHTS,
     WORKER,
     Internal,
 )
@@ -113,7 +114,7 @@ def report(old: Wheel, new: Wheel, *, shows_all: bool, with_patch: bool) -> Iter
     before, after = old.requirements(), new.requirements()
     yield from (f"requires - {one}" for one in sorted(before - after))
     yield from (f"requires + {one}" for one in sorted(after - before))
-    for module, names in sorted(used((*FRONT_END, *WORKER, *ROUTING_REPLAY)).items()):
+    for module, names in sorted(used((*FRONT_END, *WORKER, *ROUTING_REPLAY, *WEIGHTS)).items()):
         source = old.source(module)
         if source is None:
             continue

@@ -2,8 +2,9 @@
 
 ``.npz`` holds any number of traces ragged: the rows of all of them one after the other in
 ``topk_ids``, ``topk_weights`` and ``source``, their tokens in ``token_ids``; trace ``i`` has rows
-``row_splits[i]:row_splits[i + 1]`` and tokens ``token_splits[i]:token_splits[i + 1]``. ``meta`` is
-a JSON list with everything else. With one trace the arrays are that trace's own.
+``row_splits[i]:row_splits[i + 1]`` and tokens ``token_splits[i]:token_splits[i + 1]``, and
+``version_splits`` splits ``weights_versions`` in the same way. ``meta`` is a JSON list with
+everything else. With one trace the arrays are that trace's own.
 
 A response is bounded. Where it is ``truncated``, it lacks rows, from ``next_start`` on in each
 trace (a page begins at its trace's ``start``), or older requests of an id that clients used again.

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from moescope import version_runs
 from moescope.errors import FormatError
 from moescope.formats.shared import META_FIELDS, SOURCE_NAMES, id_dtype, marks, meta, narrowed
 from moescope.received import MALFORMED, MAX_BYTES, is_int, shown
@@ -30,6 +31,7 @@ def to_dict(trace: RouteTrace) -> dict[str, Any]:
         "top_k": trace.top_k,
         "layers": trace.layers,
         "token_ids": trace.token_ids,
+        "weights_versions": trace.weights_versions,
         "source": [SOURCE_NAMES[value] for value in trace.source.tolist()],
         "topk_ids": _rows(trace.topk_ids, trace.present),
         "topk_weights": _rows(trace.topk_weights, trace.present),
@@ -109,12 +111,17 @@ def from_dict(values: dict[str, Any], max_bytes: int = MAX_BYTES) -> RouteTrace:
             if values["topk_weights"] is None
             else _filled(values["topk_weights"], shape, np.float32),
             source=np.array([Source[name.upper()] for name in values["source"]], np.uint8),
+            weights_versions=_runs(values.get("weights_versions")),  # older servers tell none
             token_ids=None
             if values["token_ids"] is None
             else narrowed(np.array(values["token_ids"]), np.int32),
         ).check_values()
     except MALFORMED as error:
         raise FormatError(f"not a trace in moescope's JSON: {shown(error)}") from error
+
+
+def _runs(pairs: list[Any] | None) -> npt.NDArray[np.int64]:
+    return narrowed(np.array(pairs), np.int64) if pairs else version_runs.unknown()
 
 
 def _filled(rows: list[Any], shape: tuple[int, int, int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

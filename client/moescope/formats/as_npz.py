@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from moescope import version_runs
 from moescope.errors import FormatError
 from moescope.formats.shared import check_alike, marks, meta_of
 from moescope.received import MALFORMED, MAX_BYTES, parse_json, shown
@@ -22,6 +23,7 @@ _npy: Any = np.lib.format  # numpy gives its functions no types
 _MAX_MEMBERS = 64
 _DIRECTORY_ENTRY = b"PK\x01\x02"
 _IS_ENCRYPTED = 1
+_NO_RUNS = version_runs.unknown()
 
 
 def dump_npz(
@@ -63,6 +65,8 @@ def arrays_of(traces: Sequence[RouteTrace]) -> dict[str, npt.NDArray[Any]]:
         "topk_ids": _joined([t.topk_ids for t in traces], np.empty((0, 0, 0), np.uint8)),
         "source": _joined([t.source for t in traces], np.empty(0, np.uint8)),
         "row_splits": np.cumsum([0, *(t.num_rows for t in traces)]),
+        "weights_versions": _joined([t.weights_versions for t in traces], _NO_RUNS),
+        "version_splits": np.cumsum([0, *(len(t.weights_versions) for t in traces)]),
         "token_ids": _joined(tokens, np.empty(0, np.int32)),
         "token_splits": np.cumsum([0, *map(len, tokens)]),
     }
@@ -104,7 +108,15 @@ def traces_of(arrays: dict[str, npt.NDArray[Any]], max_bytes: int = MAX_BYTES) -
         metas = parse_json(arrays["meta"].tobytes(), max_bytes)
         row_spans = _spans(arrays, "row_splits", "topk_ids")
         token_spans = _spans(arrays, "token_splits", "token_ids")
-        for meta, rows, tokens in zip(metas, row_spans, token_spans, strict=True):
+        runs = arrays.get("weights_versions", _NO_RUNS)
+        # Files of before there were versions have none.
+        run_spans = (
+            _spans(arrays, "version_splits", "weights_versions")
+            if "weights_versions" in arrays
+            else [slice(0)] * len(row_spans)
+        )
+        spans = zip(metas, row_spans, run_spans, token_spans, strict=True)
+        for meta, rows, versions, tokens in spans:
             has_tokens = meta.pop("has_token_ids")
             trace = RouteTrace(
                 **meta,
@@ -112,6 +124,7 @@ def traces_of(arrays: dict[str, npt.NDArray[Any]], max_bytes: int = MAX_BYTES) -
                 topk_ids=arrays["topk_ids"][rows],
                 topk_weights=arrays["topk_weights"][rows] if "topk_weights" in arrays else None,
                 source=arrays["source"][rows],
+                weights_versions=runs[versions],
                 token_ids=arrays["token_ids"][tokens] if has_tokens else None,
             )
             traces.append(trace.check_values())

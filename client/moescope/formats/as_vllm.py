@@ -114,11 +114,14 @@ def route_lines(trace: RouteTrace) -> Iterator[bytes]:
     """Yield one line a token and layer, in the schema of ``VLLM_LOG_MOE``.
 
     ``token_idx`` is the position in the sequence; the ids and weights of a missing row are null.
-    ``index`` is ours, and stands in every line: readers take their columns from the first ones.
+    ``index`` and ``weights_version`` (null where it is unknown, and of a missing row) are ours, and
+    stand in every line: readers take their columns from the first ones.
     """
     head: dict[str, Any] = {"type": "route", "req_id": trace.request_id, "index": trace.index}
     layers = trace.layers.tolist()
     present = trace.present.tolist()
+    numbers = trace.weights_version
+    versions = [None] * trace.num_rows if numbers is None else numbers.tolist()
     weights = None if trace.topk_weights is None else np.ascontiguousarray(trace.topk_weights)
     ids = np.ascontiguousarray(trace.topk_ids)
     for row, here in enumerate(present):
@@ -129,5 +132,6 @@ def route_lines(trace: RouteTrace) -> Iterator[bytes]:
                 "layer": layer,
                 "topk_ids": ids[row, column] if here else None,
                 "topk_weights": None if weights is None or not here else weights[row, column],
+                "weights_version": versions[row] if here else None,
             }
             yield orjson.dumps(record, option=_LINE)

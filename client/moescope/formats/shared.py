@@ -12,7 +12,9 @@ import numpy.typing as npt
 from moescope.errors import FormatError
 from moescope.trace import RouteTrace, Source
 
-_ARRAY_FIELDS = frozenset({"layers", "topk_ids", "topk_weights", "source", "token_ids"})
+_ARRAY_FIELDS = frozenset(
+    {"layers", "topk_ids", "topk_weights", "source", "weights_versions", "token_ids"}
+)
 META_FIELDS = tuple(
     field.name for field in dataclasses.fields(RouteTrace) if field.name not in _ARRAY_FIELDS
 )

@@ -108,6 +108,7 @@ async def info(collector: CollectorDep, settings: SettingsDep) -> dict[str, Any]
         "routes_default": "on" if settings.keeps_by_default else "off",
         "routes_sample": settings.sampled_share,
         "token_ids": settings.keeps_token_ids,
+        "weights_version": None if settings.mode == "counts" else known.weights_version,
         "store": known.store,
         "log": known.log,
         "started_s": known.started_s,

@@ -50,6 +50,8 @@ class StepMessage:
     loaded: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     """As of `moescope_service.capture.loads.Notes`."""
     filled: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    weights_version: int = 0
+    """As of `moescope_service.messages.Step`."""
 
     @property
     def size_bytes(self) -> int:
@@ -107,6 +109,7 @@ class ControlEncoder:
         self._last_ids: list[str] = []
         self._last_handles = np.empty(0, np.int32)
         self._next_step = 0
+        self._weights_version = 0
         self._followed: dict[str, _Followed] = {}  # by internal id
         self._generation: collections.defaultdict[int, int] = collections.defaultdict(int)
         self._num_rows = np.zeros(64, np.int64)  # by handle
@@ -136,6 +139,8 @@ class ControlEncoder:
         )
         self._fill_finished(step, message.finished)
         step.loaded, step.filled = message.loaded, message.filled
+        step.weights_version = message.weights_version
+        self._weights_version = max(self._weights_version, message.weights_version)
         self._fill_control(step, message)
         self._follow(step)
         if message.batch is not None:
@@ -152,6 +157,7 @@ class ControlEncoder:
             next_step=self._next_step,
             ongoing=[self._ongoing(internal_id, one) for internal_id, one in known.items()],
             ended=list(self._ended),
+            weights_version=self._weights_version,
         )
 
     def _forget(self) -> None:

@@ -26,6 +26,7 @@ from moescope_service.capture.ranks import Place, place_of
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.routers import RoutedLayer, find_routed_layers
 from moescope_service.capture.sinks import make_sink
+from moescope_service.capture.weights import WeightsVersion
 from moescope_service.errors import RefusedError
 from moescope_service.link import cores_of_parent
 from moescope_service.messages import CaptureSpec
@@ -71,6 +72,7 @@ class WorkerCapture:
         self._layers: list[RoutedLayer] = []
         self._sink: Any = None
         self._recorder: Recorder | CountRecorder | None = None
+        self._weights = WeightsVersion()
         self._read_batch, self._positions = (
             (layout_v2.read_batch, layout_v2.positions)
             if worker.vllm_config.use_v2_model_runner
@@ -152,6 +154,7 @@ class WorkerCapture:
             sink=self._sink,
             read_batch=read_batch,
             encoder=ControlEncoder(group, block_size, overshoot),
+            weights=self._weights,
             max_rows_bytes=self._settings.queue_bytes,
             cores=cores,
         )
@@ -176,6 +179,8 @@ class WorkerCapture:
             return execute_and_record
 
         wrap_once(self._runner, "execute_model", recording)
+        if isinstance(recorder, Recorder):
+            self._weights.follow(self._worker, self._runner.get_model(), recorder.tell_weights)
 
     def _stop(self, *_: Any, **__: Any) -> None:
         if self._recorder is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.loads import read_notes
 from moescope_service.capture.rows import Batch, PendingRows, StepSink
+from moescope_service.capture.weights import WeightsVersion
 from moescope_service.link import Link
 from moescope_service.messages import CaptureSpec, Frames, pack_introduction, unpack
 from moescope_service.processes import Process
@@ -40,6 +41,7 @@ class Recorder:
         sink: Holds the rows of the step that runs.
         read_batch: Returns, right after a step, which sequence has which rows; None: no model ran.
         encoder: Makes messages of steps.
+        weights: Knows which weights compute them.
         max_rows_bytes: Rows that may wait to be sent; beyond it rows are dropped and counted.
         cores: Where the link's thread may run; see `Link`.
     """
@@ -52,6 +54,7 @@ class Recorder:
         sink: StepSink,
         read_batch: Callable[[], Batch | None],
         encoder: ControlEncoder,
+        weights: WeightsVersion,
         max_rows_bytes: int,
         cores: Collection[int] | None = None,
     ) -> None:
@@ -59,6 +62,7 @@ class Recorder:
         self._sink = sink
         self._read_batch = read_batch
         self._encoder = encoder
+        self._weights = weights
         self._max_rows_bytes = max_rows_bytes
         self._is_capturing = True
         self._process = str(Process.current())
@@ -107,10 +111,20 @@ class Recorder:
         message.batch = self._read_batch()
         if message.batch is not None:
             message.rows = self._take_rows(int(message.batch.first_row[-1]))
+        message.weights_version = self._weights.of_step()
         is_large = self._link.waiting_bytes > self._max_rows_bytes // 4
         if not self._link.put(message, at_once=is_large):
             message.discard()
         self._hook_s += time.perf_counter() - started_s
+
+    def tell_weights(self, number: int) -> None:
+        """Tell that the weights have changed; called on the worker's thread.
+
+        Rows of before may be asked for before the next step runs.
+        """
+        message = self._message()
+        message.weights_version = number
+        self._link.put(message)
 
     def close(self) -> None:
         """Send what waits and stop."""

@@ -306,6 +306,7 @@ def _collector_info(state: CollectorState) -> CollectorInfo:
         workers_complete=state.workers.are_complete,
         refusal=state.refusal,
         capture="on" if state.is_capturing else "paused",
+        weights_version=state.workers.weights_version,
         started_s=state.stats.started_s,
         epoch=state.epoch,
         log=LogInfo(state="off", dropped=0) if state.log is None else state.log.info,

@@ -13,7 +13,7 @@ never that sequence's rows.
 from __future__ import annotations
 
 import mmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,26 @@ computed for the same prefix, in another block."""
 
 _PAGES_BYTES = 128 * 2**10
 """Copies of so many bytes get pages of their own."""
+
+
+class RowsOfBlock(NamedTuple):
+    """The rows of a whole block."""
+
+    topk_ids: npt.NDArray[Any]
+    """``[block_size, num_layers, top_k]``."""
+    topk_weights: npt.NDArray[Any]
+    weights_version: npt.NDArray[np.int32]
+    """Which weights computed each row, ``[block_size]``."""
+
+
+class RowsOfSlots(NamedTuple):
+    """The rows of some slots, as of `RowsOfBlock`."""
+
+    topk_ids: npt.NDArray[Any]
+    topk_weights: npt.NDArray[Any]
+    weights_version: npt.NDArray[np.int32]
+    state: npt.NDArray[np.uint8]
+    """See `Arena`, ``[num_slots]``."""
 
 
 def _rows(array: npt.NDArray[Any], slots: Ints) -> npt.NDArray[Any]:
@@ -69,6 +89,7 @@ class Arena:
         self.block_size = block_size
         self._topk_ids = np.zeros((slots, num_layers, top_k), id_dtype)
         self._topk_weights = np.zeros((slots, num_layers, top_k), weights_dtype)
+        self._weights_version = np.zeros(slots, np.int32)
         self._state = np.full(slots, state, np.uint8)
         self._state_by_block = self._state.reshape(num_blocks, block_size)
         self.generation: npt.NDArray[np.int64] = np.zeros(num_blocks, np.int64)
@@ -86,28 +107,37 @@ class Arena:
         )
         self._topk_ids[to_slots] = self._topk_ids[from_slots]
         self._topk_weights[to_slots] = self._topk_weights[from_slots]
+        self._weights_version[to_slots] = self._weights_version[from_slots]
         self._state[to_slots] = self._state[from_slots]
 
     def write(
-        self, slots: Ints, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]
+        self,
+        slots: Ints,
+        topk_ids: npt.NDArray[Any],
+        topk_weights: npt.NDArray[Any],
+        weights_version: int = 0,
     ) -> None:
-        """Write a step's rows; the last write to a slot wins."""
+        """Write a step's rows, which one version of the weights computed; the last write wins."""
         self._topk_ids[slots] = topk_ids
         self._topk_weights[slots] = topk_weights
+        self._weights_version[slots] = weights_version
         self._state[slots] = FILLED
 
-    def rows_of(self, block: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-        """Return views of a block's ids and weights; None where a row of it is not there."""
+    def rows_of(self, block: int) -> RowsOfBlock | None:
+        """Return views of a block's rows; None where one of them is not there."""
         states = self._state_by_block[block]
         if not ((states == FILLED) | (states == RECALLED)).all():
             return None
         slots = self._first_slots(block, self.block_size)
-        return self._topk_ids[slots], self._topk_weights[slots]
+        return RowsOfBlock(
+            self._topk_ids[slots], self._topk_weights[slots], self._weights_version[slots]
+        )
 
-    def recall(self, block: int, rows: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> None:
+    def recall(self, block: int, rows: RowsOfBlock) -> None:
         """Write the rows of another block that held the same prefix."""
         slots = self._first_slots(block, self.block_size)
-        self._topk_ids[slots], self._topk_weights[slots] = rows
+        self._topk_ids[slots], self._topk_weights[slots] = rows.topk_ids, rows.topk_weights
+        self._weights_version[slots] = rows.weights_version
         self._state[slots] = RECALLED
 
     def void(self, slots: Ints, state: int) -> None:
@@ -124,9 +154,14 @@ class Arena:
         self.generation += 1
         self._state[:] = EMPTY
 
-    def read(self, slots: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.uint8]]:
-        """Return copies of ids, weights, and the state of each slot."""
-        return _rows(self._topk_ids, slots), _rows(self._topk_weights, slots), self._state[slots]
+    def read(self, slots: Ints) -> RowsOfSlots:
+        """Return copies of the rows of slots, and their states."""
+        return RowsOfSlots(
+            _rows(self._topk_ids, slots),
+            _rows(self._topk_weights, slots),
+            self._weights_version[slots],
+            self._state[slots],
+        )
 
     def _first_slots(self, block: int, count: int) -> slice:
         return slice(block * self.block_size, block * self.block_size + count)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-RowsOfBlock = tuple[npt.NDArray[Any], npt.NDArray[Any]]
-"""Expert ids and weights, ``[block_size, num_layers, top_k]``."""
+from moescope_service.collector.arena import RowsOfBlock
 
 
 class HeldPrefixes:
@@ -69,10 +67,11 @@ class PrefixStore:
         weights_dtype: npt.DTypeLike,
     ) -> None:
         row_bytes = np.dtype(id_dtype).itemsize + np.dtype(weights_dtype).itemsize
-        self._block_bytes = max(1, int(np.prod(shape)) * row_bytes)
+        self._block_bytes = max(1, int(np.prod(shape)) * row_bytes + shape[0] * 4)
         self._num_places = limit_bytes // self._block_bytes
         self._topk_ids = np.zeros((self._num_places, *shape), id_dtype)
         self._topk_weights = np.zeros((self._num_places, *shape), weights_dtype)
+        self._weights_version = np.zeros((self._num_places, shape[0]), np.int32)
         self._places: collections.OrderedDict[str, int] = collections.OrderedDict()
 
     @property
@@ -90,7 +89,8 @@ class PrefixStore:
             if place == self._num_places:
                 _, place = self._places.popitem(last=False)
         self._places[key] = place
-        self._topk_ids[place], self._topk_weights[place] = rows
+        self._topk_ids[place], self._topk_weights[place] = rows.topk_ids, rows.topk_weights
+        self._weights_version[place] = rows.weights_version
 
     def get(self, key: str) -> RowsOfBlock | None:
         """Return a block's rows, as views; None where they are not kept."""
@@ -98,4 +98,6 @@ class PrefixStore:
             return None
         self._places.move_to_end(key)
         place = self._places[key]
-        return self._topk_ids[place], self._topk_weights[place]
+        return RowsOfBlock(
+            self._topk_ids[place], self._topk_weights[place], self._weights_version[place]
+        )

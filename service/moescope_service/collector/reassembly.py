@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.trace import Source
+from moescope.version_runs import MIXED
 from moescope_service.collector.arena import EMPTY, FILLED, RECALLED, Arena
 from moescope_service.collector.prefixes import HeldPrefixes, PrefixStore
 from moescope_service.collector.rows import CAUSES, Rows, Written
@@ -49,12 +50,20 @@ class Reassembler:
         worker_state: Where it stands, unless its first step is yet to come. No row from before it
             is known, in no block: a later hit on one finds it missing.
         prefix_bytes: Memory for rows of blocks that leave the KV cache, and may be loaded again.
+        first_weights_version: Number of the weights with which the worker's process started.
     """
 
     def __init__(
-        self, spec: CaptureSpec, worker_state: WorkerState | None = None, prefix_bytes: int = 0
+        self,
+        spec: CaptureSpec,
+        worker_state: WorkerState | None = None,
+        prefix_bytes: int = 0,
+        first_weights_version: int = 0,
     ) -> None:
         self.spec = spec
+        self.first_weights_version = first_weights_version
+        self.weights_version = first_weights_version
+        """Number of the weights that the worker has now."""
         self.prefixes = PrefixStore(
             prefix_bytes,
             (spec.block_size, len(spec.layers), spec.top_k),
@@ -86,6 +95,7 @@ class Reassembler:
         """Times that steps were lost altogether and everything known had to be given up."""
         if worker_state is not None:
             self._next = (worker_state.next_step, 0)
+            self.weights_version += worker_state.weights_version
             for ongoing in worker_state.ongoing:
                 self._restore(ongoing)
 
@@ -112,6 +122,7 @@ class Reassembler:
                 self._append_blocks(handle, block_ids)
         self._copy_blocks(step)
         self._held.add(step.filled)
+        self.weights_version = max(self.weights_version, self._number_of(step))
         written = self._write(step)
         # A step that failed halfway is a gap.
         self._next = (step.number, step.part + 1) if step.has_more else (step.number + 1, 0)
@@ -265,11 +276,18 @@ class Reassembler:
         for i in np.flatnonzero(known)[starts[known] < self._cached_end[handles[known]]]:
             self._cut_cached(int(handles[i]), int(starts[i]))  # a load failed
         topk_ids, topk_weights = step.topk_ids, step.topk_weights
+        version = self._number_of(step)
         if not known.all():  # sequences whose admission was lost
             handle, position = handle[rows], position[rows]
             topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
-        self._arena.write(slots, topk_ids, topk_weights)
+        self._arena.write(slots, topk_ids, topk_weights, version)
         return Written(topk_ids, position >= self._prompt_len[handle])
+
+    def _number_of(self, step: Step) -> int:
+        """Return the number of the weights that computed a step's rows."""
+        if step.weights_version == MIXED:
+            return MIXED
+        return self.first_weights_version + step.weights_version
 
     def _slots(self, handle: Any, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         size = self.spec.block_size
@@ -288,7 +306,8 @@ class Reassembler:
         self._is_running[handle] = False
         position = np.arange(int(self._num_rows[handle]))
         block = position // self.spec.block_size
-        topk_ids, topk_weights, cause = self._arena.read(self._slots(handle, position))
+        read = self._arena.read(self._slots(handle, position))
+        topk_ids, topk_weights, versions, cause = read
         block_ids = self._blocks[handle, block]
         ours = self._generations[handle, block] == self._arena.generation[block_ids]
         source = np.full(len(position), Source.COMPUTED, np.uint8)
@@ -302,4 +321,6 @@ class Reassembler:
         source[missing] = Source.MISSING
         if missing.any():  # whatever stands in those slots is not this sequence's
             topk_ids[missing], topk_weights[missing] = 0, 0
-        return Rows(self.spec.layers, topk_ids, topk_weights, source, cause, running.cached_len)
+        return Rows(
+            self.spec.layers, topk_ids, topk_weights, source, cause, running.cached_len, versions
+        )

@@ -31,6 +31,9 @@ class Rows:
     cause: npt.NDArray[np.uint8]
     """Why each row is missing, one of `CAUSES`' numbers, or `FILLED`, ``[num_rows]``."""
     cached_len: int
+    weights_version: npt.NDArray[np.int32]
+    """Which weights computed each row, ``[num_rows]``: how often the engine's had changed, or
+    `moescope.version_runs.MIXED`; of a missing row it means nothing."""
     cause_beyond: int = CAUSES["unknown"]
     """Why rows behind these are missing, one of `CAUSES`' numbers."""
 
@@ -38,7 +41,7 @@ class Rows:
     def size_bytes(self) -> int:
         """Bytes of the arrays."""
         arrays = (self.topk_ids, self.topk_weights, self.source, self.cause)
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in arrays) + self.weights_version.nbytes
 
     @classmethod
     def nothing(cls, spec: CaptureSpec, cause_beyond: int = CAUSES["unknown"]) -> Rows:
@@ -46,7 +49,8 @@ class Rows:
         shape = (0, len(spec.layers), spec.top_k)
         ids, weights = np.zeros(shape, spec.id_dtype), np.zeros(shape, spec.weights_dtype)
         none = np.zeros(0, np.uint8)
-        return cls(spec.layers, ids, weights, none, none, 0, cause_beyond)
+        versions = np.zeros(0, np.int32)
+        return cls(spec.layers, ids, weights, none, none, 0, versions, cause_beyond)
 
     def resized(self, num_rows: int) -> Rows:
         """Cut surplus rows, or add missing ones, so that there are ``num_rows``."""
@@ -59,6 +63,7 @@ class Rows:
                 topk_weights=self.topk_weights[kept],
                 source=self.source[kept],
                 cause=self.cause[kept],
+                weights_version=self.weights_version[kept],
             )
         pad = [(0, num_missing), (0, 0), (0, 0)]
         return dataclasses.replace(
@@ -67,6 +72,7 @@ class Rows:
             topk_weights=np.pad(self.topk_weights, pad),
             source=np.pad(self.source, (0, num_missing), constant_values=Source.MISSING),
             cause=np.pad(self.cause, (0, num_missing), constant_values=self.cause_beyond),
+            weights_version=np.pad(self.weights_version, (0, num_missing)),
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from moescope import version_runs
 from moescope.trace import RouteTrace, Source
 from moescope_service.collector.ids import IdIndex
 from moescope_service.collector.rows import CAUSES, Rows
@@ -117,6 +118,9 @@ class Sequence:
             topk_ids=rows.topk_ids,
             topk_weights=rows.topk_weights,
             source=rows.source,
+            weights_versions=version_runs.runs_of(
+                rows.weights_version, rows.source != Source.MISSING, 0
+            ),
             token_ids=tokens,
             prompt_len=register.prompt_len,
             num_tokens=num_tokens,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from moescope.trace import Source
+from moescope.version_runs import MIXED
 from moescope_service.collector.reassembly import Reassembler
 from moescope_service.collector.rows import CAUSES, Rows
 from moescope_service.messages import CaptureSpec, WorkerState
@@ -41,7 +42,8 @@ def merged_spec(specs: Sequence[CaptureSpec]) -> CaptureSpec:
 def merged_rows(parts: Sequence[Rows]) -> Rows:
     """Return the rows of a sequence of what each stage has of them.
 
-    A row that a stage lacks is missing: the cause is that of the first such stage.
+    A row that a stage lacks is missing: the cause is that of the first such stage. One that stages
+    computed by different weights is `MIXED`.
     """
     if len(parts) == 1:
         return parts[0]
@@ -49,11 +51,13 @@ def merged_rows(parts: Sequence[Rows]) -> Rows:
     parts = [part.resized(num_rows) for part in parts]
     order = np.argsort([layer for part in parts for layer in part.layers])
     source, cause = parts[0].source, parts[0].cause
+    version = parts[0].weights_version
     for part in parts[1:]:
         cause = np.where(source == Source.MISSING, cause, part.cause)
         is_missing = (source == Source.MISSING) | (part.source == Source.MISSING)
         source = np.maximum(source, part.source)
         source[is_missing] = Source.MISSING
+        version = np.where(version == part.weights_version, version, np.int32(MIXED))
     return dataclasses.replace(
         parts[0],
         layers=sorted(layer for part in parts for layer in part.layers),
@@ -61,6 +65,7 @@ def merged_rows(parts: Sequence[Rows]) -> Rows:
         topk_weights=np.concatenate([part.topk_weights for part in parts], 1)[:, order],
         source=source,
         cause=cause,
+        weights_version=version,
         cached_len=max(part.cached_len for part in parts),
         cause_beyond=max(part.cause_beyond for part in parts),
     )
@@ -149,6 +154,11 @@ class Workers:
         """Times that a worker's steps were lost altogether, and its running routes with them."""
         return self._gaps_of_replaced + sum(worker.gaps for worker in self._by_peer.values())
 
+    @property
+    def weights_version(self) -> int:
+        """Number of the newest weights that a worker has."""
+        return max((worker.weights_version for worker in self._by_peer.values()), default=0)
+
     def fits(self, spec: CaptureSpec) -> bool:
         """Whether a worker can be part of the model that the others capture."""
         for engine in self._engines.values():
@@ -183,9 +193,15 @@ class Workers:
         worker_state: WorkerState | None,
         process: Process | None = None,
     ) -> Reassembler:
-        """Follow a worker, in the place of the one that it was before, if any."""
+        """Follow a worker, in the place of the one that it was before, if any.
+
+        Another process counts the changes of its weights from 0 again, and nobody knows whether it
+        began with those that the one before it had: its numbers go on behind that one's.
+        """
         prefix_bytes = self._prefix_bytes // (spec.num_engines * spec.num_stages)
-        worker = Reassembler(spec, worker_state, prefix_bytes)  # of what makes no sense: nothing
+        first = self._first_weights_version(spec, process)
+        # Of what makes no sense: nothing.
+        worker = Reassembler(spec, worker_state, prefix_bytes, first)
         engine = self._engines.setdefault(spec.engine, Engine())
         if spec.stage in engine.stages:  # it comes again, on another connection
             other, before = engine.stages[spec.stage]
@@ -197,6 +213,14 @@ class Workers:
         if process is not None:
             self._process[peer] = process
         return worker
+
+    def _first_weights_version(self, spec: CaptureSpec, process: Process | None) -> int:
+        engine = self._engines.get(spec.engine)
+        if engine is None or spec.stage not in engine.stages:
+            return 0
+        peer, before = engine.stages[spec.stage]
+        is_same = self._process.get(peer) == process
+        return before.first_weights_version if is_same else before.weights_version + 1
 
     def is_first(self, worker: Reassembler) -> bool:
         """Whether a worker is the first of its engine that routes: it alone counts the rows."""

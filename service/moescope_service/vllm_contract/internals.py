@@ -2,8 +2,8 @@
 
 `moescope_service.vllm_contract.guard` compares the lists with the vLLM that is installed, before a
 model is loaded: `FRONT_END` in every process, `WORKER` where a model will run. What only some
-kernels need, `ROUTING_REPLAY`, may be absent: they are refused then. The files that use a name say
-what it means, and where it stands in vLLM.
+kernels need, `ROUTING_REPLAY`, may be absent: they are refused then. So may `WEIGHTS`. The files
+that use a name say what it means, and where it stands in vLLM.
 """
 
 from __future__ import annotations
@@ -365,6 +365,44 @@ WORKER = (
         used_by="capture/kv_cache.py",
     ),
 )
+
+WEIGHTS = (
+    _internal(
+        "vllm.v1.worker.gpu_worker:Worker",
+        "start_weight_update start_draft_weight_update finish_weight_update update_weights"
+        " reload_weights sleep discard wake_up add_lora remove_lora",
+        parameters={
+            "sleep": "level",
+            "discard": "tags",
+            "wake_up": "tags",
+            "add_lora": "lora_request",
+            "remove_lora": "lora_id",
+        },
+        used_by="capture/weights.py",
+    ),
+    _internal(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+        "reload_weights",
+        used_by="capture/weights.py",
+    ),
+    _internal(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+        "reload_weights",
+        used_by="capture/weights.py",
+    ),
+    _internal(
+        "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager",
+        "_load_adapter",
+        parameters={"_load_adapter": "lora_request"},
+        used_by="capture/weights.py",
+    ),
+    _internal(
+        "vllm.lora.request:LoRARequest",
+        "lora_name lora_int_id lora_path load_inplace",
+        used_by="capture/weights.py",
+    ),
+)
+"""Of calls that change weights: what a version does not have is not called there either."""
 
 ROUTING_REPLAY = (
     _internal(
