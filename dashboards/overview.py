@@ -134,9 +134,12 @@ def _completeness() -> Iterator[Any]:
     )  # fmt: skip
     yield lines(
         "Rows of traces", "Where the rows of finished traces come from; cached ones were computed "
-        "for an earlier request that shares the prefix.", Axis("count:rows/s"),
+        "for an earlier request that shares the prefix. stale: by older weights than the newest "
+        "rows of their trace.", Axis("count:rows/s"),
         query(f"sum by (source) (rate(moescope_trace_rows_total{{{OURS}}}[$__rate_interval]))",
-              "{{source}}"), span=8,
+              "{{source}}"),
+        query(f"sum(rate(moescope_trace_rows_stale_total{{{OURS}}}[$__rate_interval]))", "stale"),
+        span=8,
     )  # fmt: skip
     yield lines(
         "Traces", "Finished traces by completeness, ended sequences that no API server asked for, "

@@ -70,6 +70,8 @@ class AsyncClient:
         weights: bool = True,
         wait_s: float | None = None,
         start: int = 0,
+        weights_version: int | None = None,
+        max_staleness: int | None = None,
     ) -> list[RouteTrace]:
         """Fetch the traces of one request; see `Client.routes`."""
         return await self._run(
@@ -80,6 +82,8 @@ class AsyncClient:
                 weights=weights,
                 wait_s=wait_s,
                 start=start,
+                weights_version=weights_version,
+                max_staleness=max_staleness,
             )
         )
 
@@ -91,11 +95,19 @@ class AsyncClient:
         weights: bool = True,
         wait_s: float | None = None,
         start: int | Mapping[str, int] = 0,
+        weights_version: int | None = None,
+        max_staleness: int | None = None,
     ) -> RoutesBatch:
         """Fetch the traces of many requests; see `Client.routes_batch`."""
         return await self._run(
             self._calls.routes_batch(
-                request_ids, layers=layers, weights=weights, wait_s=wait_s, start=start
+                request_ids,
+                layers=layers,
+                weights=weights,
+                wait_s=wait_s,
+                start=start,
+                weights_version=weights_version,
+                max_staleness=max_staleness,
             )
         )
 

@@ -88,6 +88,8 @@ class Client:
         weights: bool = True,
         wait_s: float | None = None,
         start: int = 0,
+        weights_version: int | None = None,
+        max_staleness: int | None = None,
     ) -> list[RouteTrace]:
         """Fetch the traces of one request, one for each sequence.
 
@@ -103,6 +105,9 @@ class Client:
             weights: Whether to fetch the routing weights too.
             wait_s: Seconds to wait for the end of a request; the server's default where None.
             start: The first row to fetch: those before it are known, as in a conversation.
+            weights_version: Only rows that the weights of this number computed; others are missing.
+            max_staleness: By how many changes of the weights rows may lag behind the present ones;
+                others are missing.
 
         Raises:
             RequestNotFoundError: The server never saw this id.
@@ -119,6 +124,8 @@ class Client:
                 weights=weights,
                 wait_s=wait_s,
                 start=start,
+                weights_version=weights_version,
+                max_staleness=max_staleness,
             )
         )
 
@@ -130,6 +137,8 @@ class Client:
         weights: bool = True,
         wait_s: float | None = None,
         start: int | Mapping[str, int] = 0,
+        weights_version: int | None = None,
+        max_staleness: int | None = None,
     ) -> RoutesBatch:
         """Fetch the traces of many requests, in as few responses as they fit into.
 
@@ -141,6 +150,8 @@ class Client:
             weights: Whether to fetch the routing weights too.
             wait_s: Seconds to wait for all of them to end; the server's default where None.
             start: The first row to fetch of each request, or by id.
+            weights_version: As of `routes`.
+            max_staleness: As of `routes`.
 
         Raises:
             InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
@@ -148,7 +159,13 @@ class Client:
         """
         return self._run(
             self._calls.routes_batch(
-                request_ids, layers=layers, weights=weights, wait_s=wait_s, start=start
+                request_ids,
+                layers=layers,
+                weights=weights,
+                wait_s=wait_s,
+                start=start,
+                weights_version=weights_version,
+                max_staleness=max_staleness,
             )
         )
 

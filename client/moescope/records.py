@@ -190,6 +190,10 @@ class SequenceInfo(_Record):
     """Unix time at which the request was registered, in seconds."""
     size_bytes: int | None
     """Bytes that the trace takes in the store."""
+    oldest_weights_version: int | None = None
+    """The smallest number of the weights that computed its rows; None where no one version did."""
+    newest_weights_version: int | None = None
+    """The largest number of these."""
 
     def __post_init__(self) -> None:
         """Make the ids a tuple."""

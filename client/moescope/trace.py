@@ -315,6 +315,7 @@ class RouteTrace:
                 [page.weights_versions for page in pages], first.start
             ),
             token_ids=np.concatenate(tokens) if tokens else None,
+            complete=all(page.complete for page in pages),
         )
 
     @property

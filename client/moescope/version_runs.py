@@ -69,6 +69,26 @@ def joined(parts: Sequence[Runs], start: int) -> Runs:
     return runs
 
 
+def span(runs: Runs) -> tuple[int, int] | None:
+    """Return the oldest and the newest number of runs; None where no run has one version."""
+    numbers = runs[runs[:, 1] != MIXED, 1]
+    return (int(numbers.min()), int(numbers.max())) if numbers.size else None
+
+
+def num_stale(runs: Runs, present: npt.NDArray[np.bool_]) -> int:
+    """Count the rows of a whole trace that older weights computed than its newest rows, or mixed.
+
+    Args:
+        runs: Of the trace.
+        present: Which rows are not missing, ``[num_rows]``.
+    """
+    if not len(runs) or (len(runs) == 1 and runs[0, 1] != MIXED):
+        return 0
+    numbers = by_row(runs, int(runs[0, 0]), len(present))
+    stale = (numbers < runs[:, 1].max()) | (numbers == MIXED)
+    return int(np.count_nonzero(stale & present))
+
+
 def check(runs: Runs, start: int, num_rows: int) -> None:
     """Check the runs of a trace that comes from elsewhere.
 

@@ -107,6 +107,11 @@ _TRACES = (
         "Rows of finished traces, by source: computed, cached, recalled or missing.",
         "source",
     ),
+    _counter(
+        "trace_rows_stale",
+        "Rows of finished traces that older weights computed than the trace's newest rows, or that "
+        "were computed while the weights were updated.",
+    ),
     _counter("trace_rows_missing", "Missing rows of finished traces, by cause.", "cause"),
     _counter(
         "traces_incomplete",

@@ -110,6 +110,11 @@ class RoutesQuery(Query[RoutesReply]):
     """Rows of each trace at most."""
     index: int | None = None
     """Only the choice with this index; None: all."""
+    weights_version: int | None = None
+    """Rows that other weights computed are missing in the reply; None: all may have."""
+    max_staleness: int | None = None
+    """By how many changes the weights that computed a row may lag behind the present ones; other
+    rows are missing."""
     max_bytes: int = MAX_REPLY_BYTES
     """Bytes of rows at most, but for one row of each trace of the first request."""
     owner: str | None = None
@@ -277,6 +282,7 @@ class MetricsReply(Reply):
     trace_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     missing: dict[str, int] = dataclasses.field(default_factory=dict)
     incomplete: dict[str, int] = dataclasses.field(default_factory=dict)
+    stale: int = 0
     lag_s: float = 0.0
     running: int = 0
     """Registered sequences that have no trace yet."""

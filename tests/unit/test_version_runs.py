@@ -9,7 +9,7 @@ import pytest
 from client_fakes import make_trace, same
 
 from moescope import version_runs
-from moescope.trace import RouteTrace, Source
+from moescope.trace import RouteTrace
 from moescope.version_runs import MIXED
 
 
@@ -93,4 +93,3 @@ def test_runs_have_two_columns_of_int64():
     narrow = dataclasses.replace(trace, weights_versions=np.zeros((1, 2), np.int32))
     with pytest.raises(TypeError, match="weights_versions must be int64"):
         narrow.check_values()
-    assert Source.MISSING == 2

@@ -8,16 +8,19 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from moescope import batch
+from moescope.version_runs import MAX_VERSION
 from moescope_service.api.auth import ReaderDep
 from moescope_service.api.bodies import PAGE_BYTES, making_bytes
 from moescope_service.api.dependencies import (
     LAYERS,
     LIMIT,
     MAX_ROWS,
+    MAX_STALENESS,
     MAX_WAIT_S,
     START,
     WAIT_S,
     WEIGHTS,
+    WEIGHTS_VERSION,
     ResponsesDep,
     StoreDep,
     layers_of,
@@ -31,6 +34,7 @@ from moescope_service.ids import short_id
 from moescope_service.queries import RoutesQuery, RoutesReply, WaitQuery, Wanted
 
 Row = Annotated[int, Field(ge=0, le=MAX_ROWS)]
+Version = Annotated[int, Field(ge=0, le=MAX_VERSION)]
 
 MAX_REQUESTS = 1024
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
@@ -65,6 +69,8 @@ class BatchRequest(BaseModel):
         float | None,
         Field(ge=0, le=MAX_WAIT_S, description=f"{WAIT_S} Counts for all of them together."),
     ] = None
+    weights_version: Version | None = Field(None, description=WEIGHTS_VERSION)
+    max_staleness: Version | None = Field(None, description=MAX_STALENESS)
 
 
 @router.post(
@@ -101,6 +107,8 @@ async def routes_batch(
     query = RoutesQuery(
         wanted=[Wanted(request_id=short_id(one), start=starts.get(one, 0)) for one in ids],
         limit=wanted.limit,
+        weights_version=wanted.weights_version,
+        max_staleness=wanted.max_staleness,
         max_bytes=PAGE_BYTES[wanted.format],
         owner=owner,
     )

@@ -27,6 +27,14 @@ START = (
     "many rows are known already."
 )
 LIMIT = "Rows of each trace at most; a response holds as many as fit into it."
+WEIGHTS_VERSION = (
+    "Number of the weights that may have computed the rows; others are missing, and the trace is "
+    "incomplete."
+)
+MAX_STALENESS = (
+    "By how many changes of the weights rows may lag behind the present ones; others are missing, "
+    "and the trace is incomplete. Mixed rows are."
+)
 MAX_WAIT_S = 60.0
 MAX_ROWS = 2**31 - 1
 

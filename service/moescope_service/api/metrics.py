@@ -92,6 +92,7 @@ def _counters(reply: MetricsReply) -> dict[str, Samples]:
         "moescope_collector_errors": {(): reply.errors},
         "moescope_traces": by(reply.traces, ("complete", "incomplete")),
         "moescope_trace_rows": by(reply.trace_rows, [source.name.lower() for source in Source]),
+        "moescope_trace_rows_stale": {(): reply.stale},
         "moescope_trace_rows_missing": by(reply.missing, MISSING_CAUSES),
         "moescope_traces_incomplete": by(reply.incomplete, MISSING_CAUSES),
         "moescope_traces_evicted": {(): reply.info.store.evicted},

@@ -7,16 +7,19 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 
+from moescope.version_runs import MAX_VERSION
 from moescope_service.api.auth import ADMIN, DeleterDep, ReaderDep
 from moescope_service.api.bodies import PAGE_BYTES, Format, NpyOptions, Page, making_bytes
 from moescope_service.api.dependencies import (
     LAYERS,
     LIMIT,
     MAX_ROWS,
+    MAX_STALENESS,
     MAX_WAIT_S,
     START,
     WAIT_S,
     WEIGHTS,
+    WEIGHTS_VERSION,
     CollectorDep,
     ResponsesDep,
     SettingsDep,
@@ -137,6 +140,12 @@ async def routes(
         Literal["-1"] | None,
         Query(description="``npy``: the experts of missing rows, in place of a 409."),
     ] = None,
+    weights_version: Annotated[
+        int | None, Query(ge=0, le=MAX_VERSION, description=WEIGHTS_VERSION)
+    ] = None,
+    max_staleness: Annotated[
+        int | None, Query(ge=0, le=MAX_VERSION, description=MAX_STALENESS)
+    ] = None,
 ) -> Response:
     """Return which experts every token of a request went to, with which weights, in every layer."""
     chosen = layers_of(layers)
@@ -149,6 +158,8 @@ async def routes(
         wanted=[Wanted(request_id=short_id(one), start=start) for one in meant],
         limit=limit,
         index=index,
+        weights_version=weights_version,
+        max_staleness=max_staleness,
         max_bytes=PAGE_BYTES[form],
         owner=owner,
     )
@@ -180,7 +191,20 @@ async def routes(
 
     return await responses.respond(
         request,
-        (request_id, owner, start, limit, index, form, chosen, weights, npy, gzip),
+        (
+            request_id,
+            owner,
+            start,
+            limit,
+            index,
+            form,
+            chosen,
+            weights,
+            npy,
+            gzip,
+            weights_version,
+            max_staleness,
+        ),
         max_bytes=making_bytes(form),
         ask=lambda: collector.ask(query),
         make=make,

@@ -331,6 +331,7 @@ def _metrics(state: CollectorState, query: MetricsQuery) -> MetricsReply:
         trace_rows=stats.trace_rows,
         missing=stats.missing,
         incomplete=stats.incomplete,
+        stale=stats.stale,
         lag_s=stats.lag_s,
         running=len(state.sequences),
         running_bytes=state.sequences.size_bytes,
@@ -378,6 +379,7 @@ def _summary(one: Sequence | Kept) -> SequenceInfo:
             size_bytes=None,
         )
     trace = one.trace
+    oldest, newest = one.weights_versions or (None, None)
     return SequenceInfo(
         request_id=trace.request_id,
         ids=tuple(sorted(one.ids)),
@@ -390,4 +392,6 @@ def _summary(one: Sequence | Kept) -> SequenceInfo:
         coverage=one.coverage,
         created_s=trace.created_s,
         size_bytes=one.size_bytes,
+        oldest_weights_version=oldest,
+        newest_weights_version=newest,
     )

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import orjson
 
+from moescope import version_runs
 from moescope_service.collector.answers import Answers
 from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.log_file import LogFile
@@ -242,7 +243,8 @@ class Collector:
                 self.state.stats.add_trace(trace, cause)
                 if self.state.log is not None and self.state.refusal is None:
                     self.state.log.write(trace)
-                kept = Kept(sequence.uid, trace, ids, sequence.owner, trace.coverage)
+                versions = version_runs.span(trace.weights_versions)
+                kept = Kept(sequence.uid, trace, ids, sequence.owner, trace.coverage, versions)
                 self.state.store.add(kept)
         except Exception:  # the others of this step, or of this tick, are not to suffer
             self.state.stats.errors += 1

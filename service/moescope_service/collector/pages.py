@@ -9,6 +9,7 @@ import numpy as np
 
 from moescope import formats
 from moescope.trace import RouteTrace
+from moescope_service.collector.staleness import Staleness
 from moescope_service.collector.state import CollectorState
 from moescope_service.collector.store import MAX_FOUND, Kept
 from moescope_service.queries import ArrayHead, Found, RoutesQuery, RoutesReply, Wanted
@@ -33,6 +34,7 @@ class Pages:
     def __init__(self, state: CollectorState, query: RoutesQuery) -> None:
         self._state = state
         self._query = query
+        self._staleness = Staleness(query, state.workers.weights_version)
         self._left_bytes = query.max_bytes
         self._left_traces = MAX_TRACES
         self._num_looked_at = 0
@@ -89,6 +91,7 @@ class Pages:
             trace = one.trace
             is_last = start + limit >= trace.num_rows
             page = trace if is_last and not start else trace.page(start, limit)
+            page = self._staleness.page(page, trace)
             self._left_bytes -= page.size_bytes + TRACE_BYTES
             self._made[one.uid, start] = len(self._traces), None if is_last else start + limit
             self._traces.append(page)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from moescope import version_runs
 from moescope.trace import RouteTrace, Source
 from moescope_service.collector.rows import CAUSES
 from moescope_service.messages import Step
@@ -63,6 +64,8 @@ class Stats:
         """Missing rows of finished traces, by `CAUSES`."""
         self.incomplete: collections.Counter[str] = collections.Counter()
         """Incomplete traces by `CAUSES`; one that lacks rows for two causes counts at both."""
+        self.stale = 0
+        """Rows of finished traces that older weights computed than the trace's newest ones."""
         self.errors = 0
         """Messages, replies and traces that failed here and were left out."""
         self.registrations_lost = 0
@@ -100,6 +103,7 @@ class Stats:
         self.traces["complete" if trace.complete else "incomplete"] += 1
         for source, rows in enumerate(np.bincount(trace.source).tolist()):
             self.trace_rows[Source(source).name.lower()] += rows
+        self.stale += version_runs.num_stale(trace.weights_versions, trace.present)
         if not trace.complete:
             counts = np.bincount(cause, minlength=256)
             found = {name: int(counts[number]) for name, number in CAUSES.items() if counts[number]}

@@ -44,6 +44,8 @@ class Kept:
     """As of `moescope_service.messages.Register`."""
     coverage: float = 1.0
     """Of the trace: counting its rows takes too long for a list of a thousand."""
+    weights_versions: tuple[int, int] | None = None
+    """The oldest and the newest number of the weights that computed its rows."""
 
     @property
     def request_id(self) -> str:
