@@ -107,6 +107,7 @@ def value(spec: MetricSpec, labels: dict[str, str], at: float) -> float:
             "computed": 282 * seconds - 20 * slow, "cached": 18 * seconds, "missing": 20 * slow,
         }.get(labels.get("source", ""), 0.0),
         "trace_rows_missing": 20 * slow * is_slow,
+        "trace_rows_stale": 5 * slow,
         "traces_incomplete": slow / 4 * is_slow,
         "traces_kept": min(2 * seconds, 5000),
         "traces_evicted": max(2 * seconds - 5000, 0),
