@@ -198,6 +198,14 @@ def test_a_change_that_fails_halfway_leaves_mixed_weights_until_the_next(rig):
     assert rig.told == [1, 2]
 
 
+def test_an_adapter_does_not_mend_weights_that_are_mixed(rig):
+    rig.worker.add_lora(lora(1))
+    with pytest.raises(TypeError):
+        rig.model.load_weights(None)
+    rig.worker.add_lora(lora(1, load_inplace=True))
+    assert (rig.step(), rig.told) == (MIXED, [1])
+
+
 def test_an_update_that_fails_is_over_and_the_weights_are_mixed(rig):
     rig.worker.start_weight_update()
     rig.transfer.fails = True

@@ -74,7 +74,7 @@ class WeightsVersion:
 
     def _count(self) -> None:
         self._number += 1
-        self._has_failed = self._is_loading = False
+        self._is_loading = False
         self._on_change(self._number)
 
     def _start(self, *_: Any, **__: Any) -> None:
@@ -88,6 +88,7 @@ class WeightsVersion:
             result = finish(*args, **kwargs)
             is_model, self._update = self._update != "draft", None
             if is_model:
+                self._has_failed = False
                 self._count()
             return result
 
@@ -142,7 +143,7 @@ class WeightsVersion:
             if self._depth == 0 and self._update != "model":
                 if not (is_part and self._is_loading and not self._has_failed):
                     self._count()
-                self._is_loading = is_part
+                self._is_loading, self._has_failed = is_part, False
             return result
 
         return change_and_count
