@@ -35,13 +35,15 @@ class Cell:
     """Pairs whose set of experts is the reference's."""
     missing: int
     """Pairs that the trace marks as missing."""
-    largest_weight_error: float
-    """Largest absolute difference of a routing weight from the reference's, of all equal pairs."""
+    largest_weight_error: float | None
+    """Largest absolute difference of a routing weight from the reference's, of all equal pairs;
+    None where ids alone were compared, or it was not kept."""
     layout: str = "1 worker"
     machine: str = "CPU"
     ties: int = 0
     """Of the equal pairs those in which the reference, in float64, would have taken another expert
-    that is as probable within float32's rounding; it was made to go on with the trace's."""
+    that is as probable within the rounding of what was served; it was made to go on with the
+    trace's."""
 
     def __post_init__(self) -> None:
         """Check the numbers.

@@ -16,17 +16,20 @@ INTRODUCTION = """# Routes compared with a reference
 Made by `make fidelity`; do not edit. A pair is one token in one layer. Each is compared with the
 experts and weights that the reference computes for the same tokens: HF transformers' router logits
 in float64, by the scheme's published formula, unless the cell says otherwise. Models are small,
-random (the bundled one is trained) and in float32. *Equal*: the same set of experts, *ties*
-among them: two experts are as probable within float32's rounding, so that either may be taken; the
-reference then goes on with the trace's. *Missing*: marked as missing in the trace.
+random (the bundled one is trained) and in float32, unless the cell says otherwise. *Equal*: the
+same set of experts, *ties* among them: two experts are as probable within the rounding of what was
+served, so that either may be taken; the reference then goes on with the trace's. *Missing*: marked
+as missing in the trace.
 """
 
 NOTES = """
 ## Notes
 
 * Cells of a GPU are those of `python -m benchmarks.gpu.measure`
-  ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)), kept
-  in `gpu.jsonl` beside this table; their reference stands in the situation's name.
+  ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)) and of
+  `python -m benchmarks.gpu.situations` ([layouts, sleep, FP8](../gpu/situations_h200.json)), kept
+  in `gpu.jsonl` beside this table. In the latter's all rows were vLLM's own too, where it captures
+  (not with pipeline stages).
 * In two situations pairs are missing as they must be: those routed while the capture was held, and
   those of KV entries that another machine computed.
 * Weights are what vLLM's router returns: without `routed_scaling_factor` for DeepSeek and GLM-4,
@@ -43,7 +46,9 @@ NOTES = """
 * LoRA: vLLM's CPU build serves no MoE model with it (it takes Triton kernels that are not there).
   Asynchronous scheduling: the CPU build switches it off. Both are compared where there is a GPU.
 * Ranks: data parallelism fails in the MoE layers of the CPU build, which has no all-to-all
-  communication. With a GPU it, expert parallelism and their load balancer were not run.
+  communication: it was compared on GPUs alone. Not compared yet, for want of time on GPUs: the
+  expert-parallel load balancer, drafters with experts (MTP), models that mix linear attention
+  (Qwen3-Next). `python -m benchmarks.gpu.situations` has a case of each.
 """
 
 
@@ -114,7 +119,7 @@ def _details(found: Sequence[Recorded]) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(one.versions.items()))
         counts = (cell.pairs, cell.equal, cell.ties, cell.missing)
         numbers = [f"{number:,}" for number in counts]
-        error = f"{cell.largest_weight_error:.1e}"
+        error = "" if cell.largest_weight_error is None else f"{cell.largest_weight_error:.1e}"
         where = [cell.scheme, cell.situation, cell.layout, cell.machine]
         lines.append(_line([*where, *numbers, error, one.date, versions]))
     return lines

@@ -113,6 +113,7 @@ def _shown(total: Counts) -> dict[str, Any]:
         "near_ties": total.near_ties,
         "mismatches": total.mismatches,
         "wrong_weights": total.wrong_weights,
+        "largest_weight_error": total.largest_weight_error,
         "largest_gap_of_tolerance": round(total.largest_gap, 4),
         "differences": [str(one) for one in total.differences],
     }
