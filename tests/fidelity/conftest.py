@@ -17,11 +17,12 @@ import pytest
 with warnings.catch_warnings():  # torch's and transformers' own, at their import
     warnings.simplefilter("ignore")
     from tests.fidelity import checkpoints
-from tests.fidelity.schemes import SCHEMES, UNSERVED, Scheme
+from tests.fidelity.schemes import HYBRID, SCHEMES, UNSERVED, Scheme
 
 TIMEOUT_S = 1500
-ALL = (*SCHEMES, UNSERVED)
+ALL = (*SCHEMES, UNSERVED, HYBRID)
 HALF = ("bfloat16", "float16")
+HALVED = [*((scheme, dtype) for scheme in SCHEMES for dtype in HALF), (HYBRID, "bfloat16")]
 
 
 def place(directory: Path, scheme: Scheme) -> Path:
@@ -47,7 +48,7 @@ def traced(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "out": f"{place(out, scheme)}.npz",
             "options": {"enforce_eager": True, **scheme.llm_options},
         }
-        for scheme in ALL
+        for scheme in (*SCHEMES, UNSERVED)
     ]
     compiled = {"out": str(out / "compiled.npz"), "options": {}}
     jobs.append({"model": jobs[0]["model"], **compiled})
@@ -65,8 +66,7 @@ def halved(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "out": str(halved_place(out, scheme, dtype)),
             "options": {"enforce_eager": True, **scheme.llm_options, "dtype": dtype},
         }
-        for scheme in SCHEMES
-        for dtype in HALF
+        for scheme, dtype in HALVED
     ]
     run_jobs(jobs, out)
     return out

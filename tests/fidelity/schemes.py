@@ -356,3 +356,30 @@ UNSERVED = Scheme(
     bias="mlp.e_score_correction_bias",
 )
 """vLLM's CPU router takes sigmoid scores with grouped top-k alone."""
+
+HYBRID = Scheme(
+    "softmax, renormalized, linear attention in three layers of four (Qwen3-Next)",
+    "Qwen3NextConfig",
+    {
+        "num_experts": 320,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 4,
+        # vLLM makes the blocks of attention as large as the state of linear attention: 96 tokens.
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
+    "mlp.gate",
+    (0, 1, 2, 3),
+    320,
+    10,
+    lambda logits, _: softmax_topk(logits, 10, renormalize=True),
+    llm_options={"enable_prefix_caching": True},
+)
+"""vLLM's CPU build computes linear attention in bfloat16 alone."""

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moescope import formats
+from benchmarks.fidelity.cells import Cell, record
+from moescope import Source, formats
 from moescope.errors import CommandError
+from moescope_service.verify.comparison import Counts
 from moescope_service.verify.reference import Reference
 from moescope_service.verify.run import MIN_CONTROL
 
-from .conftest import HALF, halved_place, place
+from .conftest import HALF, HALVED, halved_place, place
 from .judging import Judged, judge, without_bias
-from .schemes import SCHEMES, Scheme
+from .schemes import HYBRID, SCHEMES, Scheme
 
 MISCOMPUTED = {("sigmoid with bias, shared expert (GLM-4 MoE)", "float16")}
 """vLLM 0.32.0 computes another model than the published: in float16 it divides the output of a
@@ -23,12 +25,7 @@ layer's experts by ``routed_scaling_factor`` (``moe_runner.py``,
 ``_maybe_apply_routed_scale_to_output``), and does not rescale the residual as for DeepSeek."""
 
 
-RIGHT = [
-    (scheme, dtype)
-    for scheme in SCHEMES
-    for dtype in HALF
-    if (scheme.name, dtype) not in MISCOMPUTED
-]
+RIGHT = [(scheme, dtype) for scheme, dtype in HALVED if (scheme.name, dtype) not in MISCOMPUTED]
 
 
 @pytest.fixture(
@@ -46,6 +43,10 @@ def judged(request: pytest.FixtureRequest, models: Path, halved: Path, tmp_path:
 
 
 def test_a_right_server_passes_and_no_other(judged: Judged) -> None:
+    check_a_right_server(judged)
+
+
+def check_a_right_server(judged: Judged) -> Counts:
     right = judged.compare(judged.traces)
     assert right.is_good, "\n".join(map(str, right.differences))
     assert right.pairs > 2000
@@ -54,6 +55,31 @@ def test_a_right_server_passes_and_no_other(judged: Judged) -> None:
     check_shifted_rows(judged)
     if judged.traces[0].top_k > 1:
         check_swapped_weights(judged)
+    return right
+
+
+def test_rows_of_a_model_that_mixes_linear_attention(models: Path, halved: Path) -> None:
+    """Its KV blocks are of two kinds, and a prefix hit needs both: whole blocks of 96 tokens."""
+    traces = formats.load_npz(halved_place(halved, HYBRID, "bfloat16").read_bytes())
+    assert all(trace.complete for trace in traces)
+    assert all(trace.topk_ids.dtype == np.uint16 for trace in traces)
+    sources = np.concatenate([trace.source for trace in traces])
+    assert (sources == Source.CACHED).sum() > 500, "few rows came from the prefix cache"
+    judged = judge(HYBRID, place(models, HYBRID), "bfloat16", traces)
+    counts = check_a_right_server(judged)
+    equal = counts.equal + counts.near_ties
+    record(
+        Cell(
+            HYBRID.name,
+            "bfloat16, offline: chunks, batches, prefix hits",
+            counts.pairs,
+            equal,
+            counts.missing,
+            counts.largest_weight_error,
+            ties=counts.near_ties,
+        )
+    )
+    assert (equal, counts.missing) == (counts.pairs, 0)
 
 
 def check_a_wrong_expert(judged: Judged) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -81,13 +82,17 @@ def test_stages_and_api_servers_give_one_trace(staged: Served, rng: np.random.Ge
     tally.record()
 
 
+def log_of(served: Served) -> str:
+    return served.server.log.read_text()
+
+
 def test_every_api_server_answers_for_every_request(
     staged: Served, rng: np.random.Generator
 ) -> None:
     takers = {}
     while len(takers) < 8 or (len({*takers.values()}) < 2 and len(takers) < 80):
         request_id = staged.complete([random_prompt(rng, 20)])["id"]
-        said = staged.server.log.read_text()
+        said = log_of(staged)
         takers[request_id] = re.search(rf"\(ApiServer_(\d) .*{request_id}", said)[1]
     assert {*takers.values()} == {"0", "1"}, "one API server took all requests"
     for request_id in takers:
@@ -96,6 +101,29 @@ def test_every_api_server_answers_for_every_request(
             assert answer.status_code == 200
             (trace,) = answer.json()["traces"]
             assert (trace["complete"], trace["layers"]) == (True, list(range(6)))
+
+
+def test_one_id_for_many_requests_at_once(staged: Served, rng: np.random.Generator) -> None:
+    """Which API server takes which is the kernel's choice; any of them finds them all."""
+    prompts = [random_prompt(rng, length) for length in range(20, 100, 10)]
+    takers: set[str] = set()
+    for number in range(10):
+        header = {"X-Request-Id": f"same-{number}"}
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            responses = list(pool.map(lambda one: staged.complete([one], header), prompts))  # noqa: B023
+        (request_id,) = {one["id"] for one in responses}
+        takers = {*re.findall(rf"\(ApiServer_(\d) .*Received request {request_id}", log_of(staged))}
+        if takers == {"0", "1"}:
+            break
+    assert takers == {"0", "1"}, "one API server took all requests"
+    traces = staged.routes(request_id)
+    assert all(trace.complete for trace in traces)
+    assert sorted(trace.token_ids.tolist() for trace in traces) == sorted(
+        one["choices"][0]["prompt_token_ids"] + one["choices"][0]["token_ids"] for one in responses
+    )
+    tally = Tally("8 requests of one X-Request-Id at once", layout="PP 2, 2 API servers")
+    tally.add(*traces)
+    tally.record()
 
 
 def test_every_layer_is_counted_once(staged: Served) -> None:
