@@ -9,13 +9,14 @@ nothing to make.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from benchmarks import result
 from benchmarks.cpu.collector import Replay, collector
 from benchmarks.cpu.traffic import PREFILL, ROW_BYTES, Load
 from moescope import servers
+from moescope.records import StoreInfo
 from moescope_service.queries import InfoQuery
 from moescope_service.runtime import collector_address
 from moescope_service.settings import ENABLE, RUNTIME_DIR
@@ -42,6 +44,33 @@ RATES = {"npz": 100.0, "json": 10.0}
 """Fetches a second, of what others feel."""
 PROBES = {"/health": 100.0, "/experts": 50.0}
 """Other endpoints, the second of which asks the collector too, and how often a second."""
+
+
+@contextlib.contextmanager
+def served(load: Load, number: int) -> Iterator[tuple[str, list[str], StoreInfo]]:
+    """Serve the traces of a load; yield the address, their ids and what the store holds.
+
+    Args:
+        load: What the collector is told of.
+        number: Traces that are stored.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ |= {ENABLE: "1", RUNTIME_DIR: directory, "VLLM_PLUGINS": "moescope"}
+        with collector(collector_address(), os.sched_getaffinity(0)):
+            replay = Replay(load, collector_address())
+            replay.api.wait_for_workers()
+            while replay.num_answered < number + load.concurrency:
+                replay.send()
+            replay.settle()
+            (port,) = servers.free_ports(1)
+            url = f"http://127.0.0.1:{port}"
+            command = [sys.executable, "-m", "benchmarks.cpu.routes_server", str(port)]
+            log = Path(directory) / "log"
+            with servers.Server("routes", command, url, log, os.environ) as server:
+                servers.wait_ready((server,), 120.0)
+                ids = [f"cmpl-{i}" for i in range(number)]
+                yield url, ids, replay.ask(InfoQuery()).info.store
+            replay.close()
 
 
 def ask_at_rate(urls: Sequence[str], per_s: float, seconds: float) -> list[float]:
@@ -118,36 +147,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="Of each arm in a round.")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ |= {ENABLE: "1", RUNTIME_DIR: directory, "VLLM_PLUGINS": "moescope"}
-        with collector(collector_address(), os.sched_getaffinity(0)):
-            replay = Replay(LOAD, collector_address())
-            replay.api.wait_for_workers()
-            while replay.num_answered < NUM_TRACES + LOAD.concurrency:
-                replay.send()
-            replay.settle()
-            figures = measure(args, Path(directory), [f"cmpl-{i}" for i in range(NUM_TRACES)])
-            stored = replay.ask(InfoQuery()).info.store
-            replay.close()
-    entries = stored.traces * (TOKENS - 1) * ROW_BYTES // 3
-    figures["store_bytes_per_entry"] = stored.bytes / entries
+    with served(LOAD, NUM_TRACES) as (url, ids, store):
+        figures = measure(args, url, ids)
+    figures["store_bytes_per_entry"] = store.bytes / (store.traces * (TOKENS - 1) * ROW_BYTES // 3)
     result.write(args.out, "benchmarks.cpu.fetch", **figures)
     print(args.out.read_text())
 
 
-def measure(args: Any, directory: Path, ids: Sequence[str]) -> dict[str, Any]:
-    """Serve the traces and fetch them."""
-    (port,) = servers.free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "benchmarks.cpu.routes_server", str(port)]
-    with servers.Server("routes", command, url, directory / "log", os.environ) as server:
-        servers.wait_ready((server,), 120.0)
-        alone = fetched_alone(url, ids, args.repeat)
-        sizes = {form: alone[f"{form}, identity"]["wire_bytes"] for form in FORMATS}
-        return {
-            "alone_ms": alone,
-            "others_ms": felt_by_others(url, ids, sizes, args.rounds, args.seconds),
-        }
+def measure(args: Any, url: str, ids: Sequence[str]) -> dict[str, Any]:
+    """Fetch the traces."""
+    alone = fetched_alone(url, ids, args.repeat)
+    sizes = {form: alone[f"{form}, identity"]["wire_bytes"] for form in FORMATS}
+    return {
+        "alone_ms": alone,
+        "others_ms": felt_by_others(url, ids, sizes, args.rounds, args.seconds),
+    }
 
 
 if __name__ == "__main__":

@@ -175,8 +175,8 @@ def is_right(case: Case, made: dict[str, Any]) -> bool:
 
 def checkpoint(case: Case, args: argparse.Namespace) -> Path:
     """Return the checkpoint of a case, written unless it is there."""
-    shape = args.out.parent / f"{case.shape}.shape"
-    model = args.out.parent / f"{case.shape}.model"
+    directory: Path = args.out.parent
+    shape, model = directory / f"{case.shape}.shape", directory / f"{case.shape}.model"
     if not model.exists():
         shapes.write(case.shape, shape, args.tokenizer)
         random_checkpoint.write(
