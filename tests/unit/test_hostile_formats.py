@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import struct
 import zipfile
@@ -165,12 +166,32 @@ class TestArchives:
         tail[8:16] = struct.pack("<HHI", 20, 20, len(many))
         self.refused(data[: -22 - len(entry)] + many + bytes(tail), "more than max_bytes")
 
-    def test_a_directory_of_many_members(self):
+    @pytest.mark.parametrize(
+        ("number", "match"),
+        [(5000, "its directory has 268,890 bytes"), (65, "it has 65 members: more than 64")],
+    )
+    def test_a_directory_of_many_members(self, number, match):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
-            for number in range(5000):
-                archive.writestr(f"{number}.npy", b"")
-        self.refused(buffer.getvalue(), "more than 64 members", factor=1)
+            for one in range(number):
+                archive.writestr(f"{one}.npy", b"")
+        self.refused(buffer.getvalue(), match, factor=1)
+
+    def test_an_end_that_another_follows(self):
+        """zipfile would believe the other one."""
+        data = npz(arrays_of())
+        self.refused(data[:-2] + b"\1\0x", "does not end as numpy ends one", factor=1)
+        locator = b"PK\6\7" + bytes(16)
+        self.refused(data[:-22] + locator + data[-22:], "does not end as", factor=1)
+
+    def test_experts_that_look_like_members(self):
+        trace = make_trace(num_rows=200)
+        trace.topk_ids[:] = np.frombuffer(b"PK\1\2", np.uint8)[: trace.top_k]
+        trace = dataclasses.replace(trace, num_experts=128)
+        data = formats.dump_npz([trace])
+        assert data.count(b"PK\1\2") > 64
+        (loaded,) = formats.load_npz(data)
+        assert np.array_equal(loaded.topk_ids, trace.topk_ids)
 
     @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
     def test_other_methods(self, method):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import struct
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,8 @@ from moescope.trace import RouteTrace
 
 _npy: Any = np.lib.format  # numpy gives its functions no types
 _MAX_MEMBERS = 64
-_DIRECTORY_ENTRY = b"PK\x01\x02"
+_MAX_DIRECTORY_BYTES = 64 * 2**10
+_END = struct.Struct("<4sHHHHIIH")  # of a zip file: APPNOTE.TXT of PKWARE, 4.3.16
 _IS_ENCRYPTED = 1
 _NO_RUNS = version_runs.unknown()
 
@@ -157,10 +159,8 @@ def read_npz(data: bytes, max_bytes: int = MAX_BYTES) -> dict[str, npt.NDArray[A
     Raises:
         FormatError: The bytes are not an ``.npz``, or more than that.
     """
-    # zipfile makes an object of each entry of the directory before it can be looked at.
-    if data.count(_DIRECTORY_ENTRY) > _MAX_MEMBERS:
-        raise FormatError(f"not an .npz: it has more than {_MAX_MEMBERS} members")
     try:
+        _check_directory(data)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
             _check_members(members, max_bytes)
@@ -172,7 +172,22 @@ def read_npz(data: bytes, max_bytes: int = MAX_BYTES) -> dict[str, npt.NDArray[A
         raise FormatError(f"not an .npz: {shown(error)}") from error
 
 
+def _check_directory(data: bytes) -> None:
+    """Check the size of the directory: zipfile makes an object of each of its entries at once.
+
+    As numpy writes it, a file ends with the end of its directory, without a comment, and is no
+    zip64, whose end would say another size.
+    """
+    signature, *_, size, _, comment_size = _END.unpack(data[-_END.size :])
+    if signature != b"PK\x05\x06" or comment_size or data[-42:-38] == b"PK\x06\x07":
+        raise ValueError("it does not end as numpy ends one")
+    if size > _MAX_DIRECTORY_BYTES:
+        raise ValueError(f"its directory has {size:,} bytes: more than {_MAX_DIRECTORY_BYTES:,}")
+
+
 def _check_members(members: list[zipfile.ZipInfo], max_bytes: int) -> None:
+    if len(members) > _MAX_MEMBERS:
+        raise ValueError(f"it has {len(members)} members: more than {_MAX_MEMBERS}")
     size = sum(member.file_size for member in members)
     if size > max_bytes:
         raise ValueError(f"its arrays have {size:,} bytes: more than max_bytes={max_bytes:,}")
