@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from moescope import RouteTrace
 from moescope_service import bundled_model
@@ -60,8 +61,13 @@ def reference(model: Any, token_ids: np.ndarray) -> Routes:
     return _recent[0][2]
 
 
-def _run(model: Any, token_ids: np.ndarray, offered: np.ndarray | None = None) -> Routes:
-    """Run the model, with the experts offered (``[num_tokens, num_layers, top_k]``) where tied."""
+def _run(
+    model: Any, token_ids: np.ndarray, offered: np.ndarray | None = None, cache: Any = None
+) -> Routes:
+    """Run the model, with the experts offered (``[num_tokens, num_layers, top_k]``) where tied.
+
+    A cache has the keys and values of the tokens before, and then of these too.
+    """
     gates = [layer.mlp.gate for layer in model.model.layers]
     gated: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
@@ -79,7 +85,11 @@ def _run(model: Any, token_ids: np.ndarray, offered: np.ndarray | None = None) -
     hooks = [gate.register_forward_hook(route) for gate in gates]
     try:
         with torch.inference_mode():
-            model(torch.from_numpy(token_ids)[None].long())
+            model(
+                torch.from_numpy(token_ids)[None].long(),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -116,3 +126,31 @@ def reference_of(trace: RouteTrace, model: Any = None) -> Routes:
     if not np.array_equal(ids[trace.present], routes.topk_ids[trace.present]):
         routes = _run(model, token_ids, offered=ids)
     return routes
+
+
+def reference_of_versions(trace: RouteTrace, models: Sequence[Any]) -> Routes:
+    """Return HF's routes of a trace's rows, each run of rows by the model that computed it.
+
+    Its tokens attend to those before as the server's did: to the keys and values of the models that
+    computed them.
+
+    Args:
+        trace: The trace, with its tokens, and no row missing.
+        models: In float64, by the number of the weights.
+
+    Raises:
+        ValueError: The trace has no tokens.
+    """
+    if trace.token_ids is None:
+        raise ValueError(f"{trace.request_id} has no tokens to compare the rows of")
+    cache, ids = DynamicCache(), np.sort(trace.topk_ids, axis=-1)
+    ends = [*trace.weights_versions[1:, 0].tolist(), trace.num_rows]
+    parts = [
+        _run(models[number], trace.token_ids[first:end], ids[first:end], cache)
+        for (first, number), end in zip(trace.weights_versions.tolist(), ends, strict=True)
+    ]
+    return Routes(
+        np.concatenate([part.topk_ids for part in parts]),
+        np.concatenate([part.topk_weights for part in parts]),
+        sum(part.ties for part in parts),
+    )
