@@ -47,8 +47,8 @@ NOTES = """
   Asynchronous scheduling: the CPU build switches it off. Both are compared where there is a GPU.
 * Ranks: data parallelism fails in the MoE layers of the CPU build, which has no all-to-all
   communication: it was compared on GPUs alone. Not compared yet, for want of time on GPUs: the
-  expert-parallel load balancer, drafters with experts (MTP), models that mix linear attention
-  (Qwen3-Next). `python -m benchmarks.gpu.situations` has a case of each.
+  expert-parallel load balancer, drafters with experts (MTP), linear attention on a GPU.
+  `python -m benchmarks.gpu.situations` has a case of each.
 """
 
 
