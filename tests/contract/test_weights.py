@@ -103,7 +103,8 @@ class Rig:
         self.model, self.config = Model(), VllmConfig()
         self.config.model_config = SimpleNamespace(quantization=None)
         runner = runner_class.__new__(runner_class)
-        runner.vllm_config, runner.model, runner.lora_config = self.config, self.model, None
+        runner.vllm_config, runner.model = self.config, self.model
+        runner.lora_config = runner.speculator = None
         runner.get_model = lambda: self.model
         runner.reset_encoder_cache = runner.reset_mm_cache = lambda: None
         runner.lora_manager = self.adapters = Adapters()
