@@ -78,7 +78,7 @@ def test_every_row_is_of_the_weights_whose_number_it_has(
     loaded, ended = [0], threading.Event()
 
     def change_at_random() -> None:
-        while not ended.wait(rng.uniform(0.3, 1.5)):
+        while not ended.wait(rng.uniform(0.1, 0.6)):
             loaded.append(len(loaded) % CHECKPOINTS)
             body = {"method": "load_file", "args": [str(files[loaded[-1]])]}
             url = f"{served.server.url}/collective_rpc"
