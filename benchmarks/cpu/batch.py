@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from benchmarks import result
-from benchmarks.cpu.fetch import PROBES, ask_at_rate, quantiles_ms, served
+from benchmarks.cpu.fetch import PROBES, ask_at_rate, quantiles_ms, received, served
 from benchmarks.cpu.traffic import PREFILL, ROW_BYTES, Load
 from moescope import Client
 
@@ -48,9 +48,7 @@ def read(url: str, ids: Sequence[str]) -> int:
     with httpx.Client(timeout=60.0) as http:
         for first in range(0, len(ids), PAGE_TRACES):
             wanted = {"request_ids": ids[first : first + PAGE_TRACES], "format": "npz"}
-            with http.stream("POST", f"{url}/routes/batch", json=wanted) as response:
-                response.raise_for_status()
-                total += sum(map(len, response.iter_raw()))
+            total += received(http, "POST", f"{url}/routes/batch", json=wanted)
     return total
 
 
@@ -59,9 +57,7 @@ def read_zeros(url: str, _: Sequence[str]) -> int:
     size, total = PAGE_TRACES * ROWS_BYTES // NUM_TRACES, 0
     with httpx.Client(timeout=60.0) as http:
         while total < ROWS_BYTES:
-            with http.stream("GET", f"{url}/bytes/{size}") as response:
-                response.raise_for_status()
-                total += sum(map(len, response.iter_raw()))
+            total += received(http, "GET", f"{url}/bytes/{size}")
     return total
 
 

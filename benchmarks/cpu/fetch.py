@@ -93,6 +93,13 @@ def quantiles_ms(seconds: Sequence[float]) -> dict[str, Any]:
     return {**dict(zip(("p50", "p99", "max"), values, strict=True)), "requests": len(seconds)}
 
 
+def received(http: httpx.Client, method: str, url: str, **options: Any) -> int:
+    """Read a response, and do nothing with it; return how many bytes came."""
+    with http.stream(method, url, **options) as response:
+        response.raise_for_status()
+        return sum(map(len, response.iter_raw()))
+
+
 def fetched_alone(url: str, ids: Sequence[str], repeat: int) -> dict[str, Any]:
     """Fetch traces one after the other in every format and encoding."""
     figures: dict[str, Any] = {}
@@ -103,9 +110,7 @@ def fetched_alone(url: str, ids: Sequence[str], repeat: int) -> dict[str, Any]:
                 for number in range(repeat):
                     where = f"{url}/routes/{ids[number % len(ids)]}?format={form}"
                     started_s = time.perf_counter()
-                    with http.stream("GET", where) as answer:
-                        answer.raise_for_status()
-                        wire_bytes = sum(map(len, answer.iter_raw()))
+                    wire_bytes = received(http, "GET", where)
                     took_s.append(time.perf_counter() - started_s)
             figures[f"{form}, {encoding}"] = {**quantiles_ms(took_s), "wire_bytes": wire_bytes}
     return figures

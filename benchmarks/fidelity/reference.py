@@ -117,10 +117,7 @@ def reference_of(trace: RouteTrace, model: Any = None) -> Routes:
     Raises:
         ValueError: The trace has no tokens.
     """
-    if trace.token_ids is None:
-        raise ValueError(f"{trace.request_id} has no tokens to compare the rows of")
-    model = model or reference_model()
-    token_ids = trace.token_ids[: trace.num_rows]
+    token_ids, model = _routed_tokens(trace), model or reference_model()
     routes = reference(model, token_ids)
     ids = np.sort(trace.topk_ids, axis=-1)
     if not np.array_equal(ids[trace.present], routes.topk_ids[trace.present]):
@@ -141,12 +138,10 @@ def reference_of_versions(trace: RouteTrace, models: Sequence[Any]) -> Routes:
     Raises:
         ValueError: The trace has no tokens.
     """
-    if trace.token_ids is None:
-        raise ValueError(f"{trace.request_id} has no tokens to compare the rows of")
-    cache, ids = DynamicCache(), np.sort(trace.topk_ids, axis=-1)
+    token_ids, ids, cache = _routed_tokens(trace), np.sort(trace.topk_ids, axis=-1), DynamicCache()
     ends = [*trace.weights_versions[1:, 0].tolist(), trace.num_rows]
     parts = [
-        _run(models[number], trace.token_ids[first:end], ids[first:end], cache)
+        _run(models[number], token_ids[first:end], ids[first:end], cache)
         for (first, number), end in zip(trace.weights_versions.tolist(), ends, strict=True)
     ]
     return Routes(
@@ -154,3 +149,9 @@ def reference_of_versions(trace: RouteTrace, models: Sequence[Any]) -> Routes:
         np.concatenate([part.topk_weights for part in parts]),
         sum(part.ties for part in parts),
     )
+
+
+def _routed_tokens(trace: RouteTrace) -> np.ndarray:
+    if trace.token_ids is None:
+        raise ValueError(f"{trace.request_id} has no tokens to compare the rows of")
+    return trace.token_ids[: trace.num_rows]

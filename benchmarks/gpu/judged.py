@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import io
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from moescope import Source
 from moescope.servers import Server, captured_command, free_ports, wait_ready
@@ -19,6 +19,7 @@ from moescope_service.verify.comparison import Counts, Tolerance, compare
 from moescope_service.verify.completions import RoutedCompletion
 from moescope_service.verify.reference import Reference
 
+OWN_CAPTURE = "--enable-return-routed-experts"
 _OWN_TOKENS = (1, 60)
 _START_TIMEOUT_S = 900.0
 
@@ -82,8 +83,12 @@ def against_vllm(completions: Sequence[RoutedCompletion]) -> dict[str, int]:
 
 def counter(metrics: str, name: str) -> float:
     """Return a counter's sum over its labels, of metrics as text."""
-    values = re.findall(rf"^{name}_total(?:\{{[^}}]*\}})? (\S+)$", metrics, re.MULTILINE)
-    return sum(map(float, values))
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == f"{name}_total"
+    )
 
 
 def judge(completions: Sequence[RoutedCompletion], reference: Reference) -> dict[str, Any]:
@@ -104,6 +109,11 @@ def judge(completions: Sequence[RoutedCompletion], reference: Reference) -> dict
     judged = {source.name.lower(): _shown(counts) for source, counts in by_source.items()}
     told = {"pairs": control.pairs - control.missing, "mismatches": control.mismatches}
     return {"all": _shown(total), **judged, "control": told}
+
+
+def is_good(found: Mapping[str, Any]) -> bool:
+    """Return whether no row is wrong, of what `judge` returns."""
+    return not found["all"]["mismatches"] and not found["all"]["wrong_weights"]
 
 
 def _shown(total: Counts) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from moescope_service.verify.completions import VerifiedServer
 from moescope_service.verify.reference import Reference
 
 MAX_TOKENS = 16
-_OWN = "--enable-return-routed-experts"
 _HITS = tuple(
     f"vllm:{kind}prefix_cache_{what}" for kind in ("", "external_") for what in ("queries", "hits")
 )
@@ -50,7 +49,7 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         "rows": judged.rows(completions),
         "missing_by_cause": missing,
         "vllm": {name: judged.counter(metrics, name) for name in _HITS},
-        "against_vllm": judged.against_vllm(completions) if _OWN in flags else None,
+        "against_vllm": judged.against_vllm(completions) if judged.OWN_CAPTURE in flags else None,
         "judged": judged.judge(completions, reference),
     }
 
@@ -73,8 +72,7 @@ def main() -> int:
     measured = measure(args, model)
     result.write(args.out, "benchmarks.gpu.offloading", gpu=result.gpu(), **measured)
     print(args.out.read_text())
-    found = measured["judged"]["all"]
-    return 1 if found["mismatches"] or found["wrong_weights"] else 0
+    return 0 if judged.is_good(measured["judged"]) else 1
 
 
 if __name__ == "__main__":

@@ -26,14 +26,13 @@ import orjson
 
 from benchmarks import result
 from benchmarks.gpu import judged, random_checkpoint, shapes
-from moescope.servers import Server, end_servers_on_signals
+from moescope.servers import end_servers_on_signals
 from moescope_service.verify.completions import RoutedCompletion, VerifiedServer
 from moescope_service.verify.reference import Reference
 
 MAX_TOKENS = 32
 LONELY = 12
 """Requests of one token, one after the other."""
-_OWN = "--enable-return-routed-experts"
 _EPLB = {"num_redundant_experts": 4, "window_size": 16, "step_interval": 16}
 _MTP = {
     "method": "mtp",
@@ -61,6 +60,11 @@ class Case:
     env: tuple[tuple[str, str], ...] = ()
     says: str = ""
     """What the server's log must say at least twice."""
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether tokens are drafted."""
+        return "--speculative-config" in self.flags
 
 
 def sleep_and_wake(http: httpx.Client, model: Path) -> None:
@@ -111,15 +115,23 @@ def serve(
 ) -> tuple[dict[str, Any], list[RoutedCompletion]]:
     """Serve a case and send its requests; return what is seen without a reference, and them."""
     vllm_captures = case.vllm_captures and args.own_capture
-    flags = [*case.flags, "--max-model-len", "2048", *args.vllm, *[_OWN] * vllm_captures]
+    flags = [
+        *case.flags,
+        "--max-model-len",
+        "2048",
+        *args.vllm,
+        *[judged.OWN_CAPTURE] * vllm_captures,
+    ]
     started_s = time.monotonic()
-    with judged.serving(log.stem, [str(model), *flags], log, dict(case.env)) as server:
+    with (
+        judged.serving(log.stem, [str(model), *flags], log, dict(case.env)) as server,
+        VerifiedServer(server.url, None) as verified,
+    ):
         ready_s = time.monotonic() - started_s
-        completions = ask(case, server, model, args)
-        with VerifiedServer(server.url, None) as verified:
-            info, missing = verified.client.info(), verified.missing()
-            counted = verified.client.experts().counts.sum(-1)
-            accepted = judged.counter(verified.metrics(), "vllm:spec_decode_num_accepted_tokens")
+        completions = ask(case, server.url, verified, model, args.requests)
+        info, missing = verified.client.info(), verified.missing()
+        counted = verified.client.experts().counts.sum(-1)
+        accepted = judged.counter(verified.metrics(), "vllm:spec_decode_num_accepted_tokens")
     said = len(re.findall(case.says, log.read_text(errors="replace"))) if case.says else None
     made = {
         "shape": f"{case.shape}, {case.layers} layers",
@@ -141,35 +153,32 @@ def serve(
 
 
 def ask(
-    case: Case, server: Server, model: Path, args: argparse.Namespace
+    case: Case, url: str, verified: VerifiedServer, model: Path, number: int
 ) -> list[RoutedCompletion]:
     """Send a case's requests."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    prompts = judged.make_prompts(args.requests, 6, vocabulary, case.prefix_tokens)
-    with VerifiedServer(server.url, None) as verified:
-        completions = verified.complete(prompts, MAX_TOKENS)
-        for prompt in prompts[:LONELY]:
-            completions += verified.complete([prompt[::-1]], 1)
-        if case.between is not None:
-            with httpx.Client(base_url=server.url, timeout=300.0) as http:
-                case.between(http, model)
-            completions += verified.complete(prompts, MAX_TOKENS)
+    prompts = judged.make_prompts(number, 6, vocabulary, case.prefix_tokens)
+    completions = verified.complete(prompts, MAX_TOKENS)
+    for prompt in prompts[:LONELY]:
+        completions += verified.complete([prompt[::-1]], 1)
+    if case.between is not None:
+        with httpx.Client(base_url=url, timeout=300.0) as http:
+            case.between(http, model)
+        completions += verified.complete(prompts, MAX_TOKENS)
     return completions
 
 
 def is_right(case: Case, made: dict[str, Any]) -> bool:
     """Return whether a case's result is what it must be."""
     rows, own, found = made["rows"], made["against_vllm"], made.get("judged")
-    wrong = found["all"]["mismatches"] + found["all"]["wrong_weights"] if found else 0
-    drafts = "--speculative-config" in case.flags
     return (
         rows["missing"] == 0
-        and wrong == 0
+        and (found is None or judged.is_good(found))
         and (own is None or own["equal_rows"] == own["rows"] == sum(rows.values()))
         and (not case.says or made["log_says"][case.says] >= 2)
         # Rejected drafts are counted, and leave no row.
-        and (drafts or made["counted_by_layer"] == [rows["computed"] * made["top_k"]])
-        and (not drafts or made["drafts_accepted"] > 0)
+        and (case.has_drafter or made["counted_by_layer"] == [rows["computed"] * made["top_k"]])
+        and (not case.has_drafter or made["drafts_accepted"] > 0)
     )
 
 
@@ -184,7 +193,7 @@ def checkpoint(case: Case, args: argparse.Namespace) -> Path:
             model,
             layers=case.layers,
             device=args.device,
-            drafter="--speculative-config" in case.flags,
+            drafter=case.has_drafter,
         )
     return model
 

@@ -43,12 +43,11 @@ class Calls:
         weights: bool,
         wait_s: float | None,
         start: int,
-        weights_version: int | None = None,
-        max_staleness: int | None = None,
+        weights_version: int | None,
+        max_staleness: int | None,
     ) -> Call[list[RouteTrace]]:
         """Fetch the traces of one request."""
-        params = _wanted(layers, weights, wait_s)
-        params |= _versions(weights_version, max_staleness)
+        params = _wanted(layers, weights, wait_s, weights_version, max_staleness)
         if index is not None:
             params["index"] = index
         path = http.routes_path(request_id)
@@ -69,12 +68,11 @@ class Calls:
         weights: bool,
         wait_s: float | None,
         start: int | Mapping[str, int],
-        weights_version: int | None = None,
-        max_staleness: int | None = None,
+        weights_version: int | None,
+        max_staleness: int | None,
     ) -> Call[RoutesBatch]:
         """Fetch the traces of many requests."""
-        wanted = _wanted(layers, weights, wait_s)
-        wanted |= _versions(weights_version, max_staleness)
+        wanted = _wanted(layers, weights, wait_s, weights_version, max_staleness)
         starts = start if isinstance(start, Mapping) else dict.fromkeys(request_ids, start)
 
         def fetch(first: Mapping[str, int]) -> Call[RoutesBatch]:
@@ -145,22 +143,25 @@ def _fetched(
         return joined
 
 
-def _wanted(layers: Layers, weights: bool, wait_s: float | None) -> dict[str, Any]:
+def _wanted(
+    layers: Layers,
+    weights: bool,
+    wait_s: float | None,
+    weights_version: int | None,
+    max_staleness: int | None,
+) -> dict[str, Any]:
     """Return the parameters that say which part of a trace is wanted, as the server has them."""
     wanted: dict[str, Any] = {"format": "npz"}
     if layers is not None:
         wanted["layers"] = layers if isinstance(layers, str) else ",".join(map(str, layers))
     if not weights:
         wanted["weights"] = False
-    if wait_s is not None:
-        wanted["wait_s"] = wait_s
-    return wanted
-
-
-def _versions(weights_version: int | None, max_staleness: int | None) -> dict[str, int]:
-    """Return the parameters that say which weights may have computed the rows."""
-    given = {"weights_version": weights_version, "max_staleness": max_staleness}
-    return {name: value for name, value in given.items() if value is not None}
+    rest = {
+        "wait_s": wait_s,
+        "weights_version": weights_version,
+        "max_staleness": max_staleness,
+    }
+    return wanted | {name: value for name, value in rest.items() if value is not None}
 
 
 def _recent_page(values: dict[str, Any], limit: int, before: int | None) -> RecentPage:
