@@ -18,6 +18,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from moescope_service.verify.reference import Reference
 MAX_TOKENS = 32
 LONELY = 12
 """Requests of one token, one after the other."""
+COUNTS_S = 3.0
+"""Where experts are only counted, workers tell of them once a second."""
 _EPLB = {"num_redundant_experts": 4, "window_size": 16, "step_interval": 16}
 _MTP = {
     "method": "mtp",
@@ -60,6 +63,8 @@ class Case:
     env: tuple[tuple[str, str], ...] = ()
     says: str = ""
     """What the server's log must say at least twice."""
+    only_counts: bool = False
+    """Whether the server counts experts and keeps no rows."""
 
     @property
     def has_drafter(self) -> bool:
@@ -93,6 +98,13 @@ CASES = {
         "qwen3-moe",
         gpus=2,
         says=r"Rearranging experts \S+ mode\)? *\.\.\.",
+    ),
+    "dp2_ep_counts": Case(
+        (*_TWO_ENGINES, "--routes-mode", "counts", "--no-enable-prefix-caching"),
+        gpus=2,
+        vllm_captures=False,
+        is_judged=False,
+        only_counts=True,
     ),
     "mtp": Case(("--speculative-config", json.dumps(_MTP)), "deepseek-v3", 3),
     "hybrid": Case(
@@ -128,7 +140,11 @@ def serve(
         VerifiedServer(server.url, None) as verified,
     ):
         ready_s = time.monotonic() - started_s
-        completions = ask(case, server.url, verified, model, args.requests)
+        completions: list[RoutedCompletion] = []
+        if case.only_counts:
+            routed = complete(server.url, model, args.requests)
+        else:
+            completions = ask(case, server.url, verified, model, args.requests)
         info, missing = verified.client.info(), verified.missing()
         counted = verified.client.experts().counts.sum(-1)
         accepted = judged.counter(verified.metrics(), "vllm:spec_decode_num_accepted_tokens")
@@ -141,8 +157,10 @@ def serve(
         "layers": info.layers,
         "top_k": info.top_k,
         "router_types": info.router_types,
-        "requests": len(completions),
-        "rows": judged.rows(completions),
+        "requests": len(completions) or args.requests,
+        "rows": {"computed": routed, "missing": 0}
+        if case.only_counts
+        else judged.rows(completions),
         "missing_by_cause": missing,
         "counted_by_layer": sorted(set(counted.tolist())),
         "drafts_accepted": accepted,
@@ -156,8 +174,7 @@ def ask(
     case: Case, url: str, verified: VerifiedServer, model: Path, number: int
 ) -> list[RoutedCompletion]:
     """Send a case's requests."""
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    prompts = judged.make_prompts(number, 6, vocabulary, case.prefix_tokens)
+    prompts = judged.make_prompts(number, 6, _vocabulary(model), case.prefix_tokens)
     completions = verified.complete(prompts, MAX_TOKENS)
     for prompt in prompts[:LONELY]:
         completions += verified.complete([prompt[::-1]], 1)
@@ -166,6 +183,25 @@ def ask(
             case.between(http, model)
         completions += verified.complete(prompts, MAX_TOKENS)
     return completions
+
+
+def _vocabulary(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text())["vocab_size"])
+
+
+def complete(url: str, model: Path, number: int) -> int:
+    """Send a case's prompts to a server that only counts; return how many tokens were routed."""
+    body = {"model": str(model), "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    prompts = judged.make_prompts(number, 6, _vocabulary(model))
+    with httpx.Client(base_url=url, timeout=300.0) as http, ThreadPoolExecutor(number) as pool:
+        sent = pool.map(
+            lambda one: http.post("/v1/completions", json={**body, "prompt": one}), prompts
+        )
+        routed: int = sum(
+            one.raise_for_status().json()["usage"]["total_tokens"] - 1 for one in sent
+        )
+    time.sleep(COUNTS_S)
+    return routed
 
 
 def is_right(case: Case, made: dict[str, Any]) -> bool:
