@@ -141,7 +141,9 @@ class Trainer:
 
 def change(http: httpx.Client, send: Callable[[int], None], number: int) -> None:
     """Change the server's weights for the time of this number, while its requests are held."""
-    http.post("/pause", params={"mode": "keep"}).raise_for_status()
+    # Else the running requests lose their rows, too: vLLM computes them anew.
+    keep = {"mode": "keep", "clear_cache": False}
+    http.post("/pause", params=keep).raise_for_status()
     send(number % CHECKPOINTS)
     http.post("/update_weight_version", json={"new_version": str(number)}).raise_for_status()
     http.post("/resume").raise_for_status()
