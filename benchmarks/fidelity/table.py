@@ -27,8 +27,10 @@ NOTES = """
 
 * Cells of a GPU are those of `python -m benchmarks.gpu.measure`
   ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)) and of
-  `python -m benchmarks.gpu.situations` ([layouts, sleep, FP8](../gpu/situations_h200.json)), kept
-  in `gpu.jsonl` beside this table. In the latter's all rows were vLLM's own too, where it captures
+  `python -m benchmarks.gpu.situations` ([layouts, sleep, FP8](../gpu/situations_h200.json),
+  [the balancer](../gpu/situations_h200_2026-11-30.json)) and of
+  `python -m benchmarks.gpu.weight_transfer` ([file](../gpu/weight_transfer_h200.json)), kept in
+  `gpu.jsonl` beside this table. In the situations all rows were vLLM's own too, where it captures
   (not with pipeline stages).
 * In two situations pairs are missing as they must be: those routed while the capture was held, and
   those of KV entries that another machine computed.
@@ -46,9 +48,11 @@ NOTES = """
 * LoRA: vLLM's CPU build serves no MoE model with it (it takes Triton kernels that are not there).
   Asynchronous scheduling: the CPU build switches it off. Both are compared where there is a GPU.
 * Ranks: data parallelism fails in the MoE layers of the CPU build, which has no all-to-all
-  communication: it was compared on GPUs alone. Not compared yet, for want of time on GPUs: the
-  expert-parallel load balancer, drafters with experts (MTP), linear attention on a GPU.
-  `python -m benchmarks.gpu.situations` has a case of each.
+  communication: it was compared on GPUs alone. Not compared yet with HF transformers, for want of
+  time on GPUs: drafters with experts (MTP), linear attention on a GPU;
+  `python -m benchmarks.gpu.situations` has a case of each. With MTP in DeepSeek-V3's shape 16,004
+  of 16,021 rows were those of vLLM's own capture, none was missing; which of the two is right in
+  the other 17 is not known.
 """
 
 
