@@ -25,6 +25,7 @@ from moescope.version_runs import MIXED
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.rows import Batch, StepRows
 from moescope_service.collector.core import Collector
+from moescope_service.collector.pages import Pages
 from moescope_service.collector.sequences import WORKER_TIMEOUT_S
 from moescope_service.frontend.journal import Journal
 from moescope_service.messages import (
@@ -36,6 +37,7 @@ from moescope_service.messages import (
     pack_introduction,
     unpack,
 )
+from moescope_service.queries import RoutesQuery, Wanted
 from moescope_service.settings import Settings
 
 FAULTS = ("rows_lost", "given_up", "duplicate", "pause", "kill", "kill_server", "abort")
@@ -98,6 +100,9 @@ class Deployment:
         """Epoch in which the engine ended each sequence."""
         self.happened: collections.Counter[str] = collections.Counter()
         self.traces: dict[str, RouteTrace] = {}
+        self.followed: dict[str, list[RouteTrace]] = {}
+        """Pages of each request, as they came while it ran, of the collector that there is."""
+        self._is_over: set[str] = set()
         self.early: list[RouteTrace] = []
         """Traces that a collector had made before it was killed."""
         self._num_requests, self._next_step, self._is_capturing = num_requests, 0, True
@@ -133,6 +138,7 @@ class Deployment:
         self.clock.now_s += WORKER_TIMEOUT_S + 1
         self.collector.tick()
         self._keep_traces()
+        self._follow()
 
     def check(self) -> collections.Counter[str]:
         """No row is wrong, nor its version, and no trace that lacks a row says it is complete.
@@ -148,15 +154,8 @@ class Deployment:
             seq = self.seqs[trace.request_id]
             here = trace.source != Source.MISSING
             _require(trace.num_rows <= max(len(seq.tokens) - 1, 0), f"{seq.name}: rows too many")
-            version = trace.weights_version
-            ids, weights = truth(
-                seq.hashes[: trace.num_rows], self.spec, 0 if version is None else version
-            )
             counts["versions"] += len(trace.weights_versions)
-            np.testing.assert_array_equal(trace.topk_ids[here], ids[here], seq.name)
-            if trace.topk_weights is None:
-                raise AssertionError(f"{seq.name}: no weights")
-            np.testing.assert_array_equal(trace.topk_weights[here], weights[here], seq.name)
+            self._check_rows(trace)
             if trace.complete:
                 tokens = None if trace.token_ids is None else trace.token_ids.tolist()
                 _require(here.all(), f"{seq.name}: complete, and rows are missing")
@@ -166,6 +165,39 @@ class Deployment:
             counts["complete"] += trace.complete
             counts.update(Source(source).name.lower() for source in trace.source.tolist())
         return counts
+
+    def check_followed(self, *, exactly: bool) -> int:
+        """No row that came early is wrong; where ``exactly``, all of the trace came.
+
+        A preemption may make a difference: a row that came may be missing in the trace, since its
+        sequence ended before it was computed again, and one that was lost may be there.
+
+        Returns:
+            How many rows came before their request had its trace.
+        """
+        num_early = 0
+        for name, pages in self.followed.items():
+            followed = RouteTrace.joined(pages)
+            self._check_rows(followed)
+            num_early += sum(page.num_rows for page in pages if page.finish_reason is None)
+            if exactly and name in self._is_over:
+                trace = self.traces[name]
+                _require(followed.num_rows == trace.num_rows, f"{name}: rows did not come")
+                losses = self.engine.num_loads or self.happened.keys() - {"nothing", "abort"}
+                if not (self.seqs[name].was_preempted and losses):
+                    came = bool(followed.present[trace.present].all())
+                    _require(came, f"{name}: rows are missing")
+        return num_early
+
+    def _check_rows(self, trace: RouteTrace) -> None:
+        seq, here, version = self.seqs[trace.request_id], trace.present, trace.weights_version
+        ids, weights = truth(
+            seq.hashes[: trace.num_rows], self.spec, 0 if version is None else version
+        )
+        np.testing.assert_array_equal(trace.topk_ids[here], ids[here], seq.name)
+        if trace.topk_weights is None:
+            raise AssertionError(f"{seq.name}: no weights")
+        np.testing.assert_array_equal(trace.topk_weights[here], weights[here], seq.name)
 
     def check_missing(self, *, exactly: bool) -> None:
         """Missing is what was lost; where ``exactly``, nothing else is, restarts or not."""
@@ -236,7 +268,7 @@ class Deployment:
         self.clock = Clock()
         self.epoch += 1
         self.collector = Collector(Settings(), self.clock, epoch=self.epoch)
-        self.traces = {}
+        self.traces, self.followed, self._is_over = {}, {}, set()
         for link in (self.worker, self.server):
             link.break_off()
 
@@ -332,6 +364,20 @@ class Deployment:
             if peer == self.worker.peer and kind == "capture":
                 self._is_capturing = values["on"]
         self.collector.state.outbox.clear()
+        self._follow()
+
+    def _follow(self) -> None:
+        """Ask for what is new of each request."""
+        for name in self.seqs.keys() - self._is_over:
+            pages = self.followed.get(name, [])
+            start = pages[-1].start + pages[-1].num_rows if pages else 0
+            wanted = [Wanted(request_id=name, start=start)]
+            query = RoutesQuery(wanted=wanted, index=0, follows=True)
+            reply = next(filter(None, Pages(self.collector.state, query).replies()))
+            is_over = reply.found[0].status == "finished"
+            new = [page for page in reply.traces() if page.num_rows or is_over]
+            self.followed |= {name: [*pages, *new]} if new else {}
+            self._is_over |= {name} if is_over else set()
 
     def _keep_traces(self) -> None:
         self.traces |= {kept.trace.request_id: kept.trace for kept in self.collector.state.store}

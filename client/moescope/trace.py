@@ -288,6 +288,9 @@ class RouteTrace:
     def joined(pages: Sequence[RouteTrace]) -> RouteTrace:
         """Return the trace, or the longer page, that consists of pages.
 
+        Of pages that came while the sequence ran, rows behind its end are left out, and what the
+        last page says holds.
+
         Args:
             pages: At least one, each beginning where the one before it ends.
 
@@ -304,18 +307,21 @@ class RouteTrace:
             end += page.num_rows
         if len(pages) == 1:
             return first
+        last = pages[-1]
+        pages = [page.page(page.start, max(last.num_tokens - 1 - page.start, 0)) for page in pages]
         weights: list[Any] = [p.topk_weights for p in pages if p.topk_weights is not None]
         tokens = [page.token_ids for page in pages if page.token_ids is not None]
         return dataclasses.replace(
-            first,
+            last,
+            start=first.start,
             topk_ids=np.concatenate([page.topk_ids for page in pages]),
             topk_weights=np.concatenate(weights) if weights else None,
             source=np.concatenate([page.source for page in pages]),
             weights_versions=version_runs.joined(
                 [page.weights_versions for page in pages], first.start
             ),
-            token_ids=np.concatenate(tokens) if tokens else None,
-            complete=all(page.complete for page in pages),
+            token_ids=np.concatenate(tokens) if len(tokens) == len(pages) else None,
+            complete=last.complete and all(bool(page.present.all()) for page in pages),
         )
 
     @property

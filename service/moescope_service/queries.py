@@ -53,6 +53,8 @@ class Wanted:
     request_id: str
     start: int = 0
     """The first row of each of its traces."""
+    uid: int | None = None
+    """Of a query that follows: the sequence that it has followed so far, `Found.uid`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,8 @@ class Found:
     """Whether older requests of the same id are left out."""
     indices: list[int] = dataclasses.field(default_factory=list)
     """Which choices there are, where the one that was asked for is not among them."""
+    uid: int | None = None
+    """The collector's number of the sequence that is followed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,10 @@ class RoutesQuery(Query[RoutesReply]):
     """Rows of each trace at most."""
     index: int | None = None
     """Only the choice with this index; None: all."""
+    follows: bool = False
+    """Whether a running sequence is found too, with its rows so far: of the newest request of an id
+    the choice with the index. Where `Wanted.uid` names it, it has no trace unless it has new rows.
+    """
     weights_version: int | None = None
     """Rows that other weights computed are missing in the reply; None: all may have."""
     max_staleness: int | None = None

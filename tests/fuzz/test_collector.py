@@ -71,6 +71,7 @@ VALID = [
         for number, query in enumerate(
             [
                 RoutesQuery(wanted=[Wanted(request_id="a")]),
+                RoutesQuery(wanted=[Wanted(request_id="a", uid=1)], index=0, follows=True),
                 WaitQuery(request_ids=["a"], wait_s=1.0),
                 DeleteQuery(request_id="a"),
                 RecentQuery(limit=10),

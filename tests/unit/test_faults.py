@@ -42,6 +42,7 @@ def test_no_row_is_wrong_and_none_that_was_lost_comes_back(rng, chances, num_req
     deployment = Deployment(rng, num_requests, chances, num_blocks=num_blocks)
     deployment.run()
     deployment.check()
+    deployment.check_followed(exactly=False)
     deployment.check_missing(exactly=False)
 
 
@@ -52,19 +53,21 @@ def test_what_was_not_lost_is_there(rng, chances, num_requests, num_blocks):
     deployment = Deployment(rng, num_requests, chances, num_blocks=num_blocks)
     deployment.run()
     deployment.check()
+    deployment.check_followed(exactly=True)
     deployment.check_missing(exactly=True)
 
 
 @pytest.mark.parametrize(
     "chances",
     [
+        Chances(speculation=0.4, abort=0.02),
         Chances(rows_lost=0.1, abort=0.05, pause=0.05, speculation=0.4),
         Chances(kill=0.03, rows_lost=0.05, speculation=0.3, abort=0.03, pause=0.03),
         Chances(**dict.fromkeys(FAULTS, 0.02), speculation=0.3, optimism=1),
         Chances(abort=0.1, loads=0.6),
         Chances(rows_lost=0.02, kill=0.01, abort=0.03, loads=0.3, speculation=0.3, weights=0.2),
     ],
-    ids=["losses", "restarts", "everything", "loads", "weights"],
+    ids=["preemptions", "losses", "restarts", "everything", "loads", "weights"],
 )
 def test_many_requests_with_prefix_hits_on_reused_blocks(chances):
     """The short form of ``python -m benchmarks.faults``."""
@@ -74,12 +77,15 @@ def test_many_requests_with_prefix_hits_on_reused_blocks(chances):
         deployment = Deployment(random.Random(seed), 20, chances)
         deployment.run()
         counts += deployment.check()
+        counts["early"] += deployment.check_followed(exactly=not chances.given_up)
         deployment.check_missing(exactly=not chances.given_up)
         happened += deployment.happened
         happened["loads"] += deployment.engine.num_loads
         happened["weights"] += deployment.weights_version
     assert counts["complete"] > 50
-    assert min(counts[source] for source in ("computed", "cached", "missing")) > 500
+    assert counts["early"] > 500
+    sources = ["computed", "cached", *(["missing"] if chances.rows_lost else [])]
+    assert min(counts[source] for source in sources) > 500
     assert all(
         happened[fault] > 5 for fault in (*FAULTS, "loads", "weights") if getattr(chances, fault)
     )

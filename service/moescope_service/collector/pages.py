@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from moescope import formats
 from moescope.trace import RouteTrace
+from moescope_service.collector.rows import Rows
+from moescope_service.collector.sequences import Sequence
 from moescope_service.collector.staleness import Staleness
 from moescope_service.collector.state import CollectorState
 from moescope_service.collector.store import MAX_FOUND, Kept
@@ -46,7 +49,7 @@ class Pages:
         """Do what is asked; yield None between two pieces, the reply after the last one."""
         found = []
         for wanted in self._query.wanted:
-            kept, one = self._find(wanted)
+            kept, one = self._follow(wanted) if self._query.follows else self._find(wanted)
             if kept:
                 yield from self._take(kept, wanted.start)
                 one = self._with_pages(one, kept, wanted.start)
@@ -65,10 +68,7 @@ class Pages:
         if running:
             return [], Found(status="running")
         if not finished:
-            if self._state.store.was_evicted(request_id, owner):
-                return [], Found(status="evicted")
-            is_lost = self._state.store.was_lost(request_id, owner)
-            return [], Found(status="lost" if is_lost else "unknown")
+            return [], self._nothing(wanted)
         if self._left_traces <= 0 and self._left_traces != MAX_TRACES:
             return [], Found(status="finished", next_start=wanted.start)
         found = self._state.store.newest(finished)
@@ -80,6 +80,55 @@ class Pages:
             indices = sorted({one.trace.index for one in found.kept})
             return [], Found(status="finished", indices=indices)
         return kept, Found(status="finished", lacks_older=not found.is_all)
+
+    def _nothing(self, wanted: Wanted) -> Found:
+        """Say what became of a request that an id finds no longer, or never did."""
+        request_id, owner = wanted.request_id, self._query.owner
+        if self._state.store.was_evicted(request_id, owner):
+            return Found(status="evicted")
+        is_lost = self._state.store.was_lost(request_id, owner)
+        return Found(status="lost" if is_lost else "unknown")
+
+    def _follow(self, wanted: Wanted) -> tuple[list[Kept], Found]:
+        """Return the sequence that is followed: its trace, or the page of its rows so far."""
+        found: list[Sequence | Kept] = []
+        for some in self._state.find(wanted.request_id, self._query.owner):
+            if wanted.uid is None:
+                found += itertools.islice(reversed(some.values()), MAX_FOUND)  # type: ignore[call-overload]
+            elif wanted.uid in some:
+                found.append(some[wanted.uid])
+        if not found:
+            return [], self._nothing(wanted)
+        newest = max((one.request for one in found), key=lambda request: request.created_s)
+        choices = [one for one in found if one.request == newest]
+        followed = [one for one in choices if one.index == self._query.index]
+        if not followed:
+            return [], Found(status="finished", indices=sorted({one.index for one in choices}))
+        one = max(followed, key=lambda one: one.uid)
+        if isinstance(one, Kept):
+            return [one], Found(status="finished", uid=one.uid)
+        return [], self._so_far(one, wanted)
+
+    def _so_far(self, sequence: Sequence, wanted: Wanted) -> Found:
+        """Take in a page of a running sequence's rows so far, as many as there is room for."""
+        spec, start, uid = self._state.spec, wanted.start, sequence.uid
+        if spec is None:
+            return Found(status="running", uid=uid)
+        nothing = Rows.nothing(spec)
+        room = max(1, (self._left_bytes - TRACE_BYTES) // _row_bytes(nothing))
+        internal_id = sequence.register.internal_id
+        rows, num_settled = self._state.workers.so_far(internal_id, start, room) or (nothing, 0)
+        page = sequence.page_so_far(spec, rows, start, num_settled)
+        if wanted.uid is not None and not page.num_rows:
+            return Found(status="running", uid=uid)
+        self._traces.append(page)
+        has_more = page.num_rows == room and start + room < num_settled
+        return Found(
+            status="running",
+            traces=[len(self._traces) - 1],
+            next_start=start + room if has_more else None,
+            uid=uid,
+        )
 
     def _take(self, kept: list[Kept], start: int) -> Iterator[None]:
         """Take in the pages of traces that are not there yet, if there is room for them."""
@@ -109,6 +158,7 @@ class Pages:
             traces=[number for number, _ in pages],
             next_start=min((end for _, end in pages if end is not None), default=None),
             lacks_older=found.lacks_older,
+            uid=found.uid,
         )
 
     def _looked_at(self, count: int) -> bool:
@@ -145,8 +195,8 @@ class Pages:
         return min(wanted, room // row_bytes)
 
 
-def _row_bytes(trace: RouteTrace) -> int:
-    per_row = trace.num_layers * trace.top_k
+def _row_bytes(trace: RouteTrace | Rows) -> int:
+    per_row = trace.topk_ids.shape[1] * trace.topk_ids.shape[2]
     weights = trace.topk_weights
     size = per_row * trace.topk_ids.itemsize + 1 + 4
     return size + (0 if weights is None else per_row * weights.itemsize)

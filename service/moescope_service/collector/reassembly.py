@@ -17,6 +17,7 @@ from moescope.version_runs import MIXED
 from moescope_service.collector.arena import EMPTY, FILLED, RECALLED, Arena
 from moescope_service.collector.prefixes import HeldPrefixes, PrefixStore
 from moescope_service.collector.rows import CAUSES, Rows, Written
+from moescope_service.collector.settled import SettledRows
 from moescope_service.messages import (
     Admission,
     CaptureSpec,
@@ -86,9 +87,11 @@ class Reassembler:
         self._num_blocks = np.zeros(64, np.int64)
         self._prompt_len = np.zeros(64, np.int64)
         self._num_rows = np.zeros(64, np.int64)
+        self._settled = SettledRows(64)
         self._cached_end = np.zeros(64, np.int64)
         self._is_running = np.zeros(64, np.bool_)
         self._running: dict[int, _Running] = {}
+        self._handles: dict[str, int] = {}  # of what runs, by internal id
         self._given_up: dict[int, str] = {}  # request ids by handle, which is reused after the end
         self._next = (0, 0)  # step and part
         self.gaps = 0
@@ -124,6 +127,7 @@ class Reassembler:
         self._held.add(step.filled)
         self.weights_version = max(self.weights_version, self._number_of(step))
         written = self._write(step)
+        self._settled.add(step, self._are_running(step.spans[:, 0]))
         # A step that failed halfway is a gap.
         self._next = (step.number, step.part + 1) if step.has_more else (step.number + 1, 0)
         return ended, written
@@ -136,6 +140,27 @@ class Reassembler:
             if handle in self._running
         ]
 
+    def num_settled(self, internal_id: str) -> int:
+        """Return how many rows of a running sequence are settled; 0 where it does not run here."""
+        handle = self._handles.get(internal_id)
+        return 0 if handle is None else self._settled[handle]
+
+    def rows_so_far(self, internal_id: str, start: int, end: int) -> Rows:
+        """Return rows of a running sequence; takes no longer with more rows before them.
+
+        Where it was preempted and others have its blocks, they end before the first such row: it
+        will be computed again.
+
+        Args:
+            internal_id: Of one that has settled rows.
+            start: Position of the first one.
+            end: Position behind the last one; not beyond `num_settled`.
+        """
+        handle = self._handles[internal_id]
+        rows = self._rows(handle, self._running[handle], start, end)
+        overwritten = np.flatnonzero(rows.cause == CAUSES["overwritten"])
+        return rows.resized(int(overwritten[0])) if overwritten.size else rows
+
     def _give_up(self) -> None:
         # Blocks may have changed hands unseen: no row and no table from before can be trusted.
         self.gaps += 1
@@ -143,6 +168,8 @@ class Reassembler:
         self._held.clear()
         self._given_up |= {handle: one.internal_id for handle, one in self._running.items()}
         self._running.clear()
+        self._handles.clear()
+        self._settled.clear()
         self._is_running[:] = False
 
     def _admit(self, admission: Admission) -> None:
@@ -153,9 +180,11 @@ class Reassembler:
         self._running[handle] = _Running(
             admission.internal_id, cached, [(0, cached)] if cached else []
         )
+        self._handles[admission.internal_id] = handle
         self._is_running[handle] = True
         self._num_rows[handle] = self._cached_end[handle] = cached
         self._prompt_len[handle] = admission.prompt_len
+        self._settled.admit(handle, admission.prompt_len, cached)
         self._set_blocks(admission)
 
     def _restore(self, ongoing: Ongoing) -> None:
@@ -172,6 +201,7 @@ class Reassembler:
         self._num_blocks = np.pad(self._num_blocks, (0, more))
         self._prompt_len = np.pad(self._prompt_len, (0, more))
         self._num_rows = np.pad(self._num_rows, (0, more))
+        self._settled.double()
         self._cached_end = np.pad(self._cached_end, (0, more))
         self._is_running = np.pad(self._is_running, (0, more))
 
@@ -188,6 +218,7 @@ class Reassembler:
             running.cached.append((known, cached))
             self._cached_end[handle] = cached
         self._num_rows[handle] = max(known, cached)
+        self._settled.hit(handle, cached)
         self._set_blocks(admission)
 
     def _cut_cached(self, handle: int, end: int) -> None:
@@ -195,6 +226,7 @@ class Reassembler:
         running = self._running[handle]
         running.cached = [(a, min(b, end)) for a, b in running.cached if a < end]
         self._cached_end[handle] = min(self._cached_end[handle], end)
+        self._settled.cut(handle, end)
 
     def _allocate(self, step: Step) -> None:
         """Clear blocks that are allocated anew, and recall the rows of those that are loaded."""
@@ -260,8 +292,7 @@ class Reassembler:
 
     def _write(self, step: Step) -> Written | None:
         handles, starts, lengths = step.spans.T.astype(np.int64)
-        known = handles < len(self._is_running)
-        known[known] = self._is_running[handles[known]]
+        known = self._are_running(handles)
         self._num_rows[handles[known]] = np.maximum(
             self._num_rows[handles[known]], (starts + lengths)[known]
         )
@@ -283,6 +314,11 @@ class Reassembler:
         self._arena.write(slots, topk_ids, topk_weights, version)
         return Written(topk_ids, position >= self._prompt_len[handle])
 
+    def _are_running(self, handles: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        are_running = handles < len(self._is_running)
+        are_running[are_running] = self._is_running[handles[are_running]]
+        return are_running
+
     def _number_of(self, step: Step) -> int:
         """Return the number of the weights that computed a step's rows."""
         if step.weights_version == MIXED:
@@ -300,11 +336,12 @@ class Reassembler:
         if handle in self._given_up:
             return self._given_up.pop(handle), Rows.nothing(self.spec, CAUSES["not_captured"])
         running = self._running.pop(handle)
-        return running.internal_id, self._rows(handle, running)
-
-    def _rows(self, handle: int, running: _Running) -> Rows:
+        self._handles.pop(running.internal_id, None)
         self._is_running[handle] = False
-        position = np.arange(int(self._num_rows[handle]))
+        return running.internal_id, self._rows(handle, running, 0, int(self._num_rows[handle]))
+
+    def _rows(self, handle: int, running: _Running, first: int, last: int) -> Rows:
+        position = np.arange(first, last)
         block = position // self.spec.block_size
         read = self._arena.read(self._slots(handle, position))
         topk_ids, topk_weights, versions, cause = read
@@ -312,7 +349,7 @@ class Reassembler:
         ours = self._generations[handle, block] == self._arena.generation[block_ids]
         source = np.full(len(position), Source.COMPUTED, np.uint8)
         for start, end in running.cached:
-            source[start:end] = Source.CACHED
+            source[max(start - first, 0) : max(end - first, 0)] = Source.CACHED
         cause[~ours] = CAUSES["overwritten"]
         cause[self._generations[handle, block] == _STALE] = running.cause_unheld
         is_recalled = cause == RECALLED

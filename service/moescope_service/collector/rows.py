@@ -22,7 +22,10 @@ An empty slot is one whose row no worker ever shipped."""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """What one worker knows of an ended sequence: positions ``0 … n - 1`` in its layers."""
+    """What one worker knows of a sequence, in its layers.
+
+    Of one that ended, the rows of positions ``0 … n - 1``.
+    """
 
     layers: list[int]
     topk_ids: npt.NDArray[Any]

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from moescope.trace import RouteTrace, Source
 from moescope_service.collector.ids import IdIndex
 from moescope_service.collector.rows import CAUSES, Rows
 from moescope_service.collector.store import OVERHEAD_BYTES, id_bytes
-from moescope_service.messages import CaptureSpec, Register
+from moescope_service.messages import CaptureSpec, Register, RequestKey
 
 Tokens = npt.NDArray[np.int32]
 
@@ -66,6 +67,16 @@ class Sequence:
         return self.register.owner
 
     @property
+    def request(self) -> RequestKey:
+        """Which request it belongs to."""
+        return RequestKey(self.register.request_id, self.register.created_s)
+
+    @property
+    def index(self) -> int:
+        """The choice's index in the response."""
+        return self.register.index
+
+    @property
     def size_bytes(self) -> int:
         """Bytes that it holds: ids, tokens, and rows that wait for its API server."""
         ids = (*self.ids, self.request_id)
@@ -106,8 +117,41 @@ class Sequence:
         tokens = None
         if with_token_ids and self.is_finishing and self.prompt_ids is not None:
             tokens = np.concatenate([self.prompt_ids, output])
+        is_whole = not timed_out and not bool((rows.source == Source.MISSING).any())
+        trace = self._trace(
+            spec,
+            rows,
+            0,
+            num_tokens,
+            token_ids=tokens,
+            complete=is_whole,
+            finish_reason=self.finish_reason,
+        )
+        return trace, rows.cause
+
+    def page_so_far(
+        self, spec: CaptureSpec, rows: Rows, start: int, num_settled: int
+    ) -> RouteTrace:
+        """Return a page of what is known while the sequence runs, without its tokens.
+
+        Args:
+            spec: What the deployment captures.
+            rows: The page's rows.
+            start: Position of the first one.
+            num_settled: Rows of the sequence that are settled, from position 0 on.
+        """
+        num_tokens = max(self.register.prompt_len, num_settled + 1)
+        if self.output_ids is not None:  # the engine may have routed beyond them
+            num_tokens = self.register.prompt_len + len(self.output_ids)
+            rows = rows.resized(min(len(rows.source), max(num_tokens - 1 - start, 0)))
+        nothing = {"token_ids": None, "complete": False, "finish_reason": None}
+        return self._trace(spec, rows, start, num_tokens, **nothing)
+
+    def _trace(
+        self, spec: CaptureSpec, rows: Rows, start: int, num_tokens: int, **at_end: Any
+    ) -> RouteTrace:
         register = self.register
-        trace = RouteTrace(
+        return RouteTrace(
             request_id=register.request_id,
             index=register.index,
             model=register.model,
@@ -115,22 +159,20 @@ class Sequence:
             num_experts=spec.num_experts,
             num_hidden_layers=spec.num_hidden_layers,
             layers=np.array(rows.layers, np.int32),
+            start=start,
             topk_ids=rows.topk_ids,
             topk_weights=rows.topk_weights,
             source=rows.source,
             weights_versions=version_runs.runs_of(
-                rows.weights_version, rows.source != Source.MISSING, 0
+                rows.weights_version, rows.source != Source.MISSING, start
             ),
-            token_ids=tokens,
             prompt_len=register.prompt_len,
             num_tokens=num_tokens,
             cached_len=rows.cached_len,
-            finish_reason=self.finish_reason,
-            complete=not timed_out and not bool((rows.source == Source.MISSING).any()),
+            **at_end,
             created_s=register.created_s,
             versions=spec.versions,
         )
-        return trace, rows.cause
 
 
 class Sequences:

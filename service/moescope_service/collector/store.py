@@ -58,6 +58,11 @@ class Kept:
         return RequestKey(self.trace.request_id, self.trace.created_s)
 
     @property
+    def index(self) -> int:
+        """The choice's index in the response."""
+        return self.trace.index
+
+    @property
     def size_bytes(self) -> int:
         """Bytes that count against the store's limit."""
         ids = (*self.ids, self.trace.request_id)

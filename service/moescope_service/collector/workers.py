@@ -244,6 +244,28 @@ class Workers:
         del engine.ended[internal_id]
         return merged_rows([part for _, part in sorted(ended.parts.items())])
 
+    def so_far(self, internal_id: str, start: int, max_rows: int) -> tuple[Rows, int] | None:
+        """Return rows of a running sequence that all stages have settled, and how many those are.
+
+        Args:
+            internal_id: Of the sequence.
+            start: Position of the first row.
+            max_rows: How many at most.
+
+        Returns:
+            The rows, and how many there are from position 0 on; None where there are none.
+        """
+        for engine in self._engines.values():
+            workers = [engine.stages[stage][1] for stage in engine.routing_stages]
+            num_settled = min((one.num_settled(internal_id) for one in workers), default=0)
+            if num_settled and engine.is_complete:
+                start = min(start, num_settled)
+                end = min(start + max_rows, num_settled)
+                parts = [worker.rows_so_far(internal_id, start, end) for worker in workers]
+                num_rows = min(len(part.source) for part in parts)
+                return merged_rows([part.resized(num_rows) for part in parts]), num_settled
+        return None
+
     def overdue(self) -> Iterator[tuple[str, Rows]]:
         """Yield (internal id, rows) of sequences whose other stages have not told in time."""
         now_s = self._clock()
