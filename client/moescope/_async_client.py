@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
@@ -10,7 +12,7 @@ from typing import Literal, Self, TypeVar
 
 import httpx
 
-from moescope import http, received
+from moescope import following, http, received
 from moescope._client import API_KEY_VARIABLE, RETRIES, TIMEOUT_S
 from moescope.addresses import Verify
 from moescope.batch import RoutesBatch
@@ -110,6 +112,26 @@ class AsyncClient:
                 max_staleness=max_staleness,
             )
         )
+
+    async def follow(
+        self,
+        request_id: str,
+        *,
+        index: int = 0,
+        start: int = 0,
+        layers: Layers = None,
+        weights: bool = True,
+    ) -> AsyncIterator[RouteTrace]:
+        """Yield the rows of a running request as they are computed; see `Client.follow`."""
+        response = await self._run(
+            self._calls.follow(request_id, index=index, start=start, layers=layers, weights=weights)
+        )
+        pages = following.afollow(
+            response, start, self._calls.max_bytes, self._http.timeout.read or math.inf
+        )
+        async with contextlib.aclosing(pages):
+            async for page in pages:
+                yield page
 
     async def recent(self, limit: int = 50, before: int | None = None) -> RecentPage:
         """List recent sequences; see `Client.recent`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Literal, Self, TypeVar
 
 import httpx
 
-from moescope import http, received
+from moescope import following, http, received
 from moescope.addresses import Verify
 from moescope.batch import RoutesBatch
 from moescope.calls import Calls, Layers
@@ -167,6 +168,43 @@ class Client:
                 weights_version=weights_version,
                 max_staleness=max_staleness,
             )
+        )
+
+    def follow(
+        self,
+        request_id: str,
+        *,
+        index: int = 0,
+        start: int = 0,
+        layers: Layers = None,
+        weights: bool = True,
+    ) -> Iterator[RouteTrace]:
+        """Yield the rows of a running request as they are computed, page by page.
+
+        While it runs, a page's ``finish_reason`` is None and it has no ``token_ids``; the pages
+        after its end say what the finished trace does. `RouteTrace.joined` joins pages.
+
+        Args:
+            request_id: Any id of the request that its client saw; of several requests that had it,
+                the newest is followed.
+            index: Which choice of the response.
+            start: The first row to fetch: to go on where a stream ended early, the first row that
+                did not come.
+            layers: Global layer numbers, or text such as ``0,5-7``; all layers where None.
+            weights: Whether to fetch the routing weights too.
+
+        Raises:
+            RequestNotFoundError: The server never saw this id, or was told to forget it meanwhile.
+            TraceEvictedError: The trace made room for newer ones.
+            InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
+            CollectorDownError: Too many clients follow, or the collector ended meanwhile.
+            FormatError: The response holds no pages of one trace.
+        """
+        response = self._run(
+            self._calls.follow(request_id, index=index, start=start, layers=layers, weights=weights)
+        )
+        yield from following.follow(
+            response, start, self._calls.max_bytes, self._http.timeout.read or math.inf
         )
 
     def recent(self, limit: int = 50, before: int | None = None) -> RecentPage:

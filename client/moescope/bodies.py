@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 
 import httpx
 
@@ -13,6 +14,8 @@ from moescope.received import MAX_BYTES, shown
 
 ENCODING = {"Accept-Encoding": "gzip"}
 """The header of requests whose responses `Body` takes."""
+NO_ENCODING = {"Accept-Encoding": "identity"}
+"""That of requests whose responses `Lines` takes."""
 ERROR_BYTES = 2**20
 """What is read of the body of an error: its words come first."""
 _SLOW_BYTES = 64 * 2**10
@@ -136,6 +139,71 @@ def read(response: httpx.Response, max_bytes: int, timeout_s: float) -> httpx.Re
         return body.response()
     finally:
         response.close()
+
+
+class Lines:
+    """The lines of a response as they arrive, each within the bounds of a `Body`.
+
+    Args:
+        response: The response, of which nothing is read yet.
+        max_bytes: Bytes that a line may have.
+        timeout_s: Seconds in which the end of a line must come, as of `Body`.
+        clock: Seconds from a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        response: httpx.Response,
+        max_bytes: int,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._begin = functools.partial(Body, response, max_bytes, timeout_s, clock)
+        self._body = self._begin()
+
+    def add(self, part: bytes) -> Iterator[httpx.Response]:
+        """Take the next part; yield each line that it ends as a response of its own.
+
+        Raises:
+            MoescopeError: See `Body`.
+        """
+        *ends, rest = part.split(b"\n")
+        for end in ends:
+            self._body.add(end)
+            yield self._body.response()
+            self._body = self._begin()
+        self._body.add(rest)
+
+
+def lines(response: httpx.Response, max_bytes: int, timeout_s: float) -> Generator[httpx.Response]:
+    """Yield the lines of a response, and close it.
+
+    Raises:
+        MoescopeError: See `Body`.
+    """
+    try:
+        arriving = Lines(response, max_bytes, timeout_s)
+        for part in response.iter_raw():
+            yield from arriving.add(part)
+    finally:
+        response.close()
+
+
+async def alines(
+    response: httpx.Response, max_bytes: int, timeout_s: float
+) -> AsyncGenerator[httpx.Response]:
+    """Do what `lines` does, of an asynchronous response.
+
+    Raises:
+        MoescopeError: See `Body`.
+    """
+    try:
+        arriving = Lines(response, max_bytes, timeout_s)
+        async for part in response.aiter_raw():
+            for line in arriving.add(part):
+                yield line
+    finally:
+        await response.aclose()
 
 
 async def aread(response: httpx.Response, max_bytes: int, timeout_s: float) -> httpx.Response:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import httpx
 import orjson
 
 from moescope import batch, http, paging, received
@@ -85,6 +86,15 @@ class Calls:
 
         return (yield from _fetched(paging.whole_batch(request_ids, starts), fetch))
 
+    def follow(
+        self, request_id: str, *, index: int, start: int, layers: Layers, weights: bool
+    ) -> Call[httpx.Response]:
+        """Begin to follow a request; returns a response whose body is yet to come."""
+        params = {"index": index, "start": start, **_part(layers, weights)}
+        path = http.routes_path(request_id) + "/stream"
+        query = Query(method="GET", path=path, params=params, one_request=True, is_stream=True)
+        return (yield from self.retries.send(query))
+
     def recent(self, limit: int, before: int | None) -> Call[RecentPage]:
         """List recent sequences."""
         params = {"limit": limit} if before is None else {"limit": limit, "before": before}
@@ -151,17 +161,23 @@ def _wanted(
     max_staleness: int | None,
 ) -> dict[str, Any]:
     """Return the parameters that say which part of a trace is wanted, as the server has them."""
-    wanted: dict[str, Any] = {"format": "npz"}
-    if layers is not None:
-        wanted["layers"] = layers if isinstance(layers, str) else ",".join(map(str, layers))
-    if not weights:
-        wanted["weights"] = False
     rest = {
         "wait_s": wait_s,
         "weights_version": weights_version,
         "max_staleness": max_staleness,
     }
-    return wanted | {name: value for name, value in rest.items() if value is not None}
+    given = {name: value for name, value in rest.items() if value is not None}
+    return {"format": "npz", **_part(layers, weights), **given}
+
+
+def _part(layers: Layers, weights: bool) -> dict[str, Any]:
+    """Return the parameters that say which columns of rows are wanted."""
+    part: dict[str, Any] = {}
+    if layers is not None:
+        part["layers"] = layers if isinstance(layers, str) else ",".join(map(str, layers))
+    if not weights:
+        part["weights"] = False
+    return part
 
 
 def _recent_page(values: dict[str, Any], limit: int, before: int | None) -> RecentPage:

@@ -43,6 +43,8 @@ _ERRORS: dict[int, type[ServerError]] = {
     422: InvalidQueryError,
     503: CollectorDownError,
 }
+IS_STREAM = "moescope.is_stream"
+"""Extension of a request whose response is not read, unless it is an error."""
 _NO_SUCH_PAGE = {404, 405, 501}
 _MAX_MODELS = 20
 _MAX_WORDS = 2000
@@ -59,6 +61,8 @@ class _Client(httpx.Client):
 
     def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:  # noqa: ANN401
         response = super().send(request, **{**kwargs, "stream": True})
+        if _is_stream(response):
+            return response
         return bodies.read(response, self.max_bytes, self.timeout.read or math.inf)
 
 
@@ -73,7 +77,13 @@ class _AsyncClient(httpx.AsyncClient):
 
     async def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:  # noqa: ANN401
         response = await super().send(request, **{**kwargs, "stream": True})
+        if _is_stream(response):
+            return response
         return await bodies.aread(response, self.max_bytes, self.timeout.read or math.inf)
+
+
+def _is_stream(response: httpx.Response) -> bool:
+    return response.status_code == 200 and IS_STREAM in response.request.extensions
 
 
 def connect(
@@ -268,6 +278,20 @@ def check(response: httpx.Response, *, one_request: bool = False) -> None:
     if status == 404 and not one_request:
         raise ServerError(f"{message}: is the server started with `moescope serve`?", status)
     raise _ERRORS.get(status, ServerError)(message, status, _retry_after_s(response))
+
+
+def check_line(values: dict[str, Any]) -> None:
+    """Raise what a line of a stream means that says that it cannot go on.
+
+    Raises:
+        ServerError: Or the subclass that belongs to its status.
+    """
+    if "error" in values:
+        error = values["error"]
+        status = error.get("code") if isinstance(error, dict) else None
+        status = status if isinstance(status, int) else 500
+        words = received.error_words(values) or f"the stream ended with {received.shown(error)}"
+        raise _ERRORS.get(status, ServerError)(received.shown(words, _MAX_WORDS), status)
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from moescope import http
+from moescope import bodies, http
 from moescope.errors import CollectorDownError, ConnectionFailedError
 
 _T = TypeVar("_T")
@@ -32,6 +32,8 @@ class Query:
     """Whether the path names one request, of which 404 speaks."""
     is_idempotent: bool = True
     """Whether sending it twice does what sending it once does."""
+    is_stream: bool = False
+    """Whether the response is taken as it arrives, line by line."""
 
     def arguments(self) -> dict[str, Any]:
         """Return it as the arguments of ``request`` of httpx's clients."""
@@ -41,7 +43,8 @@ class Query:
             "url": self.path,
             "params": self.params,
             "content": self.body,
-            "headers": headers,
+            "headers": headers | (bodies.NO_ENCODING if self.is_stream else {}),
+            "extensions": {http.IS_STREAM: True} if self.is_stream else None,
         }
 
 

@@ -44,13 +44,16 @@ def dump_json(
     *,
     truncated: bool = False,
     next_start: int | None = None,
+    running: bool = False,
 ) -> bytes:
     """Return ``{"request_id": …, "traces": [ … ]}``, the default response of ``/routes/{id}``.
 
-    ``truncated`` and ``next_start`` are those of `moescope.formats`.
+    ``truncated`` and ``next_start`` are those of `moescope.formats`. Where the request is
+    ``running``, it says so: ``"status": "running"``.
     """
     values: dict[str, Any] = {
         "request_id": request_id,
+        **({"status": "running"} if running else {}),
         **marks(truncated=truncated, next_start=next_start),
         "traces": [*map(to_fragments, traces)],
     }

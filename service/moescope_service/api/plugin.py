@@ -9,9 +9,10 @@ from typing import Any
 from fastapi import FastAPI
 
 from moescope_service import runtime
-from moescope_service.api import batch, experts, metrics, routes
+from moescope_service.api import batch, experts, follow, metrics, routes
 from moescope_service.api.auth import Keys
 from moescope_service.api.browsers import Browsers
+from moescope_service.api.follow import Followers
 from moescope_service.api.request_scope import RequestScopeMiddleware
 from moescope_service.api.sharing import SharedResponses
 from moescope_service.frontend.collector_client import CollectorClient
@@ -40,7 +41,8 @@ class MoescopeEndpoints:
             return
         app.state.moescope_settings = Settings.from_env()
         app.state.moescope_responses = SharedResponses()
-        for module in (routes, batch, experts):
+        app.state.moescope_followers = Followers()
+        for module in (follow, routes, batch, experts):  # an id may be any path: routes' own last
             app.include_router(module.router, responses=_REFUSED)
         replace_route(app, "/metrics")
         app.include_router(metrics.router)

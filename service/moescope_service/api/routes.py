@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from moescope.version_runs import MAX_VERSION
 from moescope_service.api.auth import ADMIN, DeleterDep, ReaderDep
@@ -30,13 +30,13 @@ from moescope_service.api.dependencies import (
     wait_for_ends,
 )
 from moescope_service.api.endpoint import MoescopeRoute
+from moescope_service.api.found import RequestId, first_known, not_recorded, raise_unless_found
 from moescope_service.api.responses import MEDIA_TYPES, NEXT_START, compressed, wants_gzip
 from moescope_service.api.sharing import MadeBody
 from moescope_service.ids import meant_ids, short_id
 from moescope_service.queries import (
     CaptureQuery,
     DeleteQuery,
-    Found,
     RecentQuery,
     ResetQuery,
     RoutesQuery,
@@ -45,7 +45,6 @@ from moescope_service.queries import (
     Wanted,
 )
 
-RequestId = Annotated[str, Path(description="Any id of the request that its client saw.")]
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
 
@@ -166,14 +165,11 @@ async def routes(
     gzip = wants_gzip(request)
 
     def make(reply: RoutesReply) -> MadeBody:
-        found_id, found = next(
-            (both for both in zip(meant, reply.found, strict=True) if both[1].status != "unknown"),
-            (request_id, reply.found[0]),
-        )
+        found_id, found = first_known(meant, reply)
         if found.status == "running":
             running = orjson.dumps({"request_id": found_id, "status": "running"})
             return MadeBody(running, MEDIA_TYPES["json"], status_code=202)
-        _raise_unless_found(found, found_id, index)
+        raise_unless_found(found, found_id, index)
         traces = reply.traces()
         if form == "npy" and limit is None and found.next_start is not None:
             raise HTTPException(
@@ -229,36 +225,7 @@ async def forget(
                 f"{meant!r} was not made with this request's API key: only the admin deletes it "
                 "(--routes-admin-key)",
             )
-    raise _not_recorded(request_id)
-
-
-def _not_recorded(request_id: str) -> HTTPException:
-    return HTTPException(
-        404,
-        f"no request with the id {request_id!r} was recorded: use the id of the server's response "
-        "(LangChain shows lc_run--… in its place, LiteLLM resp_ and base64), or an X-Request-Id of "
-        "your own, which always finds its request; requests that opted out leave no routes",
-    )
-
-
-def _raise_unless_found(found: Found, request_id: str, index: int | None) -> None:
-    if found.status == "unknown":
-        raise _not_recorded(request_id)
-    if found.status == "evicted":
-        raise HTTPException(
-            410, f"the routes of {request_id!r} made room for newer ones; see --routes-memory"
-        )
-    if found.status == "lost":
-        raise HTTPException(
-            410,
-            f"the routes of {request_id!r} are lost: the collector process hung for so long that "
-            "the server had to give up the request's registration; see "
-            "moescope_registrations_lost_total",
-        )
-    if found.indices:
-        raise HTTPException(
-            422, f"invalid index {index}: expected one that {request_id!r} has, {found.indices}"
-        )
+    raise not_recorded(request_id)
 
 
 def _check_npy_query(request: Request, form: Format) -> None:

@@ -9,16 +9,26 @@ answered 503.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 logger = logging.getLogger("moescope")
 
@@ -267,27 +277,42 @@ class SentInPieces(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it; see the ASGI specification."""
         try:
-            async with asyncio.timeout(None) as patience:
-                await _send_all(self, send, patience)
-        except TimeoutError:
-            logger.warning(
-                "cut off a client that took no byte of a response for %g s", SEND_TIMEOUT_S
-            )
+            async with patient(send) as send_in_time:
+                start = {"status": self.status_code, "headers": self.raw_headers}
+                await send_in_time({"type": "http.response.start", **start})
+                for piece in pieces(bytes(self.body)):
+                    await send_in_time(piece)
+                await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._on_end()
 
 
-async def _send_all(response: Response, send: Send, patience: asyncio.Timeout) -> None:
-    loop, content = asyncio.get_running_loop(), memoryview(response.body)
-    start = {"status": response.status_code, "headers": response.raw_headers}
-    patience.reschedule(loop.time() + SEND_TIMEOUT_S)  # a response before it may not be read yet
-    await send({"type": "http.response.start", **start})
-    for first in range(0, len(content), _PIECE_BYTES):
-        patience.reschedule(loop.time() + SEND_TIMEOUT_S)
-        piece = {"body": bytes(content[first : first + _PIECE_BYTES]), "more_body": True}
-        await send({"type": "http.response.body", **piece})
-    patience.reschedule(loop.time() + SEND_TIMEOUT_S)  # the last piece waits in the server
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+@contextlib.asynccontextmanager
+async def patient(send: Send) -> AsyncIterator[Send]:
+    """Give a ``send`` whose client has `SEND_TIMEOUT_S` to take what was sent before.
+
+    One that does not is cut off: the block ends there, without an error.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as patience:
+
+            async def send_in_time(message: Message) -> None:
+                patience.reschedule(loop.time() + SEND_TIMEOUT_S)
+                await send(message)
+                patience.reschedule(None)
+
+            yield send_in_time
+    except TimeoutError:
+        logger.warning("cut off a client that took no byte of a response for %g s", SEND_TIMEOUT_S)
+
+
+def pieces(content: bytes) -> Iterator[Message]:
+    """Yield messages that send parts of a body, none of them too large."""
+    view = memoryview(content)
+    for first in range(0, len(view), _PIECE_BYTES):
+        piece = bytes(view[first : first + _PIECE_BYTES])
+        yield {"type": "http.response.body", "body": piece, "more_body": True}
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -297,7 +322,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         ClientDisconnect: It has left; the work is cancelled.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_disconnect(request))
+    gone = asyncio.create_task(disconnect(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -308,6 +333,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
             one.cancel()
 
 
-async def _disconnect(request: Request) -> None:
+async def disconnect(request: Request) -> None:
+    """Wait until the client of a request has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
