@@ -75,6 +75,8 @@ class Load:
     output_len: int
     steps_per_s: float
     """Steps a second that are asked for."""
+    growth: int = 0
+    """Tokens by which each prompt is longer than the one before it: the turns of a conversation."""
 
     @property
     def rows_per_step(self) -> int:
@@ -141,7 +143,8 @@ class Traffic:
         # The first ones are of all lengths, so that later ends do not come together.
         share = (number % load.concurrency + 1) / load.concurrency if step_number == 0 else 1.0
         output_len = max(1, round(load.output_len * share))
-        one = Running(number, handle, load.prompt_len, output_len, self._blocks(load.prompt_len))
+        prompt_len = load.prompt_len + number * load.growth
+        one = Running(number, handle, prompt_len, output_len, self._blocks(prompt_len))
         self._running[handle] = one
         return one
 
