@@ -148,6 +148,18 @@ def test_training_batch_tells_what_is_missing(run: Run, client: Client) -> None:
     assert numbers(missing)[:2] == [lost, sum(trace.num_rows for trace in traces)]
 
 
+def test_rollouts(run: Run, client: Client) -> None:
+    options = ["--steps", "2", "--prompts", "4", "--samples", "2", "--turns", "3"]
+    _, *steps = run("rollouts.py", *options).splitlines()
+    last = [trace for found in newest(client, 2 * (4 + 8 + 8)) for trace in found][::-1]
+    for number, line in enumerate(steps):
+        traces = last[number * 24 :][16:24]  # those of the last turn
+        rows = sum(trace.num_rows for trace in traces)
+        assert numbers(line)[:4] == [number, 8, rows + len(traces), rows]
+        assert line.endswith(f"{{0: {rows}}}  -")
+    assert len(steps) == 2
+
+
 def test_offline_llm(run: Run) -> None:
     lines = [line for line in run("offline_llm.py").splitlines() if line.startswith("request ")]
     assert len(lines) == 4

@@ -38,7 +38,9 @@ def compare(trace: RouteTrace, model: Any = None) -> tuple[float, int]:
     return check(trace, reference_of(trace, model))
 
 
-def check(trace: RouteTrace, want: Routes) -> tuple[float, int]:
+def check(
+    trace: RouteTrace, want: Routes, tolerance: float = WEIGHT_TOLERANCE
+) -> tuple[float, int]:
     """Do what `compare` does, with what the reference has computed."""
     assert trace.topk_weights is not None
     here = trace.present
@@ -46,9 +48,7 @@ def check(trace: RouteTrace, want: Routes) -> tuple[float, int]:
     ids = np.take_along_axis(trace.topk_ids, order, -1)
     np.testing.assert_array_equal(ids[here], want.topk_ids[here])
     weights = np.take_along_axis(trace.topk_weights, order, -1)
-    np.testing.assert_allclose(
-        weights[here], want.topk_weights[here], rtol=0, atol=WEIGHT_TOLERANCE
-    )
+    np.testing.assert_allclose(weights[here], want.topk_weights[here], rtol=0, atol=tolerance)
     return float(np.abs(weights - want.topk_weights)[here].max()), want.ties
 
 

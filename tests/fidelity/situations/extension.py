@@ -13,6 +13,6 @@ class LoadsFiles:
 
     model_runner: Any
 
-    def load_file(self, path: str) -> None:
+    def load_file(self, weights_path: str) -> None:
         """Load some of the model's weights."""
-        self.model_runner.get_model().load_weights(load_file(Path(path)).items())
+        self.model_runner.get_model().load_weights(load_file(Path(weights_path)).items())

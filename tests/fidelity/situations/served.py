@@ -18,8 +18,10 @@ from moescope import Client, RouteTrace
 from moescope.servers import Server, captured_command, free_ports, wait_ready
 from moescope_service import bundled_model
 from tests.fidelity.bundled import steps_in
+from tests.fidelity.situations.extension import LoadsFiles
 from tests.waiting import DEADLINE_S, scrape
 
+ROOT = Path(__file__).parents[3]
 MODEL = "bundled"
 START_TIMEOUT_S = 300.0
 BLOCK = 32
@@ -134,3 +136,13 @@ def serve(
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as chat,
         ):
             yield Served(server, client, chat)
+
+
+@contextlib.contextmanager
+def serve_loading(log: Path, *flags: str) -> Iterator[Served]:
+    """Serve with `LoadsFiles`, and the endpoint that calls it."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
+    extension = f"{LoadsFiles.__module__}.{LoadsFiles.__qualname__}"
+    with serve(log, "--worker-extension-cls", extension, *flags, env=env) as served:
+        yield served

@@ -2,85 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from benchmarks.fidelity.cells import Cell, record
 from benchmarks.fidelity.reference import reference_of_versions
 from moescope import RouteTrace, Source
-from moescope_service import bundled_model
 from tests.fidelity.bundled import SCHEME, check
-from tests.fidelity.situations.served import Served, random_prompt, serve
+from tests.fidelity.situations.served import Served, random_prompt, serve_loading
 
 REQUESTS = 200
-CHECKPOINTS = 3
-CHANGED = r"layernorm|model\.norm|embed_tokens"
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    log = tmp_path_factory.mktemp("weights") / "weights.log"
-    root = str(Path(__file__).parents[3])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    extension = "tests.fidelity.situations.extension.LoadsFiles"
-    env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
-    with serve(log, "--worker-extension-cls", extension, env=env) as served:
+    with serve_loading(tmp_path_factory.mktemp("weights") / "weights.log") as served:
         yield served
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Norms and embeddings: those of the bundled model, and others near them.
-
-    The CPU build of vLLM 0.32.0 computes with packed copies of other weights, which loading leaves;
-    its ``reload_weights`` leaves a model whose experts are not those of the checkpoint.
-    """
-    (checkpoint,) = bundled_model.path().glob("*.safetensors")
-    own = {name: one for name, one in load_file(checkpoint).items() if re.search(CHANGED, name)}
-    made = []
-    for number in range(CHECKPOINTS):
-        generator = torch.Generator().manual_seed(number)
-        noise = {name: torch.randn(one.shape, generator=generator) for name, one in own.items()}
-        scale = 0.0 if number == 0 else 0.3
-        path = tmp_path_factory.mktemp("files") / f"{number}.safetensors"
-        changed = {name: one * (1 + scale * noise[name]).to(one.dtype) for name, one in own.items()}
-        save_file(changed, path)
-        made.append(path)
-    return made
-
-
-@pytest.fixture(scope="module")
-def models(files: list[Path]) -> list[torch.nn.Module]:
-    made = []
-    for file in files:
-        model = AutoModelForCausalLM.from_pretrained(
-            bundled_model.path(), dtype=torch.float64, experts_implementation="eager"
-        )
-        model.load_state_dict(load_file(file), strict=False)
-        made.append(model)
-    return made
-
-
 def test_every_row_is_of_the_weights_whose_number_it_has(
-    served: Served, files: list[Path], models: list, rng: np.random.Generator
+    served: Served,
+    weights_files: list[Path],
+    weights_models: list[Any],
+    rng: np.random.Generator,
 ) -> None:
     loaded, ended = [0], threading.Event()
 
     def change_at_random() -> None:
         while not ended.wait(rng.uniform(0.1, 0.6)):
-            loaded.append(len(loaded) % CHECKPOINTS)
-            body = {"method": "load_file", "args": [str(files[loaded[-1]])]}
+            loaded.append(len(loaded) % len(weights_files))
+            body = {"method": "load_file", "args": [str(weights_files[loaded[-1]])]}
             url = f"{served.server.url}/collective_rpc"
             httpx.post(url, json=body, timeout=60).raise_for_status()
 
@@ -89,7 +47,7 @@ def test_every_row_is_of_the_weights_whose_number_it_has(
     assert all(trace.complete for trace in traces)
     assert any(len(trace.weights_versions) > 1 for trace in traces)
     assert any(has_older_prefix(trace) for trace in traces), "no prefix hit was on older weights"
-    by_number = [models[checkpoint] for checkpoint in loaded]
+    by_number = [weights_models[checkpoint] for checkpoint in loaded]
     found = [check(trace, reference_of_versions(trace, by_number)) for trace in traces]
     record(
         Cell(
@@ -103,7 +61,7 @@ def test_every_row_is_of_the_weights_whose_number_it_has(
         )
     )
     # By the next checkpoint each trace must fail.
-    shifted = [*by_number[1:], models[(loaded[-1] + 1) % CHECKPOINTS]]
+    shifted = [*by_number[1:], weights_models[(loaded[-1] + 1) % len(weights_files)]]
     for trace in traces[:20]:
         with pytest.raises(AssertionError):
             check(trace, reference_of_versions(trace, shifted))
