@@ -201,7 +201,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--weights", nargs="*", help="Checkpoints, one a step, in turn.")
     parser.add_argument("--load-method", default="reload_weights", help="The workers' method.")
-    parser.add_argument("--max-staleness", type=int, default=0, help="Changes of the weights.")
+    parser.add_argument("--max-staleness", type=int, default=1, help="Changes of the weights.")
     parser.add_argument("--format", default="nemo_rl", help="A function of replay_formats.")
     return parser.parse_args(argv)
 
