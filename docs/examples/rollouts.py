@@ -78,7 +78,9 @@ class Rollouts:
         self.args = args
         self.client = moescope.AsyncClient(url)
         self.openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
-        self.http = httpx.AsyncClient(base_url=url, timeout=600)
+        # After an error vLLM ends the connection, and the request behind it must not be lost.
+        headers = {"Connection": "close"}
+        self.http = httpx.AsyncClient(base_url=url, timeout=600, headers=headers)
 
     async def steps(self) -> AsyncIterator[Step]:
         """Roll out step by step."""
