@@ -171,6 +171,14 @@ class AsyncClient:
         """Resume the capture; returns its state."""
         return await self._run(self._calls.resume())
 
+    async def weights_label(self) -> str:
+        """Return the label of the server's weights; see `Client.weights_label`."""
+        return await self._run(self._calls.weights_label())
+
+    async def label_weights(self, label: str) -> str:
+        """Label the server's weights; see `Client.label_weights`."""
+        return await self._run(self._calls.label_weights(label))
+
     async def reset(self) -> float:
         """Set the expert counts to zero; see `Client.reset`."""
         return await self._run(self._calls.reset())

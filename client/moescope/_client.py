@@ -274,6 +274,17 @@ class Client:
         """Resume the capture; returns its state."""
         return self._run(self._calls.resume())
 
+    def weights_label(self) -> str:
+        """Return the label of the server's weights; ``default`` where none was set."""
+        return self._run(self._calls.weights_label())
+
+    def label_weights(self, label: str) -> str:
+        """Label the server's weights, which is the admin's to do; returns the label.
+
+        vLLM tells it of the tokens that are sampled from here on, see `RouteTrace.weight_labels`.
+        """
+        return self._run(self._calls.label_weights(label))
+
     def reset(self) -> float:
         """Set the expert counts to zero.
 

@@ -130,6 +130,17 @@ class Calls:
         values = yield from self._json(Query(method="POST", path="/routes/resume"))
         return _field(values, "capture", str)
 
+    def weights_label(self) -> Call[str]:
+        """Fetch the label of the weights."""
+        return _field(
+            (yield from self._json(Query(method="GET", path="/routes/weights"))), "version", str
+        )
+
+    def label_weights(self, label: str) -> Call[str]:
+        """Label the weights."""
+        query = Query(method="POST", path="/routes/weights", body=orjson.dumps({"version": label}))
+        return _field((yield from self._json(query)), "version", str)
+
     def reset(self) -> Call[float]:
         """Set the expert counts to zero; a second time it would lose those of meanwhile."""
         query = Query(method="POST", path="/routes/reset", is_idempotent=False)

@@ -168,6 +168,16 @@ def _is_str(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_label_span(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"version", "start", "end"}
+        and _is_str(value["version"])
+        and is_int(value["start"])
+        and is_int(value["end"])
+    )
+
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "None": lambda value: value is None,
     "bool": lambda value: isinstance(value, bool),
@@ -177,5 +187,6 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "list[int]": _each(is_int),
     "tuple[int, ...]": _each(is_int),
     "tuple[str, ...]": _each(_is_str),
+    "list[LabelSpan]": _each(_is_label_span),
     "dict[str, str]": lambda value: isinstance(value, dict) and all(map(_is_str, value.values())),
 }

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from moescope import analysis, received, version_runs
 from moescope.errors import LayerNotCapturedError
 from moescope.received import MAX_EXPERTS, MAX_LAYERS, MAX_TOKENS, MAX_TOP_K
+from moescope.version_runs import LabelSpan
 
 
 class Source(enum.IntEnum):
@@ -81,6 +82,9 @@ class RouteTrace:
     )
     """Which weights computed the rows, ``[num_runs, 2]``: see `moescope.version_runs`. Empty
     where the server does not tell."""
+    weight_labels: list[LabelSpan] = dataclasses.field(default_factory=list)
+    """Which weights sampled the output tokens, by the label that vLLM had for them (its
+    ``weight_versions``). Empty where nobody labeled them, or vLLM does not tell."""
     token_ids: npt.NDArray[np.int32] | None
     """Prompt and output tokens, ``[num_tokens]``; a page has those of its rows, and the last page
     the last token too, which was never routed. None where the server keeps them out."""
@@ -173,6 +177,7 @@ class RouteTrace:
         _check_range("layers", self.layers, self.num_hidden_layers)
         _check_range("source", self.source, len(Source))
         version_runs.check(self.weights_versions, self.start, self.num_rows)
+        version_runs.check_labels(self.weight_labels, self.num_tokens - self.prompt_len)
         if self.complete and not self.present.all():
             raise ValueError("the trace is complete, and rows are missing")
         if self.topk_ids.size and int(self.topk_ids.max()) >= self.num_experts:
@@ -222,9 +227,10 @@ class RouteTrace:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the arrays."""
+        """Bytes of the arrays and labels."""
         arrays = (self.layers, self.topk_ids, self.topk_weights, self.source, self.token_ids)
         size = sum(array.nbytes for array in arrays if array is not None)
+        size += version_runs.labels_bytes(self.weight_labels)
         return size + self.weights_versions.nbytes
 
     def counts(self) -> npt.NDArray[np.int64]:

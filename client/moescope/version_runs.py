@@ -9,6 +9,7 @@ belong to the first run. Without any runs the numbers are unknown.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,20 @@ MAX_VERSION = 2**31 - 1
 """The largest number: it takes four bytes in the collector and in tables."""
 
 Runs = npt.NDArray[np.int64]
+
+
+_SPAN_BYTES = 400
+
+
+class LabelSpan(TypedDict):
+    """Output tokens ``[start, end)`` that weights with a label sampled: vLLM's `WeightVersionSpan`.
+
+    They count from 0, without the prompt.
+    """
+
+    version: str
+    start: int
+    end: int
 
 
 def unknown() -> Runs:
@@ -87,6 +102,32 @@ def num_stale(runs: Runs, present: npt.NDArray[np.bool_]) -> int:
     numbers = by_row(runs, int(runs[0, 0]), len(present))
     stale = (numbers < runs[:, 1].max()) | (numbers == MIXED)
     return int(np.count_nonzero(stale & present))
+
+
+def labels_bytes(spans: Sequence[LabelSpan]) -> int:
+    """Return what spans of labels take, in CPython's objects."""
+    return sum(_SPAN_BYTES + len(span["version"]) for span in spans)
+
+
+def check_labels(spans: Sequence[LabelSpan], num_tokens: int) -> None:
+    """Check the spans of a trace that comes from elsewhere.
+
+    Args:
+        spans: Of the trace.
+        num_tokens: Output tokens.
+
+    Raises:
+        ValueError: They are not in order, or not of these tokens.
+    """
+    bounds = [bound for span in spans for bound in (span["start"], span["end"])]
+    if (
+        bounds != sorted(bounds)
+        or not 0 <= min(bounds, default=0) <= max(bounds, default=0) <= num_tokens
+    ):
+        raise ValueError(
+            f"weight_labels must be spans of {num_tokens} output tokens, one after the other, got "
+            f"bounds {bounds[:8]}"
+        )
 
 
 def check(runs: Runs, start: int, num_rows: int) -> None:

@@ -8,6 +8,7 @@ import orjson
 
 from moescope import formats, version_runs
 from moescope.trace import RouteTrace, Source
+from moescope.version_runs import LabelSpan
 
 
 def make_trace(
@@ -42,6 +43,7 @@ def make_trace(
         weights_versions=version_runs.runs_of(numbers, ~gone, 0)
         if versions
         else version_runs.unknown(),
+        weight_labels=labels(num_rows + 1 - min(3, num_rows)) if versions else [],
         token_ids=random.integers(0, 1000, num_rows + 1).astype(np.int32) if token_ids else None,
         prompt_len=min(3, num_rows),
         num_tokens=num_rows + 1,
@@ -51,6 +53,14 @@ def make_trace(
         created_s=1234.5,
         versions={"vllm": "0.32.0"},
     )
+
+
+def labels(num_tokens: int) -> list[LabelSpan]:
+    """One output token of unlabeled weights, the others of the next ones."""
+    return [
+        LabelSpan(version="default", start=0, end=1),
+        LabelSpan(version="step-1", start=1, end=num_tokens),
+    ]
 
 
 def same(a: RouteTrace, b: RouteTrace) -> bool:

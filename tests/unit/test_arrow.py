@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from client_fakes import make_trace, same
 from pyarrow import parquet
 
-from moescope import FormatError, Source, arrow
+from moescope import FormatError, Source, arrow, version_runs
 
 CASES = [
     {},
@@ -68,7 +69,7 @@ def test_every_row_that_is_there_says_which_weights_computed_it():
 def test_a_table_of_before_there_were_versions_has_none():
     traces = [make_trace(), make_trace(1)]
     (first, _) = arrow.from_table(arrow.to_table(traces).drop_columns(["weights_version"]))
-    assert same(first, make_trace(versions=False))
+    assert same(first, dataclasses.replace(make_trace(), weights_versions=version_runs.unknown()))
 
 
 def test_token_ids_that_are_kept_out_are_null():

@@ -165,10 +165,13 @@ def test_json_shows_a_missing_row_as_null():
 def test_json_and_npz_of_before_there_were_versions_have_none():
     older = make_trace(versions=False)
     (values,) = orjson.loads(formats.dump_json("r", [make_trace(weights=False)]))["traces"]
-    del values["weights_versions"]
+    del values["weights_versions"], values["weight_labels"]
     assert same(formats.from_dict(values), make_trace(weights=False, versions=False))
     arrays = formats.arrays_of([make_trace()])
     del arrays["weights_versions"], arrays["version_splits"]
+    (meta,) = orjson.loads(arrays["meta"].tobytes())
+    del meta["weight_labels"]
+    arrays["meta"] = np.frombuffer(orjson.dumps([meta]), np.uint8)
     assert same(formats.traces_of(arrays)[0], older)
 
 
@@ -206,9 +209,39 @@ def test_so_they_are_in_npz(runs):
         formats.traces_of(arrays)
 
 
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [("a", 0, 11)],
+        [("a", -1, 2)],
+        [("a", 2, 1)],
+        [("a", 0, 3), ("b", 2, 4)],
+        [("a", 0, 1.5)],
+        [("a", 0, True)],
+        [(7, 0, 1)],
+        [("a", 0, None)],
+        [("a", 0)],
+    ],
+    ids=str,
+)
+def test_labels_that_cannot_be_are_a_format_error(spans):
+    """Of ten output tokens, in JSON and in the JSON of an .npz."""
+    trace = make_trace()
+    assert trace.num_tokens - trace.prompt_len == 10
+    wrong = [dict(zip(("version", "start", "end"), span, strict=False)) for span in spans]
+    (values,) = orjson.loads(formats.dump_json("r", [trace]))["traces"]
+    with pytest.raises(FormatError, match="weight_labels must"):
+        formats.from_dict({**values, "weight_labels": wrong})
+    arrays = formats.arrays_of([trace])
+    (meta,) = orjson.loads(arrays["meta"].tobytes())
+    meta = orjson.dumps([{**meta, "weight_labels": wrong}])
+    with pytest.raises(FormatError, match="weight_labels must"):
+        formats.traces_of(arrays | {"meta": np.frombuffer(meta, np.uint8)})
+
+
 def test_json_that_is_no_trace_is_a_format_error():
     values = orjson.loads(formats.dump_json("r", [make_trace()]))["traces"][0]
-    for name in values.keys() - {"coverage", "top_k", "start", "weights_versions"}:
+    for name in values.keys() - {"coverage", "top_k", "start", "weights_versions", "weight_labels"}:
         with pytest.raises(FormatError):
             formats.from_dict({key: value for key, value in values.items() if key != name})
     with pytest.raises(FormatError):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from client_fakes import make_trace
 
-from moescope import LayerNotCapturedError, Source
+from moescope import LayerNotCapturedError, Source, version_runs
 
 
 def test_counts_are_those_of_a_plain_loop_over_rows_that_are_not_missing():
@@ -31,7 +31,8 @@ def test_shapes():
     trace = make_trace(num_rows=12)
     assert (trace.num_rows, trace.num_layers, trace.top_k) == (12, 3, 4)
     num_runs = len(trace.weights_versions)
-    assert trace.size_bytes == 3 * 4 + 12 * 3 * 4 * (1 + 2) + 12 + 13 * 4 + num_runs * 16
+    labels = version_runs.labels_bytes(trace.weight_labels)
+    assert trace.size_bytes == 3 * 4 + 12 * 3 * 4 * (1 + 2) + 12 + 13 * 4 + num_runs * 16 + labels
 
 
 def test_coverage():

@@ -18,6 +18,8 @@ from moescope.trace import RouteTrace, Source
 
 _Rows = npt.NDArray[Any] | list[npt.NDArray[Any] | None]
 _PIECE_ROWS = 128
+_LATER = frozenset({"start", "weight_labels"})
+"""Fields that JSON of older servers does not have."""
 
 
 def to_dict(trace: RouteTrace) -> dict[str, Any]:
@@ -106,8 +108,9 @@ def from_dict(values: dict[str, Any], max_bytes: int = MAX_BYTES) -> RouteTrace:
         if shape[0] * num_layers * top_k * 4 > max_bytes:  # a row of any size may be null
             raise ValueError(f"{shape} weights are more than max_bytes={max_bytes:,}")
         return RouteTrace(
-            **{name: values[name] for name in META_FIELDS if name != "start"},
-            start=values.get("start", 0),  # older servers have no pages
+            **{name: values[name] for name in META_FIELDS if name not in _LATER},
+            start=values.get("start", 0),
+            weight_labels=values.get("weight_labels", []),
             layers=narrowed(np.array(values["layers"]), np.int32),
             topk_ids=_filled(values["topk_ids"], shape, id_dtype(values["num_experts"])),
             topk_weights=None

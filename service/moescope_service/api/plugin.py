@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from moescope_service import runtime
-from moescope_service.api import batch, experts, follow, metrics, routes
+from moescope_service.api import batch, experts, follow, metrics, routes, weights
 from moescope_service.api.auth import Keys
 from moescope_service.api.browsers import Browsers
 from moescope_service.api.follow import Followers
@@ -42,7 +42,8 @@ class MoescopeEndpoints:
         app.state.moescope_settings = Settings.from_env()
         app.state.moescope_responses = SharedResponses()
         app.state.moescope_followers = Followers()
-        for module in (follow, routes, batch, experts):  # an id may be any path: routes' own last
+        # An id may be any path: routes' own come last.
+        for module in (weights, follow, routes, batch, experts):
             app.include_router(module.router, responses=_REFUSED)
         replace_route(app, "/metrics")
         app.include_router(metrics.router)
@@ -66,6 +67,7 @@ class MoescopeEndpoints:
         collector = CollectorClient(runtime.collector_address())
         spec = await asyncio.to_thread(collector.wait_for_workers)
         state.moescope_collector = collector
+        state.moescope_engine = engine_client
         if settings.mode == "counts":
             return
         registration = Registration(collector, model=spec.model, kept_share=settings.kept_share)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from moescope import version_runs
 from moescope.trace import RouteTrace, Source
+from moescope.version_runs import LabelSpan
 from moescope_service.collector.ids import IdIndex
 from moescope_service.collector.rows import CAUSES, Rows
 from moescope_service.collector.store import OVERHEAD_BYTES, id_bytes
@@ -50,6 +51,8 @@ class Sequence:
     keep: bool
     output_ids: Tokens | None = None
     finish_reason: str | None = None
+    weight_labels: list[LabelSpan] = dataclasses.field(default_factory=list)
+    """Which weights sampled ``output_ids``."""
     is_finishing: bool = False
     """Whether the API server has answered the request."""
     rows: Rows | None = None
@@ -83,6 +86,7 @@ class Sequence:
         tokens = (self.prompt_ids, self.output_ids)
         size_bytes = OVERHEAD_BYTES + sum(map(id_bytes, ids))
         size_bytes += sum(array.nbytes for array in tokens if array is not None)
+        size_bytes += version_runs.labels_bytes(self.weight_labels)
         return size_bytes + (0 if self.rows is None else self.rows.size_bytes)
 
     @property
@@ -166,6 +170,7 @@ class Sequence:
             weights_versions=version_runs.runs_of(
                 rows.weights_version, rows.source != Source.MISSING, start
             ),
+            weight_labels=self.weight_labels,
             prompt_len=register.prompt_len,
             num_tokens=num_tokens,
             cached_len=rows.cached_len,
@@ -239,7 +244,13 @@ class Sequences:
             self.size_bytes += id_bytes(request_id)
             self.ids.add_ids(sequence, [request_id])
 
-    def finish(self, internal_id: str, reason: str, output_ids: Tokens) -> Sequence | None:
+    def finish(
+        self,
+        internal_id: str,
+        reason: str,
+        output_ids: Tokens,
+        labels: list[LabelSpan] | None = None,
+    ) -> Sequence | None:
         """Take in how a sequence ended."""
         sequence = self._open.get(internal_id)
         if sequence is not None:
@@ -247,6 +258,7 @@ class Sequences:
             sequence.is_finishing = True
             self.size_bytes -= sequence.size_bytes
             sequence.finish_reason, sequence.output_ids = reason, output_ids
+            sequence.weight_labels = labels or []
             self.size_bytes += sequence.size_bytes
             self._wait(sequence, REFUSED_TIMEOUT_S if sequence.is_refused else WORKER_TIMEOUT_S)
         return sequence

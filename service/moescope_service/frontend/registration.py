@@ -21,11 +21,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moescope.version_runs import LabelSpan
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.ids import short_id
 from moescope_service.messages import Register
 from moescope_service.parsers import parse_on_off, shown
 
+UNLABELED = "default"
+"""vLLM's label of weights that nobody has labeled."""
 XARG = "moescope"
 """Entry of ``vllm_xargs`` in a request's body, or of ``SamplingParams.extra_args``: ``off`` keeps
 no routes of the request, ``on`` keeps them."""
@@ -201,7 +204,11 @@ class Registration:
             del state.make_request_output  # ends the cycle through its closure
             output_ids = np.array(state.detokenizer.output_token_ids, np.int32)
             self._collector.tell(
-                "finish", [output_ids], internal_id=short_id(internal_id), reason=reason
+                "finish",
+                [output_ids],
+                internal_id=short_id(internal_id),
+                reason=reason,
+                labels=weight_labels(state),
             )
 
 
@@ -209,6 +216,19 @@ def _ids(client: ClientRequest | None, request: Any, parent: Any) -> tuple[str, 
     """Return the engine's external id, and the id in the response: one for all its sequences."""
     external_id: str = parent.external_req_id if parent else request.external_req_id
     return external_id, (client and client.response_id) or external_id
+
+
+def weight_labels(state: Any) -> list[LabelSpan]:
+    """Return which weights sampled the tokens of a vLLM ``RequestState``, by their labels.
+
+    Empty where nobody labeled them: vLLM then says ``default``. Until 0.31 it has no labels.
+    """
+    spans = state._weight_version_spans() if hasattr(state, "_weight_version_spans") else None
+    labels = [
+        LabelSpan(version=short_id(span.version), start=span.start, end=span.end)
+        for span in spans or ()
+    ]
+    return labels if any(one["version"] != UNLABELED for one in labels) else []
 
 
 def prompt_number(external_id: str, response_id: str) -> int:

@@ -368,6 +368,17 @@ WORKER = (
 
 WEIGHTS = (
     _internal(
+        "vllm.engine.protocol:EngineClient",
+        "update_weight_version get_weight_version",
+        parameters={"update_weight_version": "new_version"},
+        used_by="api/weights.py",
+    ),
+    _internal(
+        "vllm.v1.engine.output_processor:RequestState",
+        "_weight_version_spans",
+        used_by="frontend/registration.py",
+    ),
+    _internal(
         "vllm.v1.worker.gpu_worker:Worker",
         "start_weight_update start_draft_weight_update finish_weight_update update_weights"
         " reload_weights sleep discard wake_up add_lora remove_lora",
