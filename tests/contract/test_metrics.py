@@ -203,7 +203,8 @@ def test_openapi_lists_every_endpoint(deployment):
     assert listed >= {
         ("/routes", "get"), ("/routes/{request_id}", "get"), ("/routes/{request_id}", "delete"),
         ("/routes/batch", "post"), ("/routes/pause", "post"), ("/routes/resume", "post"),
-        ("/routes/reset", "post"),
+        ("/routes/reset", "post"), ("/routes/weights", "get"), ("/routes/weights", "post"),
+        ("/routes/{request_id}/stream", "get"),
         ("/experts", "get"), ("/moescope/info", "get"), ("/metrics", "get"),
     }  # fmt: skip
     one = paths["/routes/{request_id}"]["get"]
