@@ -18,7 +18,7 @@ def build() -> Dashboard:
         "Serving",
         "vLLM's latency, queue and KV cache beside the tokens that were routed.",
     )
-    return add(made, (*_latencies(), *_load()))
+    return add(made, (*_latencies(), *_load(), *_steps()))
 
 
 def _latencies() -> Iterator[Any]:
@@ -73,4 +73,30 @@ def _load() -> Iterator[Any]:
         "Preemptions", "Requests that had to give their KV cache back.", Axis("reqps"),
         query(f"sum(rate(vllm:num_preemptions_total{{{OURS}}}[$__rate_interval]))", "preempted"),
         span=8,
+    )  # fmt: skip
+
+
+def _steps() -> Iterator[Any]:
+    def mean(name: str) -> Any:  # noqa: ANN401
+        rates = (
+            f"sum by (kind) (rate(moescope_step_{name}_{part}{{{OURS}}}[$__rate_interval]))"
+            for part in ("sum", "count")
+        )
+        return query(" / ".join(rates), "{{kind}}")
+
+    yield lines(
+        "Distinct experts a step", "Mean by layer. A step reads the weights of each of them once: "
+        "where decode steps come near all experts, more tokens a step cost little more.",
+        Axis("none", decimals=1), mean("experts"), span=8,
+    )  # fmt: skip
+    yield lines(
+        "Tokens a step", "Mean, of prompts (prefill), generated (decode) or both (mixed).",
+        Axis("none", decimals=1), mean("tokens"), span=8,
+    )  # fmt: skip
+    yield lines(
+        "Expert weights a step", "Bytes of the weights of the distinct experts of a step: over the "
+        "memory's bandwidth, that is the least time that a decode step can take.", Axis("bytes"),
+        query(f"sum by (kind) (rate(moescope_step_expert_bytes_total{{{OURS}}}[$__rate_interval]))"
+              " / sum by (kind) (rate(moescope_step_tokens_count"
+              f"{{{OURS}}}[$__rate_interval]))", "{{kind}}"), span=8,
     )  # fmt: skip

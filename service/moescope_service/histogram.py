@@ -1,4 +1,4 @@
-"""Counts expert selections."""
+"""Counts expert selections, and how many experts of a step are distinct."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ import numpy.typing as npt
 
 PHASES = ("prefill", "decode")
 """A row's phase: ``prefill`` for tokens of the prompt, ``decode`` for generated ones."""
+
+KINDS = ("prefill", "decode", "mixed")
+"""Of what phase a step's tokens are: of one, or of both."""
+MIN_TOKENS = tuple(2**power for power in range(15))
+"""Steps are told apart by their tokens: as many as this and more, below the next number."""
+_BOUNDS = 16
+
+
+def expert_bounds(num_experts: int) -> list[int]:
+    """Return the upper bounds of a histogram of distinct experts: the last one is all of them."""
+    steps = range(1, _BOUNDS + 1)
+    return sorted({max(1, num_experts * step // _BOUNDS) for step in steps})
 
 
 def count_selections(

@@ -58,6 +58,9 @@ class CaptureSpec:
     device: str
     seed: int | None
     versions: dict[str, str]
+    expert_bytes: list[int] = dataclasses.field(default_factory=list)
+    """Bytes of the weights of one expert of each of ``layers``, whole, however many workers share
+    it; 0 where they are not known. Empty: none are."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,15 +16,15 @@ class MetricSpec:
 
     name: str
     """Name of the family: of counters, without ``_total``."""
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     help: str
     """What it says, and in which unit where the name does not."""
     labels: tuple[str, ...]
 
     @property
     def sample_name(self) -> str:
-        """The name in queries: counters end in ``_total``."""
-        return f"{self.name}_total" if self.kind == "counter" else self.name
+        """The name in queries: counters end in ``_total``, a histogram's buckets in ``_bucket``."""
+        return self.name + {"counter": "_total", "gauge": "", "histogram": "_bucket"}[self.kind]
 
 
 def _counter(name: str, text: str, *labels: str) -> MetricSpec:
@@ -33,6 +33,10 @@ def _counter(name: str, text: str, *labels: str) -> MetricSpec:
 
 def _gauge(name: str, text: str, *labels: str) -> MetricSpec:
     return MetricSpec(f"moescope_{name}", "gauge", text, ("model_name", *labels))
+
+
+def _histogram(name: str, text: str, *labels: str) -> MetricSpec:
+    return MetricSpec(f"moescope_{name}", "histogram", text, ("model_name", *labels))
 
 
 _BALANCE = (
@@ -79,6 +83,22 @@ _COUNTS = (
     _gauge("top_k", "Experts that a layer selects for a token."),
     _gauge("layers", "Layers with experts."),
     _counter("rows", "Rows (tokens) routed and captured, by phase.", "phase"),
+)
+_STEPS = (
+    _histogram(
+        "step_experts",
+        "Distinct experts of a layer in a step, by what the step's tokens are: prefill, decode or "
+        "mixed; one observation a layer and step.",
+        "engine",
+        "kind",
+    ),
+    _histogram("step_tokens", "Tokens of a step, by the same.", "engine", "kind"),
+    _counter(
+        "step_expert_bytes",
+        "Bytes of the weights of each step's distinct experts, by the same.",
+        "engine",
+        "kind",
+    ),
 )
 _CAPTURE = (
     _counter("rows_captured", "Rows (tokens) that were captured in every layer."),
@@ -138,5 +158,5 @@ _TRACES = (
     _gauge("store_bytes", "Memory of the traces in the store, their ids included, in bytes."),
     _gauge("store_limit_bytes", "Upper bound of the store, in bytes."),
 )
-METRICS = {spec.name: spec for spec in (*_BALANCE, *_COUNTS, *_CAPTURE, *_TRACES)}
+METRICS = {spec.name: spec for spec in (*_BALANCE, *_COUNTS, *_STEPS, *_CAPTURE, *_TRACES)}
 """All of them by the name of the family."""

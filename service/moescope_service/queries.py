@@ -218,6 +218,29 @@ class ExpertsQuery(Query[ExpertsReply]):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepsReply(Reply):
+    """Figures of the steps since the last reset, as of `collector.steps.StepFigures`.
+
+    ``arrays`` has, engine after engine, steps, tokens, distinct experts and the busiest one's
+    tokens.
+    """
+
+    spec: CaptureSpec | None = None
+    """None, with nothing else, before the workers introduced themselves."""
+    since_s: float = 0.0
+    """Unix time of the last reset, in seconds."""
+    engines: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of the engines that have run steps."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepsQuery(Query[StepsReply]):
+    """Asks what steps read."""
+
+    reply = StepsReply
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResetQuery(Query[ExpertsReply]):
     """Sets the selections to zero."""
 
@@ -274,6 +297,22 @@ class InfoQuery(Query[InfoReply]):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """What the steps of an engine have read since the start, by `KINDS`."""
+
+    engine: int
+    steps: list[list[int]]
+    """By size, ``[num_kinds, num_sizes]``."""
+    tokens: list[int]
+    histogram: list[list[int]]
+    """Layers of steps by distinct experts, ``[num_kinds, num_bounds]``."""
+    distinct: list[int]
+    """Distinct experts, summed over layers and steps."""
+    expert_bytes: list[int]
+    """Bytes of the weights of these."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsReply(Reply):
     """All counters; see `moescope_service.collector.stats.Stats` for those of that name.
 
@@ -309,6 +348,8 @@ class MetricsReply(Reply):
     """Rows since the start, by phase."""
     window_rows: list[int] = dataclasses.field(default_factory=list)
     """Rows in the window, by phase."""
+    read: list[StepMetrics] = dataclasses.field(default_factory=list)
+    """Of each engine that has run steps; none where experts are only counted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,6 +380,7 @@ _KINDS: dict[str, type[Query[Any]]] = {
     "delete": DeleteQuery,
     "recent": RecentQuery,
     "experts": ExpertsQuery,
+    "steps": StepsQuery,
     "reset": ResetQuery,
     "capture": CaptureQuery,
     "info": InfoQuery,

@@ -21,7 +21,7 @@ SPEC = CaptureSpec(
     layers=[1, 3], num_hidden_layers=5, num_experts=8, top_k=2,
     id_dtype="uint8", weights_dtype="float16", router_types=["CPURouter"], block_size=4,
     num_blocks=4096, trust_prefix_hits=True, model="tiny", device="cpu", seed=7,
-    versions={"moescope": "0", "vllm": "0.32.0", "torch": "2"},
+    versions={"moescope": "0", "vllm": "0.32.0", "torch": "2"}, expert_bytes=[600, 700],
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class Runner(MoERunner):
     def __init__(self, layer_id, router=None):
         torch.nn.Module.__init__(self)
         self.layer_id, self.router = layer_id, router or Router()
-        self.moe_config = SimpleNamespace(num_logical_experts=8)
+        self.moe_config = SimpleNamespace(num_logical_experts=8, num_local_experts=8, tp_size=1)
         self.routed_experts = torch.nn.Identity()
         self.routed_experts.quant_method = SimpleNamespace(topk_indices_dtype=None)
 

@@ -21,7 +21,7 @@ from moescope_service.settings import Settings
 from tests.waiting import scrape, wait_until
 
 from .deployment import Deployment
-from .fake_engine import OUTPUT, PROMPT, SPEC
+from .fake_engine import OUTPUT, PROMPT, SPEC, rows_of
 
 NUM_ROWS = len(PROMPT) + len(OUTPUT) - 1
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -112,7 +112,47 @@ def test_every_metric_is_declared_and_every_declared_one_is_shown(served):
         assert (family.type, family.documentation) == (spec.kind, spec.help)
         assert family.samples
         for sample in family.samples:
+            if spec.kind == "histogram":
+                assert sample.name.removeprefix(spec.name) in {"_bucket", "_sum", "_count"}
+                assert set(sample.labels) - {"le"} == set(spec.labels)
+                continue
             assert (sample.name, set(sample.labels)) == (spec.sample_name, set(spec.labels))
+
+
+def test_what_steps_read(served):
+    """Requests of five prompt tokens and two more, one after the other, and one that is refused."""
+    body = served.http.get("/experts", params={"per": "step"}).json()
+    assert (body["model"], body["layers"], body["expert_bytes"]) == ("tiny", [1, 3], [600, 700])
+    (engine,) = body["engines"]
+    found = {(one["kind"], one["min_tokens"]): one for one in engine["steps"]}
+    assert found.keys() == {("prefill", 4), ("decode", 1)}
+    decode, prefill = found["decode", 1], found["prefill", 4]
+    assert (decode["steps"], prefill["steps"]) == (6, 4)
+    assert (decode["tokens"], prefill["tokens"]) == (1.0, 5.0)
+    assert decode["distinct_experts"] == [2.0, 2.0]
+    assert decode["busiest_expert_tokens"] == [1.0, 1.0]
+    assert decode["expert_bytes"] == 2 * 600 + 2 * 700
+    ids = rows_of(0, 5)[0]
+    assert prefill["distinct_experts"] == [len(np.unique(ids[:, layer])) for layer in range(2)]
+    samples = samples_in(served)
+    labels = {"engine": "0", "kind": "decode"}
+    assert value(samples, "moescope_step_experts_count", **labels) == 6 * 2
+    assert value(samples, "moescope_step_experts_sum", **labels) == 6 * 2 * 2
+    assert value(samples, "moescope_step_experts_bucket", **labels, le="1.0") == 0
+    assert value(samples, "moescope_step_experts_bucket", **labels, le="2.0") == 6 * 2
+    assert value(samples, "moescope_step_tokens_sum", **labels) == 6
+    assert value(samples, "moescope_step_tokens_bucket", **labels, le="1.0") == 6
+    assert value(samples, "moescope_step_expert_bytes_total", **labels) == 6 * 2 * 1300
+    prefill_labels = {"engine": "0", "kind": "prefill"}
+    assert value(samples, "moescope_step_tokens_bucket", **prefill_labels, le="3.0") == 0
+    assert value(samples, "moescope_step_tokens_bucket", **prefill_labels, le="7.0") == 4
+
+
+@pytest.mark.parametrize("other", ["phase=all", "format=json", "window_s=60"])
+def test_steps_take_no_other_parameter(served, other):
+    answer = served.http.get(f"/experts?per=step&{other}")
+    assert answer.status_code == 422
+    assert other.partition("=")[0] in answer.json()["error"]["message"]
 
 
 def test_experts(served):

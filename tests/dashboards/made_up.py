@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -32,7 +33,11 @@ LABELS = {
     "status": ["complete", "incomplete"],
     "source": ["computed", "cached", "missing"],
     "model_name": ["tiny"],
+    "engine": ["0"],
+    "kind": ["prefill", "decode", "mixed"],
 }
+STEP_MEANS = {"prefill": (13, 60), "decode": (7, 6), "mixed": (12, 64)}
+"""Distinct experts and tokens of a step, by kind."""
 HISTOGRAMS = {
     "time_to_first_token": 0.08,
     "request_time_per_output_token": 0.012,
@@ -100,6 +105,9 @@ def value(spec: MetricSpec, labels: dict[str, str], at: float) -> float:
         "collector_restarts": float(at > 0.61),
         "collector_errors": float(at > 0.61),
         "collector_up": 1,
+        "step_expert_bytes": 40 * seconds * NUM_LAYERS * 3_000_000 * STEP_MEANS.get(
+            labels.get("kind", ""), (0, 0)
+        )[0],
         "traces": {"complete": 2 * seconds - slow / 4, "incomplete": slow / 4}.get(
             labels.get("status", ""), 0.0
         ),
@@ -126,11 +134,27 @@ def value(spec: MetricSpec, labels: dict[str, str], at: float) -> float:
     return values[short]
 
 
+def _histogram(
+    name: str, labels: dict[str, str], at: float
+) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    """Yield what steps have read: the more tokens they have, the more distinct experts."""
+    mean = STEP_MEANS[labels["kind"]][name == "moescope_step_tokens"]
+    count = HOUR_S * at * 40 * (1 if name == "moescope_step_tokens" else NUM_LAYERS)
+    for bound in (*range(1, NUM_EXPERTS + 1), 64, math.inf):
+        below = {**labels, "le": f"{bound:g}".replace("inf", "+Inf")}
+        yield "histogram", f"{name}_bucket", below, count * (bound >= mean)
+    yield "histogram", f"{name}_sum", labels, count * mean * (1 + 0.1 * at)
+    yield "histogram", f"{name}_count", labels, count
+
+
 def _samples(at: float) -> Iterator[tuple[str, str, dict[str, str], float]]:
     """Yield kind, name, labels and value of every series."""
     for spec in METRICS.values():
         for chosen in itertools.product(*(LABELS[label] for label in spec.labels)):
             labels = dict(zip(spec.labels, chosen, strict=True))
+            if spec.kind == "histogram":
+                yield from _histogram(spec.name, labels, at)
+                continue
             yield spec.kind, spec.sample_name, labels, value(spec, labels, at)
     for name, (kind, labels, size) in VLLM.items():
         grown = size * HOUR_S * at if kind == "counter" else size * (1 + 0.2 * math.sin(25 * at))
@@ -148,7 +172,7 @@ def _openmetrics(until_s: float) -> str:
     for step in range(HOUR_S // STEP_S + 1):
         at, stamp = step * STEP_S / HOUR_S, until_s - HOUR_S + step * STEP_S
         for kind, name, labels, number in _samples(at):
-            family = f"{name.removesuffix('_total').removesuffix('_bucket')} {kind}"
+            family = f"{re.sub('_(total|bucket|sum|count)$', '', name)} {kind}"
             text = ",".join(f'{k}="{v}"' for k, v in {**labels, "instance": "made-up"}.items())
             lines.setdefault(family, []).append(f"{name}{{{text}}} {number:.9g} {stamp:.3f}")
     families = [f"# TYPE {family}\n" + "\n".join(rows) for family, rows in lines.items()]

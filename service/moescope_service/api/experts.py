@@ -13,9 +13,18 @@ from moescope import analysis
 from moescope_service.api.dependencies import CollectorDep, SettingsDep, told
 from moescope_service.api.endpoint import MoescopeRoute
 from moescope_service.api.responses import encoded
+from moescope_service.api.steps import steps_body
+from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.histogram import PHASES
 from moescope_service.messages import CaptureSpec
-from moescope_service.queries import MAX_WINDOW_S, ExpertsQuery, ExpertsReply, InfoQuery
+from moescope_service.queries import (
+    MAX_WINDOW_S,
+    ExpertsQuery,
+    ExpertsReply,
+    InfoQuery,
+    StepsQuery,
+)
+from moescope_service.settings import Settings
 
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
@@ -29,6 +38,7 @@ router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 async def experts(
     request: Request,
     collector: CollectorDep,
+    settings: SettingsDep,
     phase: Annotated[
         Literal["all", "prefill", "decode"],
         Query(description="Tokens of prompts (prefill), generated ones (decode), or both."),
@@ -45,12 +55,18 @@ async def experts(
             "``window_s`` says how many they are.",
         ),
     ] = None,
+    per: Annotated[
+        Literal["step"] | None,
+        Query(description="``step``: what steps read, in place of counts; see the documentation."),
+    ] = None,
 ) -> Response:
     """Return how often each expert was selected, of all traffic, since start or the last reset.
 
     Every routing computed counts, kept or not: without preemption or speculation, rows with source
-    ``computed`` x top-k.
+    ``computed`` x top-k. With ``per=step``: how many experts were distinct in a step.
     """
+    if per is not None:
+        return await _steps(request, collector, settings)
     reply = await collector.ask(ExpertsQuery(window_s=window_s))
     spec = told(reply.spec)
     if window_s is not None and window_s > reply.kept_s:
@@ -60,6 +76,19 @@ async def experts(
             "of this model are kept",
         )
     return await encoded(request, form, lambda: _experts_body(reply, spec, phase, form))
+
+
+async def _steps(request: Request, collector: CollectorClient, settings: Settings) -> Response:
+    """Return what steps read since the last reset, by engine, kind and size."""
+    if others := request.query_params.keys() - {"per"}:
+        raise HTTPException(422, f"per: goes with no other parameter, got {sorted(others)}")
+    if settings.mode == "counts":
+        raise HTTPException(
+            409, "per: this server only counts (--routes-mode counts), and knows no steps"
+        )
+    reply = await collector.ask(StepsQuery())
+    spec = told(reply.spec)
+    return await encoded(request, "json", lambda: steps_body(reply, spec))
 
 
 def _experts_body(reply: ExpertsReply, spec: CaptureSpec, phase: str, form: str) -> bytes:

@@ -6,14 +6,19 @@ Names, kinds and labels are those of `moescope_service.metric_names`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector as PrometheusCollector
@@ -25,10 +30,10 @@ from moescope_service.api.dependencies import SettingsDep
 from moescope_service.causes import LOST_CAUSES, MISSING_CAUSES
 from moescope_service.errors import CollectorGoneError
 from moescope_service.frontend.collector_client import CollectorClient
-from moescope_service.histogram import PHASES
+from moescope_service.histogram import KINDS, MIN_TOKENS, PHASES, expert_bounds
 from moescope_service.messages import CaptureSpec
 from moescope_service.metric_names import METRICS
-from moescope_service.queries import CollectorInfo, MetricsQuery, MetricsReply
+from moescope_service.queries import CollectorInfo, MetricsQuery, MetricsReply, StepMetrics
 
 Samples = dict[tuple[str, ...], float]
 """Values by label values, ``model_name`` left out."""
@@ -70,6 +75,7 @@ class MoescopeMetrics(PrometheusCollector):
         shape = (len(PHASES), len(spec.layers), spec.num_experts)
         totals, window = (np.frombuffer(array, np.int64).reshape(shape) for array in reply.arrays)
         yield from _balance(spec, window)
+        yield from _steps(spec, reply.read)
         is_small = len(spec.layers) * spec.num_experts <= MAX_EXPERT_SERIES
         if self._expert_metrics == "on" or (self._expert_metrics == "auto" and is_small):
             yield _experts(spec, totals)
@@ -162,6 +168,41 @@ def _balance(spec: CaptureSpec, window: Counts) -> Iterable[Metric]:
                 if both[column].any()
             }
             yield _family(f"moescope_layer_{word}_expert{suffix}", samples, model)
+
+
+def _steps(spec: CaptureSpec, read: Sequence[StepMetrics]) -> Iterable[Metric]:
+    """Yield what steps read, of kinds of steps that ran."""
+    ran = [
+        (one, kind, (spec.model, str(one.engine), name))
+        for one in read
+        for kind, name in enumerate(KINDS)
+        if any(one.steps[kind])
+    ]
+    experts, tokens = _histogram("moescope_step_experts"), _histogram("moescope_step_tokens")
+    for one, kind, labels in ran:
+        bounds = expert_bounds(spec.num_experts)
+        buckets = _buckets(bounds, one.histogram[kind])
+        experts.add_metric(labels, buckets, float(one.distinct[kind]))
+        # Sizes are told apart by the fewest tokens that a step of theirs has.
+        most = [least - 1 for least in MIN_TOKENS[1:]]
+        tokens.add_metric(labels, _buckets(most, one.steps[kind]), float(one.tokens[kind]))
+    yield experts
+    yield tokens
+    if any(spec.expert_bytes):
+        samples: Samples = {labels[1:]: float(one.expert_bytes[kind]) for one, kind, labels in ran}
+        yield _family("moescope_step_expert_bytes", samples, spec.model)
+
+
+def _histogram(name: str) -> HistogramMetricFamily:
+    spec = METRICS[name]
+    return HistogramMetricFamily(name, spec.help, labels=spec.labels)
+
+
+def _buckets(bounds: Sequence[int], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Return cumulative buckets, of counts by bound and of what is above all of them."""
+    sums = np.cumsum(counts).tolist()
+    named = [(f"{float(bound)}", float(sums[place])) for place, bound in enumerate(bounds)]
+    return [*named, ("+Inf", float(sums[-1]))]
 
 
 _FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}

@@ -209,6 +209,7 @@ class WorkerCapture:
             device=str(config.device_config.device),
             seed=config.model_config.seed,
             versions=versions(),
+            expert_bytes=[found.expert_bytes for found in self._layers],
         )
 
 

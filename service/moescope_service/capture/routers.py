@@ -39,6 +39,8 @@ class RoutedLayer:
     """Logical experts, those that ids name."""
     index_dtype: Any
     """``torch.dtype`` of ids that the layer's MoE kernel needs; None: any."""
+    expert_bytes: int = 0
+    """Bytes of one expert's weights, whole; 0 where that is not known."""
 
 
 def find_routed_layers(model: Any, *, may_lack: bool = False) -> list[RoutedLayer]:
@@ -99,7 +101,21 @@ def check_runner(runner: Any) -> RoutedLayer:
         router,
         num_experts=runner.moe_config.num_logical_experts,
         index_dtype=runner._quant_method.topk_indices_dtype,
+        expert_bytes=_expert_bytes(runner),
     )
+
+
+def _expert_bytes(runner: Any) -> int:
+    """Return the bytes of one expert's weights on all workers that share it.
+
+    A kernel may keep them in a form of its own, which is not looked into.
+    """
+    num_local = runner.moe_config.num_local_experts
+    weights = [
+        one for one in runner.routed_experts.parameters() if one.dim() > 1 and len(one) == num_local
+    ]
+    shard = sum(one.nbytes for one in weights) // num_local
+    return shard * int(runner.moe_config.tp_size)
 
 
 def _router_inside(runner: Any) -> ShownRouter:

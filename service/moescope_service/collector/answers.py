@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
-import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from moescope.records import LogInfo, SequenceInfo, StoreInfo
 from moescope_service.collector.pages import Pages
-from moescope_service.collector.sequences import Sequence
+from moescope_service.collector.replies import REPLIES
 from moescope_service.collector.state import CollectorState
-from moescope_service.collector.store import Kept
 from moescope_service.collector.workers import Peer
 from moescope_service.queries import (
     FINISHING_WAIT_S,
-    CaptureQuery,
-    CaptureReply,
-    CollectorInfo,
     DeleteQuery,
     DeleteReply,
-    ExpertsQuery,
-    ExpertsReply,
-    InfoQuery,
-    InfoReply,
-    MetricsQuery,
-    MetricsReply,
     Query,
-    RecentQuery,
-    RecentReply,
     Reply,
-    ResetQuery,
     RoutesQuery,
     SettleQuery,
     SettleReply,
@@ -109,7 +92,7 @@ class Answers:
             case RoutesQuery():
                 self._go_on((peer, number), Pages(self._state, query).replies())
             case _:
-                self._reply(peer, number, _ANSWERS[type(query)](self._state, query))
+                self._reply(peer, number, REPLIES[type(query)](self._state, query))
 
     def cancel(self, peer: Peer, number: int) -> None:
         """Forget a query that waits, or that is answered piece by piece."""
@@ -246,152 +229,3 @@ class Answers:
 def _pieces(items: list[T]) -> Iterator[list[T]]:
     for first in range(0, len(items), DELETED_AT_ONCE):
         yield items[first : first + DELETED_AT_ONCE]
-
-
-def _recent(state: CollectorState, query: RecentQuery) -> RecentReply:
-    newest: Iterator[Sequence | Kept] = heapq.merge(
-        state.sequences.ids.newest(query.before, query.owner),
-        state.store.ids.newest(query.before, query.owner),
-        key=lambda one: one.uid,
-        reverse=True,
-    )
-    page = list(itertools.islice(newest, query.limit))
-    has_more = next(newest, None) is not None
-    return RecentReply(
-        sequences=[_summary(one) for one in page],
-        next_before=page[-1].uid if has_more and page else None,
-    )
-
-
-def _experts(state: CollectorState, query: ExpertsQuery) -> ExpertsReply:
-    counters, windows = state.counters, state.windows
-    if counters is None or windows is None:
-        return ExpertsReply()
-    covered_s = None
-    if query.window_s is None:
-        counts, rows = counters.since_reset()
-        since_s = counters.since_s
-    else:
-        counts, rows, covered_s = windows.last(query.window_s)
-        since_s = time.time() - covered_s
-    return ExpertsReply(
-        spec=state.spec,
-        since_s=since_s,
-        window_s=covered_s,
-        rows=rows.tolist(),
-        kept_s=windows.kept_s,
-        arrays=[counts],
-    )
-
-
-def _reset(state: CollectorState, query: ResetQuery) -> ExpertsReply:
-    if state.counters is not None and state.windows is not None:
-        state.counters.reset()
-        state.windows.begin()
-    return _experts(state, ExpertsQuery())
-
-
-def _capture(state: CollectorState, query: CaptureQuery) -> CaptureReply:
-    state.set_capturing(query.on)
-    return CaptureReply(capture="on" if query.on else "paused")
-
-
-def _info(state: CollectorState, query: InfoQuery) -> InfoReply:
-    return InfoReply(info=_collector_info(state))
-
-
-def _collector_info(state: CollectorState) -> CollectorInfo:
-    return CollectorInfo(
-        spec=state.spec,
-        workers_complete=state.workers.are_complete,
-        refusal=state.refusal,
-        capture="on" if state.is_capturing else "paused",
-        weights_version=state.workers.weights_version,
-        started_s=state.stats.started_s,
-        epoch=state.epoch,
-        log=LogInfo(state="off", dropped=0) if state.log is None else state.log.info,
-        store=StoreInfo(
-            limit_bytes=state.store.limit_bytes,
-            bytes=state.store.size_bytes,
-            traces=len(state.store),
-            evicted=state.store.num_evicted,
-        ),
-    )
-
-
-def _metrics(state: CollectorState, query: MetricsQuery) -> MetricsReply:
-    stats = state.stats
-    reply = MetricsReply(
-        info=_collector_info(state),
-        steps=stats.steps,
-        rows_captured=stats.rows_captured,
-        rows_lost=stats.rows_lost,
-        hook_s=stats.hook_s,
-        traces=stats.traces,
-        trace_rows=stats.trace_rows,
-        missing=stats.missing,
-        incomplete=stats.incomplete,
-        stale=stats.stale,
-        lag_s=stats.lag_s,
-        running=len(state.sequences),
-        running_bytes=state.sequences.size_bytes,
-        prefix_bytes=state.workers.size_bytes,
-        registrations_lost=stats.registrations_lost,
-        errors=stats.errors,
-        gaps=state.workers.num_gaps,
-        unclaimed=state.sequences.num_unclaimed,
-    )
-    if state.counters is None or state.windows is None:
-        return reply
-    window, window_rows, _ = state.windows.last(state.settings.metrics_window_s)
-    return dataclasses.replace(
-        reply,
-        rows=state.counters.rows.tolist(),
-        window_rows=window_rows.tolist(),
-        arrays=[state.counters.totals, window],
-    )
-
-
-_ANSWERS: dict[type[Query[Any]], Callable[[CollectorState, Any], Reply]] = {
-    RecentQuery: _recent,
-    ExpertsQuery: _experts,
-    ResetQuery: _reset,
-    CaptureQuery: _capture,
-    InfoQuery: _info,
-    MetricsQuery: _metrics,
-}
-
-
-def _summary(one: Sequence | Kept) -> SequenceInfo:
-    if isinstance(one, Sequence):
-        register = one.register
-        return SequenceInfo(
-            request_id=register.request_id,
-            ids=tuple(sorted(one.ids)),
-            index=register.index,
-            status="running",
-            prompt_len=register.prompt_len,
-            num_tokens=None,
-            finish_reason=one.finish_reason,
-            complete=None,
-            coverage=None,
-            created_s=register.created_s,
-            size_bytes=None,
-        )
-    trace = one.trace
-    oldest, newest = one.weights_versions or (None, None)
-    return SequenceInfo(
-        request_id=trace.request_id,
-        ids=tuple(sorted(one.ids)),
-        index=trace.index,
-        status="finished",
-        prompt_len=trace.prompt_len,
-        num_tokens=trace.num_tokens,
-        finish_reason=trace.finish_reason,
-        complete=trace.complete,
-        coverage=one.coverage,
-        created_s=trace.created_s,
-        size_bytes=one.size_bytes,
-        oldest_weights_version=oldest,
-        newest_weights_version=newest,
-    )

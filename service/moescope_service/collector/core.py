@@ -24,6 +24,7 @@ from moescope_service.collector.rows import CAUSES, Rows
 from moescope_service.collector.sequences import Sequence
 from moescope_service.collector.state import CollectorState
 from moescope_service.collector.stats import WorkerCounts
+from moescope_service.collector.steps import Steps
 from moescope_service.collector.store import Kept
 from moescope_service.collector.windows import CountWindows
 from moescope_service.collector.workers import Peer
@@ -172,6 +173,7 @@ class Collector:
     def _begin(self, spec: CaptureSpec) -> None:
         self.state.spec = spec
         self.state.counters = ExpertCounters(spec.layers, spec.num_experts)
+        self.state.steps = Steps(spec)
         self.state.windows = CountWindows(self.state.counters, self.state.clock)
         if self.state.settings.metrics_window_s > self.state.windows.kept_s:
             logger.warning(
@@ -196,8 +198,9 @@ class Collector:
         ended, written = worker.apply(step)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("step %d %s", step.number, orjson.dumps(worker.describe(step)).decode())
-        if written is not None and self.state.counters is not None:
-            self.state.counters.add(written, worker.spec.layers, with_rows=is_first)
+        if written is not None and self.state.counters and self.state.steps:
+            new = self.state.counters.add(written, worker.spec.layers, with_rows=is_first)
+            self.state.steps.add(worker.spec, step, new, is_first=is_first)
         for internal_id, part in ended:
             rows = self.state.workers.end(worker, internal_id, part)
             if rows is not None:

@@ -31,18 +31,22 @@ class ExpertCounters:
 
     def add(
         self, written: Written, layers: Sequence[int] | None = None, *, with_rows: bool = True
-    ) -> None:
+    ) -> npt.NDArray[np.int64]:
         """Count the selections of a step.
 
         Args:
             written: What was routed.
             layers: In which layers, those of one pipeline stage; None: in all.
             with_rows: Whether to count the rows too: every stage has the same ones.
+
+        Returns:
+            The step's own, ``[num_phases, num_layers, num_experts]``.
         """
         selections = count_selections(written.topk_ids, written.is_decode, self.num_experts)
         decode = int(np.count_nonzero(written.is_decode))
         rows = np.array([len(written.is_decode) - decode, decode]) * with_rows
         self.add_counted(selections, rows, layers or self.layers)
+        return selections
 
     def add_counted(
         self, selections: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], layers: Sequence[int]

@@ -9,6 +9,7 @@ from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.routes_log import RoutesLog
 from moescope_service.collector.sequences import Sequence, Sequences
 from moescope_service.collector.stats import Stats
+from moescope_service.collector.steps import Steps
 from moescope_service.collector.store import Kept, TraceStore
 from moescope_service.collector.windows import CountWindows
 from moescope_service.collector.workers import Peer, Workers
@@ -36,7 +37,8 @@ class CollectorState:
         self.refusal: str | None = None
         """Why the deployment is not to serve, which only its workers together can tell."""
         self.counters: ExpertCounters | None = None
-        """None before the workers introduced themselves, as are `windows`."""
+        """None before the workers introduced themselves, as are `windows` and `steps`."""
+        self.steps: Steps | None = None
         self.windows: CountWindows | None = None
         self.sequences = Sequences(clock)
         self.store = TraceStore(settings.memory_bytes)

@@ -32,9 +32,16 @@ def merged_spec(specs: Sequence[CaptureSpec]) -> CaptureSpec:
     Args:
         specs: One a stage, at least one.
     """
+    expert_bytes = {
+        layer: size
+        for spec in specs
+        for layer, size in zip(spec.layers, spec.expert_bytes, strict=False)
+    }
+    layers = sorted(layer for spec in specs for layer in spec.layers)
     return dataclasses.replace(
         specs[0],
-        layers=sorted(layer for spec in specs for layer in spec.layers),
+        layers=layers,
+        expert_bytes=[expert_bytes.get(layer, 0) for layer in layers],
         router_types=sorted({name for spec in specs for name in spec.router_types}),
     )
 
