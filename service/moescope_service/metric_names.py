@@ -23,8 +23,8 @@ class MetricSpec:
 
     @property
     def sample_name(self) -> str:
-        """The name in queries: counters end in ``_total``, a histogram's buckets in ``_bucket``."""
-        return self.name + {"counter": "_total", "gauge": "", "histogram": "_bucket"}[self.kind]
+        """The name in queries: counters end in ``_total``; histograms have several."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
 
 
 def _counter(name: str, text: str, *labels: str) -> MetricSpec:
