@@ -9,15 +9,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, HTTPException, Request
-from pydantic import StringConstraints
+from fastapi import APIRouter, Depends, HTTPException, Request
+from pydantic import BaseModel, ConfigDict, Field
 
 from moescope_service.api.auth import ADMIN
 from moescope_service.api.endpoint import MoescopeRoute
 
 MAX_LABEL_CHARS = 256
-Label = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LABEL_CHARS)]
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
+
+
+class Label(BaseModel):
+    """What the weights are to be called."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Annotated[
+        str,
+        Field(min_length=1, max_length=MAX_LABEL_CHARS, description="The label, as ``step-7``."),
+    ]
 
 
 async def _engine(request: Request) -> Any:
@@ -45,14 +55,11 @@ async def label(engine: EngineDep) -> dict[str, Any]:
 @router.post(
     "/routes/weights", summary="Label the weights", dependencies=[ADMIN], responses=_NO_LABELS
 )
-async def set_label(
-    engine: EngineDep,
-    version: Annotated[Label, Body(embed=True, description="The label, such as ``step-7``.")],
-) -> dict[str, Any]:
+async def set_label(engine: EngineDep, wanted: Label) -> dict[str, Any]:
     """Label the engine's weights; tokens that are sampled from here on have the label.
 
     Set it while generation is paused, after new weights are there: a step that runs meanwhile may
     have either label.
     """
-    await engine.update_weight_version(version)
-    return {"version": version}
+    await engine.update_weight_version(wanted.version)
+    return {"version": wanted.version}
