@@ -74,6 +74,7 @@ class AsyncClient:
         start: int = 0,
         weights_version: int | None = None,
         max_staleness: int | None = None,
+        tokens: bool = False,
     ) -> list[RouteTrace]:
         """Fetch the traces of one request; see `Client.routes`."""
         return await self._run(
@@ -86,6 +87,7 @@ class AsyncClient:
                 start=start,
                 weights_version=weights_version,
                 max_staleness=max_staleness,
+                tokens=tokens,
             )
         )
 
@@ -99,6 +101,7 @@ class AsyncClient:
         start: int | Mapping[str, int] = 0,
         weights_version: int | None = None,
         max_staleness: int | None = None,
+        tokens: bool = False,
     ) -> RoutesBatch:
         """Fetch the traces of many requests; see `Client.routes_batch`."""
         return await self._run(
@@ -110,6 +113,7 @@ class AsyncClient:
                 start=start,
                 weights_version=weights_version,
                 max_staleness=max_staleness,
+                tokens=tokens,
             )
         )
 

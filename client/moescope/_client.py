@@ -91,6 +91,7 @@ class Client:
         start: int = 0,
         weights_version: int | None = None,
         max_staleness: int | None = None,
+        tokens: bool = False,
     ) -> list[RouteTrace]:
         """Fetch the traces of one request, one for each sequence.
 
@@ -109,6 +110,8 @@ class Client:
             weights_version: Only rows that the weights of this number computed; others are missing.
             max_staleness: By how many changes of the weights rows may lag behind the present ones;
                 others are missing.
+            tokens: Whether to fetch the text of the tokens too: `RouteTrace.tokens`, which is None
+                where the server keeps token ids out, or is older than this.
 
         Raises:
             RequestNotFoundError: The server never saw this id.
@@ -127,6 +130,7 @@ class Client:
                 start=start,
                 weights_version=weights_version,
                 max_staleness=max_staleness,
+                tokens=tokens,
             )
         )
 
@@ -140,6 +144,7 @@ class Client:
         start: int | Mapping[str, int] = 0,
         weights_version: int | None = None,
         max_staleness: int | None = None,
+        tokens: bool = False,
     ) -> RoutesBatch:
         """Fetch the traces of many requests, in as few responses as they fit into.
 
@@ -153,6 +158,7 @@ class Client:
             start: The first row to fetch of each request, or by id.
             weights_version: As of `routes`.
             max_staleness: As of `routes`.
+            tokens: As of `routes`; a server that is older refuses it.
 
         Raises:
             InvalidQueryError: The server cannot take a parameter, such as an unknown layer.
@@ -167,6 +173,7 @@ class Client:
                 start=start,
                 weights_version=weights_version,
                 max_staleness=max_staleness,
+                tokens=tokens,
             )
         )
 

@@ -6,6 +6,7 @@
 ``position``         int32: the token's position in the sequence, prompt first
 ``is_prompt``        bool
 ``token_id``         int32; null where the server keeps token ids out
+``token``            string, dictionary-encoded: its text; no such column where it is not asked for
 ``source``           string, dictionary-encoded: `Source`, as ``computed``, ``missing`` …
 ``topk_ids``         uint8 or uint16, ``[num_layers][top_k]``
 ``topk_weights``     float32, the same shape; no such column where the weights were left out
@@ -85,6 +86,7 @@ def to_table(
     columns = {
         **_positions(metas),
         "token_id": pa.concat_arrays([_tokens(trace) for trace in traces]),
+        **_texts(traces),
         "source": pa.DictionaryArray.from_arrays(
             pa.array(source, mask=~routed), pa.array(formats.SOURCE_NAMES)
         ),
@@ -224,6 +226,19 @@ def _tokens(trace: RouteTrace) -> pa.Array:
     return pa.array(trace.token_ids)
 
 
+def _texts(traces: Sequence[RouteTrace]) -> dict[str, pa.Array]:
+    """Return the column of the tokens' text, if any trace has it."""
+    if all(trace.tokens is None for trace in traces):
+        return {}
+    texts = [
+        pa.nulls(len(_tokens(trace)), pa.string())
+        if trace.tokens is None
+        else pa.array(trace.tokens, pa.string())
+        for trace in traces
+    ]
+    return {"token": pa.concat_arrays(texts).dictionary_encode()}
+
+
 def _versions(traces: Sequence[RouteTrace], present: npt.NDArray[np.bool_]) -> pa.Array:
     """Return the numbers of the weights for the rows that are present, null for the others."""
     numbers, known = np.zeros(len(present), np.int32), present.copy()
@@ -269,6 +284,7 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
     source = pc.index_in(names, pa.array(formats.SOURCE_NAMES)).fill_null(Source.MISSING)
     source = source.to_numpy().astype(np.uint8)
     tokens = table["token_id"].fill_null(0).to_numpy()
+    texts = table["token"].cast(pa.string()) if "token" in table.column_names else None
     numbers, known = _numbers(table)
     traces, start = [], 0
     for meta in shared["traces"]:
@@ -282,11 +298,17 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
                 source=source[rows],
                 weights_versions=runs_of(numbers[rows], known[rows], meta["start"]),
                 token_ids=tokens[start:end] if meta.pop("has_token_ids") else None,
+                tokens=None if texts is None else _text(texts.slice(start, end - start)),
                 **meta,
             ).check_values()
         )
         start = end
     return traces
+
+
+def _text(texts: pa.ChunkedArray) -> list[str] | None:
+    """Return the text of a trace's tokens; None where it has none."""
+    return None if texts.null_count == len(texts) else texts.to_pylist()
 
 
 def _numbers(table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

@@ -42,13 +42,14 @@ class Calls:
         index: int | None,
         layers: Layers,
         weights: bool,
+        tokens: bool,
         wait_s: float | None,
         start: int,
         weights_version: int | None,
         max_staleness: int | None,
     ) -> Call[list[RouteTrace]]:
         """Fetch the traces of one request."""
-        params = _wanted(layers, weights, wait_s, weights_version, max_staleness)
+        params = _wanted(layers, weights, tokens, wait_s, weights_version, max_staleness)
         if index is not None:
             params["index"] = index
         path = http.routes_path(request_id)
@@ -67,13 +68,14 @@ class Calls:
         *,
         layers: Layers,
         weights: bool,
+        tokens: bool,
         wait_s: float | None,
         start: int | Mapping[str, int],
         weights_version: int | None,
         max_staleness: int | None,
     ) -> Call[RoutesBatch]:
         """Fetch the traces of many requests."""
-        wanted = _wanted(layers, weights, wait_s, weights_version, max_staleness)
+        wanted = _wanted(layers, weights, tokens, wait_s, weights_version, max_staleness)
         starts = start if isinstance(start, Mapping) else dict.fromkeys(request_ids, start)
 
         def fetch(first: Mapping[str, int]) -> Call[RoutesBatch]:
@@ -167,12 +169,14 @@ def _fetched(
 def _wanted(
     layers: Layers,
     weights: bool,
+    tokens: bool,
     wait_s: float | None,
     weights_version: int | None,
     max_staleness: int | None,
 ) -> dict[str, Any]:
     """Return the parameters that say which part of a trace is wanted, as the server has them."""
     rest = {
+        "tokens": tokens or None,
         "wait_s": wait_s,
         "weights_version": weights_version,
         "max_staleness": max_staleness,

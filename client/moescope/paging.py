@@ -257,6 +257,7 @@ def _form(page: RouteTrace) -> tuple[object, ...]:
         page.topk_ids.shape[1:],
         weights is not None and weights.dtype.name,
         page.token_ids is not None,
+        page.tokens is not None,
     )
 
 

@@ -185,6 +185,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "float": lambda value: is_int(value) or isinstance(value, float),
     "str": _is_str,
     "list[int]": _each(is_int),
+    "list[str]": _each(_is_str),
     "tuple[int, ...]": _each(is_int),
     "tuple[str, ...]": _each(_is_str),
     "list[LabelSpan]": _each(_is_label_span),

@@ -43,6 +43,8 @@ class Plan:
     """Whether routes are fetched."""
     layers: str | None = None
     """Layers whose routes are fetched, such as ``0,5-7``; None: those of the log, or all."""
+    tokens: bool = False
+    """Whether the log has the text of tokens."""
     kept: Sequence[Response] = ()
     """Answers of before, which are not asked for again; see `earlier_run.answers`."""
 
@@ -90,7 +92,12 @@ class _Replay:
                 )
                 info = await self._info(client)
                 fetcher = routes_stage.open_fetcher(
-                    self._run_dir, client, info, plan.layers, keep=bool(plan.kept)
+                    self._run_dir,
+                    client,
+                    info,
+                    plan.layers,
+                    keep=bool(plan.kept),
+                    tokens=plan.tokens,
                 )
                 stack.enter_context(fetcher.draft)
                 chat.headers["X-Moescope"] = "on"  # whatever the server's --routes-default

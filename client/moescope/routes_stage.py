@@ -30,6 +30,7 @@ def fetch_missing(
     layers: str | None,
     console: Console,
     verify: Verify = True,
+    tokens: bool = False,
 ) -> Replayed:
     """Fetch the routes of the answers that have none; those that are there stay.
 
@@ -40,6 +41,7 @@ def fetch_missing(
         layers: As in `moescope.replay_stage.Plan`.
         console: Where to show the progress.
         verify: As in `moescope.replay_stage.Plan`.
+        tokens: As in `moescope.replay_stage.Plan`.
 
     Raises:
         MoescopeError: There are no answers, or the server does not respond, or has no such layers.
@@ -50,7 +52,8 @@ def fetch_missing(
 
     async def fetch() -> Replayed:
         async with AsyncClient(base_url, api_key, verify=verify) as client:
-            fetcher = open_fetcher(run_dir, client, await client.info(), layers, keep=True)
+            info = await client.info()
+            fetcher = open_fetcher(run_dir, client, info, layers, keep=True, tokens=tokens)
             with fetcher.draft:
                 with progress.bar(console, "routes", len(fetcher.missing(ids))) as advance:
                     fetcher.on_fetched = advance
@@ -73,15 +76,26 @@ def ids_of(responses: Iterable[Response]) -> list[str]:
 
 
 def open_fetcher(
-    run_dir: RunDir, client: AsyncClient, info: ServerInfo, layers: str | None, *, keep: bool
+    run_dir: RunDir,
+    client: AsyncClient,
+    info: ServerInfo,
+    layers: str | None,
+    *,
+    keep: bool,
+    tokens: bool,
 ) -> RoutesFetcher:
     """Return what fetches routes into the draft of a run's log, with what the log holds if kept.
 
     Raises:
-        CommandError: The layers are malformed, or do not fit to what the log holds.
+        CommandError: The layers are malformed, or do not fit to what the log holds; or the server
+            has no tokens.
         FormatError: What it holds is no route log, or one of other experts.
         LayerNotCapturedError: The server does not capture them.
     """
+    if tokens and not info.token_ids:
+        raise CommandError(
+            "the server keeps token ids out (--routes-token-ids off): leave --tokens out"
+        )
     logged = None
     if keep and run_dir.routes.exists():
         logged = routes_log.read(run_dir.routes, info.num_experts, info.top_k)
@@ -97,7 +111,7 @@ def open_fetcher(
     run_dir.create()
     draft = LogDraft(run_dir.routes, info, chosen, logged)
     asked = None if tuple(chosen) == info.layers else draft.layers
-    return RoutesFetcher(functools.partial(client.routes, layers=asked), draft)
+    return RoutesFetcher(functools.partial(client.routes, layers=asked, tokens=tokens), draft)
 
 
 def write_log(

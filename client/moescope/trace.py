@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -88,6 +89,9 @@ class RouteTrace:
     token_ids: npt.NDArray[np.int32] | None
     """Prompt and output tokens, ``[num_tokens]``; a page has those of its rows, and the last page
     the last token too, which was never routed. None where the server keeps them out."""
+    tokens: list[str] | None = None
+    """The text of each of `token_ids`, where it was asked for. A token that is no whole UTF-8 by
+    itself, such as a part of an emoji, shows its bytes: ``<0xF0><0x9F>``."""
     prompt_len: int
     """Prompt tokens."""
     num_tokens: int
@@ -132,6 +136,10 @@ class RouteTrace:
         num_tokens = len(self._tokens_of(self.start, self.num_rows))
         if self.token_ids is not None and self.token_ids.shape != (num_tokens,):
             raise ValueError(f"token_ids must be [{num_tokens}], got shape {self.token_ids.shape}")
+        if self.tokens is not None and (self.token_ids is None or len(self.tokens) != num_tokens):
+            raise ValueError(
+                f"tokens must be [{num_tokens}], beside token_ids, got {len(self.tokens)}"
+            )
 
     def _check_numbers(self) -> None:
         if not 0 <= self.prompt_len <= self.num_tokens <= MAX_TOKENS:
@@ -227,10 +235,11 @@ class RouteTrace:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the arrays and labels."""
+        """Bytes of the arrays, labels and tokens, one a character of these."""
         arrays = (self.layers, self.topk_ids, self.topk_weights, self.source, self.token_ids)
         size = sum(array.nbytes for array in arrays if array is not None)
         size += version_runs.labels_bytes(self.weight_labels)
+        size += sum(map(len, self.tokens or ()))
         return size + self.weights_versions.nbytes
 
     def counts(self) -> npt.NDArray[np.int64]:
@@ -288,6 +297,7 @@ class RouteTrace:
                 self.weights_versions, self.start + first, self.start + last
             ),
             token_ids=None if self.token_ids is None else self.token_ids[skipped],
+            tokens=None if self.tokens is None else self.tokens[skipped],
         )
 
     @staticmethod
@@ -316,7 +326,8 @@ class RouteTrace:
         last = pages[-1]
         pages = [page.page(page.start, max(last.num_tokens - 1 - page.start, 0)) for page in pages]
         weights: list[Any] = [p.topk_weights for p in pages if p.topk_weights is not None]
-        tokens = [page.token_ids for page in pages if page.token_ids is not None]
+        token_ids = [page.token_ids for page in pages if page.token_ids is not None]
+        tokens = [page.tokens for page in pages if page.tokens is not None]
         return dataclasses.replace(
             last,
             start=first.start,
@@ -326,7 +337,8 @@ class RouteTrace:
             weights_versions=version_runs.joined(
                 [page.weights_versions for page in pages], first.start
             ),
-            token_ids=np.concatenate(tokens) if len(tokens) == len(pages) else None,
+            token_ids=np.concatenate(token_ids) if len(token_ids) == len(pages) else None,
+            tokens=[*itertools.chain(*tokens)] if len(tokens) == len(pages) else None,
             complete=last.complete and all(bool(page.present.all()) for page in pages),
         )
 

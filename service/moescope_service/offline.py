@@ -38,6 +38,7 @@ from moescope_service.frontend.registration import Registration
 from moescope_service.ids import short_id
 from moescope_service.queries import RoutesQuery, SettleQuery, WaitQuery, Wanted
 from moescope_service.settings import Settings
+from moescope_service.token_text import TokenText
 from moescope_service.vllm_contract.patching import wrap_once
 
 logger = logging.getLogger("moescope")
@@ -49,19 +50,21 @@ _CAPTURE = "_moescope_capture"
 _MAX_EMPTY_STEPS = 8
 
 
-def routes(llm: Any, outputs: Sequence[Any]) -> list[list[RouteTrace]]:
+def routes(llm: Any, outputs: Sequence[Any], *, tokens: bool = False) -> list[list[RouteTrace]]:
     """Return the routes of requests that a ``vllm.LLM`` has answered.
 
     Args:
         llm: A ``vllm.LLM`` or ``LLMEngine`` that was made with moescope switched on.
         outputs: Finished ``RequestOutput`` of this very object.
+        tokens: Whether the traces have the text of their tokens.
 
     Returns:
         For each output the traces of its choices, in the order of ``output.outputs``. A request
         that opted out (``SamplingParams(extra_args={"moescope": "off"})``) has none.
 
     Raises:
-        RuntimeError: Nothing is captured of this object, or the collector process is gone.
+        RuntimeError: Nothing is captured of this object, or the collector process is gone; or
+            there is no tokenizer for ``tokens``.
         LookupError: The traces made room for newer ones.
         ValueError: An output is not of this object.
     """
@@ -71,7 +74,7 @@ def routes(llm: Any, outputs: Sequence[Any]) -> list[list[RouteTrace]]:
             f"no routes of this {type(llm).__name__} are captured: set MOESCOPE_ENABLE=1 before it "
             "is made, and name moescope in VLLM_PLUGINS where that is set"
         )
-    return [capture.routes(output) for output in outputs]
+    return [capture.routes(output, tokens=tokens) for output in outputs]
 
 
 def install(engine_class: Any) -> None:
@@ -152,14 +155,18 @@ class OfflineCapture:
             self._collector, model=spec.model, kept_share=settings.kept_share
         )
         registration.watch(engine.output_processor)
+        tokenizer = engine.output_processor.tokenizer
+        self._text = None if tokenizer is None else TokenText(tokenizer)
         end = functools.partial(_end, self._collector, runtime.release(), os.getpid())
         # At exit the engine still runs when this is called: what was registered last comes first.
         finalizer = weakref.finalize(engine, end)
         finalizer.atexit = False
         atexit.register(finalizer)
 
-    def routes(self, output: Any) -> list[RouteTrace]:
+    def routes(self, output: Any, *, tokens: bool = False) -> list[RouteTrace]:
         """Return the traces of one request; see `routes`."""
+        if tokens and self._text is None:
+            raise RuntimeError("this LLM has no tokenizer (skip_tokenizer_init): leave tokens out")
         self._collector.ask_and_wait(
             WaitQuery(request_ids=[short_id(output.request_id)], wait_s=SETTLE_TIMEOUT_S),
             timeout_s=SETTLE_TIMEOUT_S + QUERY_TIMEOUT_S,
@@ -171,7 +178,7 @@ class OfflineCapture:
             return []
         traces.sort(key=lambda trace: trace.index)
         _check_tokens(output, traces)
-        return traces
+        return [self._text.added_to(one) for one in traces] if tokens and self._text else traces
 
     def _page(self, request_id: str, start: int) -> tuple[list[RouteTrace], int | None]:
         reply = self._collector.ask_and_wait(

@@ -36,6 +36,10 @@ MaxTokensOption = Annotated[int, typer.Option(min=1, help="Most output tokens of
 TemperatureOption = Annotated[
     float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
 ]
+TokensOption = Annotated[
+    bool,
+    typer.Option("--tokens", help="Fetch the text of every token too, into the route log."),
+]
 ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Most requests in flight at a time.")]
 RoundsOption = Annotated[
     int, typer.Option(min=3, help="Rounds that are measured, after the warm-up.")

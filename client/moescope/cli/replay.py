@@ -38,6 +38,7 @@ def replay(
             help="Whether to fetch routes; use --no-routes for a server without moescope."
         ),
     ] = True,
+    tokens: _options.TokensOption = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -77,6 +78,7 @@ def replay(
         verify=ca_cert or True,
         routes=routes,
         layers=layers,
+        tokens=tokens,
         kept=kept,
     )
     done = replay_stage.run(run, plan, _options.console())

@@ -25,6 +25,7 @@ def routes(
             "RUN_DIR/moe_routes.jsonl, or all."
         ),
     ] = None,
+    tokens: _options.TokensOption = False,
 ) -> None:
     """Fetch the routes of a replay's answers that have none; keep those that are there."""
     from moescope import report, routes_stage
@@ -38,6 +39,7 @@ def routes(
         api_key=api_key,
         verify=ca_cert or True,
         layers=layers,
+        tokens=tokens,
         console=_options.console(),
     )
     report.write(run, done.routes)

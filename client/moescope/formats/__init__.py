@@ -4,7 +4,8 @@
 ``topk_ids``, ``topk_weights`` and ``source``, their tokens in ``token_ids``; trace ``i`` has rows
 ``row_splits[i]:row_splits[i + 1]`` and tokens ``token_splits[i]:token_splits[i + 1]``, and
 ``version_splits`` splits ``weights_versions`` in the same way. ``meta`` is a JSON list with
-everything else. With one trace the arrays are that trace's own.
+everything else; so is ``tokens``, where the text of tokens was asked for: a list of strings for
+each trace. With one trace the arrays are that trace's own.
 
 A response is bounded. Where it is ``truncated``, it lacks rows, from ``next_start`` on in each
 trace (a page begins at its trace's ``start``), or older requests of an id that clients used again.

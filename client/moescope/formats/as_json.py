@@ -16,7 +16,7 @@ from moescope.formats.shared import META_FIELDS, SOURCE_NAMES, id_dtype, marks, 
 from moescope.received import MALFORMED, MAX_BYTES, is_int, shown
 from moescope.trace import RouteTrace, Source
 
-_Rows = npt.NDArray[Any] | list[npt.NDArray[Any] | None]
+_Rows = npt.NDArray[Any] | list[npt.NDArray[Any] | None] | list[str]
 _PIECE_ROWS = 128
 _LATER = frozenset({"start", "weight_labels"})
 """Fields that JSON of older servers does not have."""
@@ -33,6 +33,7 @@ def to_dict(trace: RouteTrace) -> dict[str, Any]:
         "top_k": trace.top_k,
         "layers": trace.layers,
         "token_ids": trace.token_ids,
+        **({} if trace.tokens is None else {"tokens": trace.tokens}),
         "weights_versions": trace.weights_versions,
         "source": [SOURCE_NAMES[value] for value in trace.source.tolist()],
         "topk_ids": _rows(trace.topk_ids, trace.present),
@@ -63,14 +64,14 @@ def dump_json(
 
 
 def to_fragments(trace: RouteTrace) -> dict[str, Any]:
-    """Return `to_dict` with ids and weights as JSON already, written in pieces.
+    """Return `to_dict` with ids, weights and tokens as JSON already, written in pieces.
 
     orjson holds the interpreter's lock while it writes: a server that wrote megabytes at once, in
     a thread or not, would do nothing else meanwhile.
     """
     values = to_dict(trace)
-    for name in ("topk_ids", "topk_weights"):
-        if values[name] is not None:
+    for name in ("topk_ids", "topk_weights", "tokens"):
+        if values.get(name) is not None:
             values[name] = _in_pieces(values[name])
     return values
 
@@ -121,6 +122,7 @@ def from_dict(values: dict[str, Any], max_bytes: int = MAX_BYTES) -> RouteTrace:
             token_ids=None
             if values["token_ids"] is None
             else narrowed(np.array(values["token_ids"]), np.int32),
+            tokens=values.get("tokens"),
         ).check_values()
     except MALFORMED as error:
         raise FormatError(f"not a trace in moescope's JSON: {shown(error)}") from error

@@ -75,6 +75,8 @@ def arrays_of(traces: Sequence[RouteTrace]) -> dict[str, npt.NDArray[Any]]:
     weights = [t.topk_weights for t in traces if t.topk_weights is not None]
     if weights:
         arrays["topk_weights"] = np.concatenate(weights)
+    if any(t.tokens is not None for t in traces):
+        arrays["tokens"] = np.frombuffer(orjson.dumps([t.tokens for t in traces]), np.uint8)
     return arrays
 
 
@@ -117,8 +119,13 @@ def traces_of(arrays: dict[str, npt.NDArray[Any]], max_bytes: int = MAX_BYTES) -
             if "weights_versions" in arrays
             else [slice(0)] * len(row_spans)
         )
-        spans = zip(metas, row_spans, run_spans, token_spans, strict=True)
-        for meta, rows, versions, tokens in spans:
+        texts = (
+            parse_json(arrays["tokens"].tobytes(), max_bytes)
+            if "tokens" in arrays
+            else [None] * len(row_spans)
+        )
+        parts = zip(metas, row_spans, run_spans, token_spans, texts, strict=True)
+        for meta, rows, versions, tokens, text in parts:
             has_tokens = meta.pop("has_token_ids")
             trace = RouteTrace(
                 **meta,
@@ -128,6 +135,7 @@ def traces_of(arrays: dict[str, npt.NDArray[Any]], max_bytes: int = MAX_BYTES) -
                 source=arrays["source"][rows],
                 weights_versions=runs[versions],
                 token_ids=arrays["token_ids"][tokens] if has_tokens else None,
+                tokens=text,
             )
             traces.append(trace.check_values())
     except MALFORMED as error:

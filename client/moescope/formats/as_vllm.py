@@ -115,7 +115,8 @@ def route_lines(trace: RouteTrace) -> Iterator[bytes]:
 
     ``token_idx`` is the position in the sequence; the ids and weights of a missing row are null.
     ``index`` and ``weights_version`` (null where it is unknown, and of a missing row) are ours, and
-    stand in every line: readers take their columns from the first ones.
+    stand in every line: readers take their columns from the first ones. So does ``token``, the text
+    of the token, where the trace has it.
     """
     head: dict[str, Any] = {"type": "route", "req_id": trace.request_id, "index": trace.index}
     layers = trace.layers.tolist()
@@ -125,10 +126,13 @@ def route_lines(trace: RouteTrace) -> Iterator[bytes]:
     weights = None if trace.topk_weights is None else np.ascontiguousarray(trace.topk_weights)
     ids = np.ascontiguousarray(trace.topk_ids)
     for row, here in enumerate(present):
+        place: dict[str, Any] = {"token_idx": trace.start + row}
+        if trace.tokens is not None:
+            place["token"] = trace.tokens[row]
         for column, layer in enumerate(layers):
             record = {
                 **head,
-                "token_idx": trace.start + row,
+                **place,
                 "layer": layer,
                 "topk_ids": ids[row, column] if here else None,
                 "topk_weights": None if weights is None or not here else weights[row, column],

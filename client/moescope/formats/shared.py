@@ -13,12 +13,12 @@ from moescope.errors import FormatError
 from moescope.trace import RouteTrace, Source
 
 _ARRAY_FIELDS = frozenset(
-    {"layers", "topk_ids", "topk_weights", "source", "weights_versions", "token_ids"}
+    {"layers", "topk_ids", "topk_weights", "source", "weights_versions", "token_ids", "tokens"}
 )
 META_FIELDS = tuple(
     field.name for field in dataclasses.fields(RouteTrace) if field.name not in _ARRAY_FIELDS
 )
-"""The fields of a trace that are not arrays."""
+"""The fields of a trace that are neither arrays nor as long."""
 SOURCE_NAMES = tuple(source.name.lower() for source in Source)
 """The names of `Source`, as every format but ``.npz`` spells them."""
 

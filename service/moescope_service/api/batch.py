@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from moescope import batch
+from moescope.trace import RouteTrace
 from moescope.version_runs import MAX_VERSION
 from moescope_service.api.auth import ReaderDep
 from moescope_service.api.bodies import PAGE_BYTES, making_bytes
@@ -30,6 +31,7 @@ from moescope_service.api.dependencies import (
 from moescope_service.api.endpoint import MoescopeRoute
 from moescope_service.api.responses import MEDIA_TYPES, compressed, wants_gzip
 from moescope_service.api.sharing import MadeBody
+from moescope_service.api.tokens import TOKENS, ask_for_rows, text_of
 from moescope_service.ids import short_id
 from moescope_service.queries import RoutesQuery, RoutesReply, WaitQuery, Wanted
 
@@ -71,6 +73,7 @@ class BatchRequest(BaseModel):
     ] = None
     weights_version: Version | None = Field(None, description=WEIGHTS_VERSION)
     max_staleness: Version | None = Field(None, description=MAX_STALENESS)
+    tokens: Annotated[bool, Field(description=TOKENS)] = False
 
 
 @router.post(
@@ -84,6 +87,7 @@ class BatchRequest(BaseModel):
             "content": {MEDIA_TYPES[form]: {} for form in ("json", "npz")},
         },
         422: {"description": "The body is malformed; the message says what is allowed."},
+        501: {"description": "``tokens``: the server has no tokenizer."},
         503: {"description": "The collector process does not answer."},
     },
 )
@@ -100,6 +104,7 @@ async def routes_batch(
     that finds the same traces as one before it names that one: ``same_as``.
     """
     layers = layers_of(wanted.layers)
+    text = text_of(request, is_wanted=wanted.tokens)
     ids = list(dict.fromkeys(wanted.request_ids))
     starts = wanted.start if isinstance(wanted.start, dict) else dict.fromkeys(ids, wanted.start)
     wait = WaitQuery(request_ids=[*map(short_id, ids)], wait_s=wanted.wait_s, owner=owner)
@@ -115,23 +120,21 @@ async def routes_batch(
     gzip = wants_gzip(request)
 
     def make(reply: RoutesReply) -> MadeBody:
-        made = _batch(ids, reply, layers, wanted.weights)
+        traces = select(reply.traces(), layers, wanted.weights, text)
+        made = _batch(ids, reply, traces)
         content = batch.dump_json(made) if wanted.format == "json" else batch.dump_npz(made)
         return compressed(content, wanted.format, gzip=gzip)
 
     return await responses.respond(
         request,
         (wanted.model_dump_json(), owner, gzip),
-        max_bytes=making_bytes(wanted.format),
-        ask=lambda: collector.ask(query),
+        max_bytes=making_bytes(wanted.format, tokens=wanted.tokens),
+        ask=lambda: ask_for_rows(collector, query, responses, text, wanted.format, layers),
         make=make,
     )
 
 
-def _batch(
-    ids: list[str], reply: RoutesReply, layers: tuple[int, ...] | None, weights: bool
-) -> batch.RoutesBatch:
-    traces = select(reply.traces(), layers, weights)
+def _batch(ids: list[str], reply: RoutesReply, traces: list[RouteTrace]) -> batch.RoutesBatch:
     found = dict(zip(ids, reply.found, strict=True))
     return batch.RoutesBatch(
         status={one: what.status for one, what in found.items()},

@@ -31,12 +31,17 @@ one of JSON Lines 24 MB."""
 _MAKING_BYTES: dict[Format, int] = {"json": 14, "jsonl": 28, "npy": 6, "arrow": 5, "parquet": 5}
 """Text is up to six times as long as what the collector has, JSON Lines twelve times, int32 four
 times; while it is put together, it is there twice."""
+TEXT_BYTES = 8 * 2**20
+"""Bytes of tokens' text in a response at most, as JSON, beside its rows."""
+_MAKING_TEXT_BYTES = 5
+"""The text is there twice while it is put together, and a list has 8 bytes for each ``"",``."""
 _LINES_AT_ONCE = 64
 
 
-def making_bytes(form: Format) -> int:
-    """Return what making a page takes at most, in bytes."""
-    return PAGE_BYTES[form] * _MAKING_BYTES.get(form, 3)
+def making_bytes(form: Format, *, tokens: bool) -> int:
+    """Return what making a page takes at most, with the text of tokens or without, in bytes."""
+    text_bytes = _MAKING_TEXT_BYTES * TEXT_BYTES if tokens else 0
+    return PAGE_BYTES[form] * _MAKING_BYTES.get(form, 3) + text_bytes
 
 
 class NpyOptions(NamedTuple):

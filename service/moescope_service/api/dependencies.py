@@ -15,6 +15,7 @@ from moescope_service.frontend.collector_client import QUERY_TIMEOUT_S, Collecto
 from moescope_service.parsers import shown
 from moescope_service.queries import FINISHING_WAIT_S, WaitQuery
 from moescope_service.settings import Settings
+from moescope_service.token_text import TokenText
 
 LAYERS = "Layers to return, such as ``0,5-7``; all by default."
 WEIGHTS = "Whether to return the weights."
@@ -108,17 +109,21 @@ def told(value: T | None) -> T:
 
 
 def select(
-    traces: Sequence[RouteTrace], layers: tuple[int, ...] | None, weights: bool
+    traces: Sequence[RouteTrace],
+    layers: tuple[int, ...] | None,
+    weights: bool,
+    text: TokenText | None = None,
 ) -> list[RouteTrace]:
-    """Keep some layers only, or leave the weights out.
+    """Keep some layers only, or leave the weights out; add the text of tokens, if any is wanted.
 
     Raises:
         HTTPException: 422, a layer is not captured.
     """
     try:
-        return [trace.select(layers=layers, weights=weights) for trace in traces]
+        selected = [trace.select(layers=layers, weights=weights) for trace in traces]
     except LayerNotCapturedError as error:
         raise HTTPException(422, f"invalid layers: {error}") from None
+    return selected if text is None else [text.added_to(trace) for trace in selected]
 
 
 async def wait_for_ends(request: Request, collector: CollectorClient, wait: WaitQuery) -> None:

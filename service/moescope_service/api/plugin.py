@@ -18,6 +18,7 @@ from moescope_service.api.sharing import SharedResponses
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.frontend.registration import Registration
 from moescope_service.settings import Settings, is_enabled
+from moescope_service.token_text import TokenText
 from moescope_service.vllm_contract.compat import allowed_origins, replace_route
 
 _REFUSED: dict[int | str, dict[str, Any]] = {
@@ -70,6 +71,8 @@ class MoescopeEndpoints:
         state.moescope_engine = engine_client
         if settings.mode == "counts":
             return
+        tokenizer = engine_client.output_processor.tokenizer  # None with --skip-tokenizer-init
+        state.moescope_token_text = None if tokenizer is None else TokenText(tokenizer)
         registration = Registration(collector, model=spec.model, kept_share=settings.kept_share)
         registration.watch(engine_client.output_processor)
         state.moescope_registration = registration

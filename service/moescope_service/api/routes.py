@@ -33,6 +33,7 @@ from moescope_service.api.endpoint import MoescopeRoute
 from moescope_service.api.found import RequestId, first_known, not_recorded, raise_unless_found
 from moescope_service.api.responses import MEDIA_TYPES, NEXT_START, compressed, wants_gzip
 from moescope_service.api.sharing import MadeBody
+from moescope_service.api.tokens import TOKENS, ask_for_rows, text_of
 from moescope_service.ids import meant_ids, short_id
 from moescope_service.queries import (
     CaptureQuery,
@@ -107,7 +108,10 @@ async def reset(collector: CollectorDep) -> dict[str, Any]:
         },
         413: {"description": "``npy`` without ``limit`` of an array that fits no response."},
         422: {"description": "A parameter is malformed; the message says what is allowed."},
-        501: {"description": "``arrow`` and ``parquet``: the server has no pyarrow."},
+        501: {
+            "description": "``arrow`` and ``parquet``: the server has no pyarrow. ``tokens``: it "
+            "has no tokenizer (--skip-tokenizer-init)."
+        },
         503: {"description": "The collector process does not answer, or too much is asked of it."},
     },
 )
@@ -145,10 +149,12 @@ async def routes(
     max_staleness: Annotated[
         int | None, Query(ge=0, le=MAX_VERSION, description=MAX_STALENESS)
     ] = None,
+    tokens: Annotated[bool, Query(description=TOKENS)] = False,
 ) -> Response:
     """Return which experts every token of a request went to, with which weights, in every layer."""
     chosen = layers_of(layers)
     _check_npy_query(request, form)
+    text = text_of(request, is_wanted=tokens)
     npy = NpyOptions(dtype, None if fill is None else -1)
     meant = meant_ids(request_id)
     wait = WaitQuery(request_ids=[*map(short_id, meant)], wait_s=wait_s, owner=owner)
@@ -177,7 +183,7 @@ async def routes(
             )
         page = Page(
             request_id=found_id,
-            traces=select([traces[number] for number in found.traces], chosen, weights),
+            traces=select([traces[number] for number in found.traces], chosen, weights, text),
             spec=told(reply.spec),
             truncated=found.lacks_older,
             next_start=found.next_start,
@@ -200,9 +206,10 @@ async def routes(
             gzip,
             weights_version,
             max_staleness,
+            tokens,
         ),
-        max_bytes=making_bytes(form),
-        ask=lambda: collector.ask(query),
+        max_bytes=making_bytes(form, tokens=tokens),
+        ask=lambda: ask_for_rows(collector, query, responses, text, form, chosen),
         make=make,
     )
 
@@ -238,3 +245,5 @@ def _check_npy_query(request: Request, form: Format) -> None:
         raise HTTPException(422, "layers: npy holds every layer of the model; leave layers out")
     if "weights" in request.query_params:
         raise HTTPException(422, "weights: npy holds expert ids alone; leave weights out")
+    if "tokens" in request.query_params:
+        raise HTTPException(422, "tokens: npy holds expert ids alone; leave tokens out")

@@ -213,6 +213,11 @@ class SharedResponses:
         """Keys of which a response is being made."""
         return len(self._making)
 
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Return what a function gives, in one of the threads that make responses."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoders, function, *args)
+
     async def respond(
         self,
         request: Request,
@@ -242,8 +247,7 @@ class SharedResponses:
             reply = await ask()
             if not is_wanted():
                 raise ClientDisconnect
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._encoders, make, reply)
+            return await self.in_thread(make, reply)
 
         making = self._making.setdefault(key, [])
         if making and making[-1].is_open:

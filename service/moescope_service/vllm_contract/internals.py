@@ -113,13 +113,23 @@ FRONT_END = (
     _internal(
         "vllm.v1.engine.output_processor:OutputProcessor",
         "add_request abort_requests has_request has_unfinished_requests request_states"
-        " _finish_request",
+        " _finish_request tokenizer",
         parameters={
             "add_request": "request prompt parent_req request_index queue",
             "abort_requests": "request_ids internal",
             "_finish_request": "req_state",
         },
-        used_by="frontend/registration.py offline.py",
+        used_by="frontend/registration.py api/plugin.py offline.py",
+    ),
+    _internal(
+        "vllm.tokenizers.protocol:TokenizerLike",
+        "convert_ids_to_tokens convert_tokens_to_string get_added_vocab all_special_tokens"
+        " max_token_id",
+        parameters={
+            "convert_ids_to_tokens": "ids skip_special_tokens",
+            "convert_tokens_to_string": "tokens",
+        },
+        used_by="token_text.py",
     ),
     # The engine in a script's process.
     _internal(
