@@ -24,6 +24,7 @@ def make_trace(
     request_id: str = "chatcmpl-1",
     index: int = 0,
     versions: bool = True,
+    tokens: bool = False,
 ) -> RouteTrace:
     random = np.random.default_rng(seed)
     shape = (num_rows, len(layers))
@@ -45,6 +46,7 @@ def make_trace(
         else version_runs.unknown(),
         weight_labels=labels(num_rows + 1 - min(3, num_rows)) if versions else [],
         token_ids=random.integers(0, 1000, num_rows + 1).astype(np.int32) if token_ids else None,
+        tokens=[TEXTS[number % len(TEXTS)] for number in range(num_rows + 1)] if tokens else None,
         prompt_len=min(3, num_rows),
         num_tokens=num_rows + 1,
         cached_len=1,
@@ -53,6 +55,10 @@ def make_trace(
         created_s=1234.5,
         versions={"vllm": "0.32.0"},
     )
+
+
+TEXTS = ["Tom", ' "', "<script>", "<0xF0><0x9F>", "شكرا", "", "\x00\n", "é🙂"]
+"""Of tokens."""
 
 
 def labels(num_tokens: int) -> list[LabelSpan]:

@@ -1,6 +1,7 @@
 """A server on this machine that answers chats and keeps routes, and notes what was asked."""
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class MoeServer(ThreadingHTTPServer):
         room: How many traces are kept; all where None.
         asked: The prompts, in the order of their requests.
         fetched: The request ids whose routes were asked for.
+        texts: What each of them said of ``tokens``.
         held: Prompts that are answered once `go_on` is set.
         holds_routes: Whether routes are answered once `go_on` is set.
         headers: Those of the last chat.
@@ -37,6 +39,7 @@ class MoeServer(ThreadingHTTPServer):
         self.room = room
         self.asked: list[str] = []
         self.fetched: list[str] = []
+        self.texts: list[str | None] = []
         self.held: set[str] = set()
         self.holds_routes = False
         self.go_on = threading.Event()
@@ -77,6 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_routes(self, url: httpx.URL) -> None:
         server, request_id = self.server, url.path.removeprefix("/routes/")
         server.fetched.append(request_id)
+        server.texts.append(url.params.get("tokens"))
         if server.holds_routes:
             server.go_on.wait(DEADLINE_S)
         trace = server.traces.get(request_id)
@@ -85,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if layers := url.params.get("layers"):
             trace = trace.select(layers=[int(layer) for layer in layers.split(",")])
+        if not url.params.get("tokens"):
+            trace = dataclasses.replace(trace, tokens=None)
         self.answer(200, formats.dump_npz([trace]))
 
     def do_POST(self) -> None:
@@ -100,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         number = next(server.numbers)  # several are asked at once
         values = completion(prompt, number)
-        server.traces[values["id"]] = make_trace(number, num_rows=ROWS, request_id=values["id"])
+        trace = make_trace(number, num_rows=ROWS, request_id=values["id"], tokens=True)
+        server.traces[values["id"]] = trace
         for old in [*server.traces][: -server.room if server.room else 0]:
             del server.traces[old]
         self.answer(200, values)

@@ -17,6 +17,8 @@ CASES = [
     {"missing": 1.1},
     {"num_experts": 512, "top_k": 8},
     {"num_rows": 0},
+    {"tokens": True, "num_rows": 30},
+    {"tokens": True, "num_rows": 0},
     {"index": 3, "request_id": "a/b …"},
 ]
 

@@ -16,6 +16,7 @@ CASES = [
     {"num_experts": 512, "top_k": 8},
     {"num_rows": 0},
     {"versions": False},
+    {"tokens": True},
     {"index": 3, "request_id": "a/b …"},
 ]
 
