@@ -42,9 +42,9 @@ from .fake_engine import OUTPUT, PROMPT, SPEC, Engine, Running
 class Frontend:
     """What `AsyncLLM` is to the plugin, with vLLM's own output processor."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any = None) -> None:
         self.engine = engine
-        self.output_processor = OutputProcessor(None, log_stats=False)
+        self.output_processor = OutputProcessor(tokenizer, log_stats=False)
         self._number = 0
         self.lora: LoRARequest | None = None
         """The adapter of the requests to come."""
@@ -94,6 +94,7 @@ class Deployment:
     def __init__(self, **flags: Any) -> None:
         self.args = server_args(flags.pop("api_key", None), flags.pop("allowed_origins", None))
         self.spec = flags.pop("spec", SPEC)
+        self.tokenizer = flags.pop("tokenizer", None)
         self.env = {f"MOESCOPE_ROUTES_{name.upper()}": value for name, value in flags.items()}
         self.directory = Path(tempfile.mkdtemp(prefix="moescope-test-"))
 
@@ -109,7 +110,7 @@ class Deployment:
             stack.callback(lambda: stop_collector(self.collector))
             self.engine = Engine(collector_address(), self.spec)
             stack.callback(self.engine.recorder.close)
-            self.frontend = Frontend(self.engine)
+            self.frontend = Frontend(self.engine, self.tokenizer)
             self.app = self.make_app()
             self.url = stack.enter_context(serving(self.app))
             self.http = stack.enter_context(httpx.Client(base_url=self.url, timeout=DEADLINE_S))

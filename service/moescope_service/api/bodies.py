@@ -38,7 +38,7 @@ _MAKING_TEXT_BYTES = 5
 _LINES_AT_ONCE = 64
 
 
-def making_bytes(form: Format, *, tokens: bool) -> int:
+def making_bytes(form: Format, *, tokens: bool = False) -> int:
     """Return what making a page takes at most, with the text of tokens or without, in bytes."""
     text_bytes = _MAKING_TEXT_BYTES * TEXT_BYTES if tokens else 0
     return PAGE_BYTES[form] * _MAKING_BYTES.get(form, 3) + text_bytes
