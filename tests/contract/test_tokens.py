@@ -20,7 +20,8 @@ from moescope import Client, arrow, batch, formats
 from moescope.errors import ServerError
 from moescope_service import bundled_model, runtime
 from moescope_service.api import tokens as api_tokens
-from moescope_service.api.bodies import TEXT_BYTES
+from moescope_service.api.bodies import TEXT_BYTES, making_bytes
+from moescope_service.api.sharing import Budget, SharedResponses
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.offline import OfflineCapture
 from moescope_service.token_text import TokenText, shown
@@ -249,6 +250,31 @@ def test_where_ids_are_kept_out_there_is_none(made):
 
 NUM_LONG, LONG = 30_000, "\x00" * 200
 """1,200 bytes of JSON a token: 36 MB."""
+
+
+class Noted(Budget):
+    """Notes what is taken of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    async def take(self, size_bytes):
+        self.taken.append(size_bytes)
+        return await super().take(size_bytes)
+
+
+def test_it_counts_while_a_response_is_made(deployment, said, monkeypatch):
+    budget = Noted()
+    monkeypatch.setattr(
+        deployment.app.state, "moescope_responses", SharedResponses(budget), raising=False
+    )
+    for tokens in (False, True):
+        get(deployment, tokens=tokens)
+        body = {"request_ids": ["said"], "format": "npz", "tokens": tokens}
+        assert deployment.http.post("/routes/batch", json=body).status_code == 200
+    bare = [making_bytes("json"), making_bytes("npz")]
+    assert budget.taken == [*bare, *(size_bytes + 5 * TEXT_BYTES for size_bytes in bare)]
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,16 @@ def test_chat(chat: openai.OpenAI, eager: Client) -> None:
     assert trace.finish_reason == response.choices[0].finish_reason
 
 
+def test_the_text_of_tokens(chat: openai.OpenAI, eager: Client) -> None:
+    prompt = "Tom has 3 <apples> and buys 4.\n"
+    response = chat.completions.create(model=MODEL, prompt=prompt, max_tokens=20)
+    (trace,) = eager.routes(response.id, tokens=True)
+    assert trace.tokens is not None
+    assert "".join(trace.tokens[: trace.prompt_len]) == prompt
+    output = "".join(trace.tokens[trace.prompt_len :])
+    assert output.removesuffix("<|im_end|>") == response.choices[0].text
+
+
 def test_a_server_that_was_suspended_goes_on_as_before(
     chat: openai.OpenAI, eager: Client, eager_server: Server
 ) -> None:
