@@ -1,8 +1,9 @@
 """The text of tokens, by the tokenizer of the server, or of the engine in a script.
 
 Relies on vLLM 0.32.0, ``tokenizers/protocol.py`` (``TokenizerLike``), which Hugging Face's
-tokenizers and Mistral's have. Their ``decode`` would hold the tokenizer while requests need it to
-change what it cuts off; what is used here looks one token up at a time, or decodes apart from it.
+tokenizers and Mistral's have. What vLLM itself uses for log probabilities
+(``tokenizers/detokenizer_utils.py``, ``convert_ids_list_to_tokens``) gives U+FFFD for every part of
+a character, and some tokens without their space.
 """
 
 from __future__ import annotations
