@@ -22,7 +22,6 @@ from moescope.trace import RouteTrace
 
 _BEFORE = "a"
 """Stands before a token that is decoded: decoders take the space from the first one."""
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
 _REPLACED = "\ufffd"
 """What decoders put in place of bytes that are no UTF-8."""
@@ -87,9 +86,10 @@ class TokenText:
         return str(both.removeprefix(before) if both.startswith(before) else decode([piece]))
 
     def _raw(self, number: int, piece: str) -> bytes | None:
-        """Return the bytes that a token stands for; None where there is no way to tell."""
-        if _BYTE.fullmatch(piece):
-            return bytes.fromhex(piece[3:5])
+        """Return the bytes that a token stands for; None where there is no way to tell.
+
+        Those of a byte that a vocabulary falls back to are its name, such as ``<0xF0>``.
+        """
         if all(char in _BYTE_OF for char in piece):
             return bytes(_BYTE_OF[char] for char in piece)
         # Mistral's gives bytes where they are no UTF-8, but only so.
