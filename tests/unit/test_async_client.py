@@ -139,8 +139,8 @@ def test_both_clients_have_the_same_methods():
         del one["__init__"]["transport"]
     assert ours == theirs
     assert ours.keys() == {
-        "__init__", "close", "delete", "experts", "follow", "info", "iter_recent", "pause",
-        "recent", "reset", "resume", "routes", "routes_batch",
+        "__init__", "close", "delete", "experts", "follow", "info", "iter_recent", "label_weights",
+        "pause", "recent", "reset", "resume", "routes", "routes_batch", "weights_label",
     }  # fmt: skip
 
 
