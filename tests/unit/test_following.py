@@ -76,7 +76,7 @@ def test_rows_behind_the_end_are_no_part_of_what_is_joined():
     """The engine had routed the last token before it knew that it was the last one."""
     shorter = dataclasses.replace(
         WHOLE.page(0, 10), num_tokens=11, token_ids=None,
-        weights_versions=WHOLE.weights_versions[:1],
+        weights_versions=WHOLE.weights_versions[:1], weight_labels=[], tokens=None,
     )  # fmt: skip
     pages = followed(page(0, 12), end(12, shorter))
     joined = RouteTrace.joined(pages)

@@ -161,7 +161,7 @@ def _metrics(state: CollectorState, query: MetricsQuery) -> MetricsReply:
 def _read(state: CollectorState) -> list[StepMetrics]:
     if state.steps is None or state.spec is None:
         return []
-    sizes = np.array(state.spec.expert_bytes, np.int64)
+    sizes = np.array(state.spec.expert_bytes or [0] * len(state.spec.layers), np.int64)
     return [
         StepMetrics(
             engine=engine,

@@ -41,7 +41,7 @@ def merged_spec(specs: Sequence[CaptureSpec]) -> CaptureSpec:
     return dataclasses.replace(
         specs[0],
         layers=layers,
-        expert_bytes=[expert_bytes.get(layer, 0) for layer in layers],
+        expert_bytes=[expert_bytes.get(layer, 0) for layer in layers] if expert_bytes else [],
         router_types=sorted({name for spec in specs for name in spec.router_types}),
     )
 
