@@ -72,6 +72,32 @@ def active_experts(counts: Counts) -> npt.NDArray[np.int64]:
     return result
 
 
+def coverage(counts: Counts) -> Floats:
+    """Return which share of the selections the k busiest experts take, ``[..., num_experts]``.
+
+    Place ``k - 1`` is that of the k busiest: it rises to 1.0, and is ``k / num_experts`` where the
+    load is uniform.
+    """
+    result: Floats = np.cumsum(-np.sort(-shares(counts), axis=-1), axis=-1)
+    return result
+
+
+def total_variation(counts: Counts, others: Counts) -> Floats:
+    """Return how far two loads are from each other, ``[...]``: ``sum(abs(p - q)) / 2``.
+
+    ``p`` and ``q`` are the experts' shares. 0 is the same load, 1 one without a common expert: it
+    is the share of the selections that would have to go elsewhere. Few selections differ by chance.
+
+    Args:
+        counts: Selections, ``[..., num_experts]``.
+        others: Selections of a shape that fits.
+
+    Source: Levin, Peres and Wilmer, "Markov Chains and Mixing Times", proposition 4.2.
+    """
+    result: Floats = np.abs(shares(counts) - shares(others)).sum(axis=-1) / 2
+    return result
+
+
 def top_experts(counts: Counts, k: int = 3) -> list[tuple[int, int, float]]:
     """Return the k busiest experts of one layer.
 
