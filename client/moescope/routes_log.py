@@ -103,8 +103,33 @@ _SAME = ("model_id", "layers_logged", "top_k", "num_experts")
 _META_START = re.compile(rb'\s*\{\s*"type"\s*:\s*"meta"')
 
 
+class _Tally:
+    """Counts the ids of a layer, some ten thousand at a time."""
+
+    _FOLD = 2**16
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(0, np.int64)
+        self._ids = array.array("H")
+
+    def extend(self, ids: list[int]) -> None:
+        self._ids.extend(ids)
+        if len(self._ids) >= self._FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        found = np.bincount(np.frombuffer(self._ids, np.uint16), minlength=len(self._counts))
+        found[: len(self._counts)] += self._counts
+        self._counts, self._ids = found, array.array("H")
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Return the selections up to the highest expert, ``[highest + 1]``."""
+        self._fold()
+        return self._counts
+
+
 class _Reader:
-    """Collects the lines of a log; ids of each layer as two bytes each, counted at the end.
+    """Collects the lines of a log.
 
     Args:
         said: Fields of the meta line that are known without one.
@@ -113,7 +138,7 @@ class _Reader:
     def __init__(self, said: dict[str, Any]) -> None:
         self._said = said
         self._top_k: int | None = said.get("top_k")
-        self._ids: dict[int, array.array[int]] = {}
+        self._ids: dict[int, _Tally] = {}
         self._first_layer: int | None = None
         self._sequences: set[tuple[str, int]] = set()
         self._lines = self._rows = self._missing = self._torn = 0
@@ -144,7 +169,7 @@ class _Reader:
                 raise ValueError(f"{name} is {value} in the meta line, not {self._said[name]}")
         layers = self._said.get("layers_logged")
         if layers is not None:
-            ids = {layer: self._ids.pop(layer, array.array("H")) for layer in layers}
+            ids = {layer: self._ids.pop(layer, _Tally()) for layer in layers}
             if self._ids:
                 raise ValueError(f"layer {next(iter(self._ids))} is not in layers_logged {layers}")
             self._ids = ids
@@ -160,7 +185,7 @@ class _Reader:
                 raise ValueError(f"layer {layer} is not in the meta line's layers_logged")
             if not isinstance(layer, int):
                 raise TypeError(f"layer is {layer!r}")
-            self._ids[layer] = array.array("H")
+            self._ids[layer] = _Tally()
         if ids is not None:
             if len(ids) != (self._top_k or len(ids)):
                 raise ValueError(f"topk_ids has {len(ids)} experts, and top_k is {self._top_k}")
@@ -181,9 +206,7 @@ class _Reader:
         """
         if not self._lines:
             raise _UnusableError("is empty: expected a meta line or a route")
-        found = {
-            layer: np.bincount(np.frombuffer(ids, np.uint16)) for layer, ids in self._ids.items()
-        }
+        found = {layer: tally.counts() for layer, tally in self._ids.items()}
         num_experts = self._num_experts(found)
         if self._top_k is None:
             raise _UnusableError("names no expert, nor how many a token takes: add --top-k")

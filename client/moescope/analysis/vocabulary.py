@@ -55,7 +55,9 @@ class Vocabulary:
 
     def add(self, rows: Rows) -> None:
         """Count rows; those without a token id are passed over."""
-        rows = rows[rows.token_ids != NO_TOKEN]
+        is_known = rows.token_ids != NO_TOKEN
+        if not is_known.all():
+            rows = rows[is_known]
         self._make_room(np.unique(rows.token_ids))
         place = np.searchsorted(self._tokens, rows.token_ids)
         is_counted = place < len(self._tokens)

@@ -10,7 +10,18 @@ import typer
 import typer.core
 
 from moescope import __version__
-from moescope.cli import bench, demo, overhead, plot, prompts, replay, routes, serve, verify
+from moescope.cli import (
+    analyze,
+    bench,
+    demo,
+    overhead,
+    plot,
+    prompts,
+    replay,
+    routes,
+    serve,
+    verify,
+)
 from moescope.errors import MoescopeError, StoppedError
 from moescope.received import escaped
 
@@ -46,6 +57,7 @@ app.command()(prompts.prompts)
 app.command()(replay.replay)
 app.command()(routes.routes)
 app.command()(plot.plot)
+app.command()(analyze.analyze)
 app.command()(bench.bench)
 app.command()(overhead.overhead)
 app.command()(demo.demo)

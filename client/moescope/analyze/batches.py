@@ -1,0 +1,132 @@
+"""What every kind of input is read as: rows of one model, some at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moescope.analysis import Rows, request_number
+from moescope.errors import CommandError
+
+_BATCH_IDS = 2**24
+_BATCH_ROWS = 2**16
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What inputs must have in common."""
+
+    layers: tuple[int, ...]
+    """Global layer numbers."""
+    num_experts: int
+    top_k: int
+    name: str | None = None
+    """The served model's name; None where an input does not say it."""
+
+    def __str__(self) -> str:
+        """Say it in words, for messages and pictures."""
+        return (
+            f"{self.name or 'unknown model'}, {len(self.layers)} layers, "
+            f"top-{self.top_k} of {self.num_experts}"
+        )
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch: few enough for the memory, enough to be worth numpy's calls."""
+        return int(np.clip(_BATCH_IDS // max(len(self.layers) * self.top_k, 1), 256, _BATCH_ROWS))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """Some rows of an input."""
+
+    model: Model
+    rows: Rows
+    num_missing: int
+    """Rows that were not captured, and are not among them."""
+    done: float
+    """The part of the input that is read with them, 0 to 1."""
+
+
+class Sequences:
+    """Where the sequences of a file are, and what their rows are; no loop over rows.
+
+    Args:
+        metas: The fields of each trace that are not arrays.
+        label: The label of the input.
+
+    Raises:
+        CommandError: They are of several models.
+        LookupError: A field is missing.
+    """
+
+    def __init__(self, metas: Sequence[Mapping[str, Any]], label: str) -> None:
+        self.names = {str(meta["model"]) for meta in metas}
+        sizes = {int(meta["num_experts"]) for meta in metas}
+        if len(self.names) > 1 or len(sizes) > 1:
+            raise CommandError(
+                f"it holds routes of several models ({', '.join(sorted(self.names))}; "
+                f"{', '.join(map(str, sorted(sizes)))} experts): analyze takes one"
+            )
+        self.num_experts = sizes.pop() if sizes else 0
+        self._starts = np.array([meta["start"] for meta in metas], np.int64)
+        self._prompt_lens = np.array([meta["prompt_len"] for meta in metas], np.int64)
+        numbers = [request_number(str(meta["request_id"]), label) for meta in metas]
+        self._requests = np.array(numbers, np.uint64)
+
+    @property
+    def name(self) -> str | None:
+        """The model's name."""
+        return next(iter(self.names), None)
+
+    def columns(
+        self, sequence: npt.NDArray[np.integer], place: npt.NDArray[np.integer]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return the positions, phases and requests of rows.
+
+        Args:
+            sequence: The number of each row's sequence in the file, ``[num_rows]``.
+            place: Its place among the rows of the sequence, ``[num_rows]``.
+        """
+        positions = self._starts[sequence] + place
+        return {
+            "positions": positions,
+            "phases": (positions >= self._prompt_lens[sequence]).astype(np.uint8),
+            "requests": self._requests[sequence],
+        }
+
+
+def check_ids(ids: npt.NDArray[np.integer], num_experts: int) -> None:
+    """Check expert ids.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
+        raise ValueError(
+            f"expert ids must be 0 to {num_experts - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
+def gathered(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Join batches of one model until they are worth a call of numpy: many files have few rows."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(one.rows.num_rows for one in waiting) >= batch.model.batch_rows // 2:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    return dataclasses.replace(
+        batches[-1],
+        rows=Rows.joined([one.rows for one in batches]),
+        num_missing=sum(one.num_missing for one in batches),
+    )

@@ -1,0 +1,115 @@
+"""Which inputs there are: run directories, route logs, ``.npz`` and Parquet, with labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moescope.analyze import read_log, read_npz, read_parquet
+from moescope.analyze.batches import Batch
+from moescope.errors import CommandError, FormatError, MoescopeError
+from moescope.received import MALFORMED, shown
+from moescope.run_dir import RunDir
+
+_SUFFIXES = (".npz", ".parquet", ".jsonl")
+_EXPECTED = "a run directory, a route log (.jsonl), .npz or .parquet"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """A file of routes."""
+
+    path: Path
+    label: str
+    """Its domain; empty where none was given."""
+    run_dir: RunDir | None = None
+    """The run that the file is of, where a directory was named."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+
+def find(arguments: Sequence[str]) -> list[Input]:
+    """Return the files that arguments name: paths and globs, each with ``label=`` or without.
+
+    Raises:
+        CommandError: One names nothing that can be read, or only some have a label.
+    """
+    found: dict[tuple[Path, str], Input] = {}
+    for argument in arguments:
+        label, pattern = _split(argument)
+        names = [pattern]
+        if glob.has_magic(pattern):
+            names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
+        if not names:
+            raise CommandError(f"no file matches {pattern}")
+        for name in names:
+            for one in _inputs(Path(name), label):
+                found[one.path.resolve(), label] = one
+    labels = {one.label for one in found.values()}
+    if len(labels) > 1 and "" in labels:
+        without = next(one.path for one in found.values() if not one.label)
+        raise CommandError(f"{without} has no label, and others have: give each one, label=path")
+    return list(found.values())
+
+
+def _split(argument: str) -> tuple[str, str]:
+    label, equals, pattern = argument.partition("=")
+    if not equals or Path(argument).exists() or "/" in label:
+        return "", argument
+    if not label or not pattern:
+        raise CommandError(f"invalid input {argument!r}: expected a path, or label=path")
+    return label, pattern
+
+
+def _inputs(path: Path, label: str) -> list[Input]:
+    if not path.exists():
+        raise CommandError(f"there is no {path}: expected {_EXPECTED}")
+    if not path.is_dir():
+        if path.suffix not in _SUFFIXES:
+            raise CommandError(f"cannot tell what {path} is by its name: expected {_EXPECTED}")
+        return [Input(path=path, label=label)]
+    run_dir = RunDir(path)
+    if run_dir.routes.exists():
+        return [Input(path=run_dir.routes, label=label, run_dir=run_dir)]
+    files = [one for one in sorted(path.iterdir()) if one.suffix in {".npz", ".parquet"}]
+    if not files:
+        raise CommandError(
+            f"{path} holds no {run_dir.routes.name}, .npz or .parquet: `moescope replay` writes one"
+        )
+    return [Input(path=one, label=label) for one in files]
+
+
+def read(one: Input, num_experts: int | None = None, top_k: int | None = None) -> Iterator[Batch]:
+    """Read an input.
+
+    Args:
+        one: The input.
+        num_experts: Routed experts a layer, for a route log that does not say it.
+        top_k: Experts a token and layer, for a route log that does not say it.
+
+    Raises:
+        CommandError: It holds several models, or needs what is not installed.
+        FormatError: It is broken; the message names it.
+    """
+    try:
+        if one.path.suffix == ".npz":
+            yield from read_npz.read(one.path, one.label)
+        elif one.path.suffix == ".parquet":
+            yield from read_parquet.read(one.path, one.label)
+        else:
+            known = read_log.known_of(one.run_dir) if one.run_dir else {}
+            yield from read_log.read(
+                one.path, one.label, known=known, num_experts=num_experts, top_k=top_k
+            )
+    except MoescopeError as error:
+        named = str(error) if str(one.path) in str(error) else f"{one.path}: {error}"
+        raise type(error)(named) from error
+    except (*MALFORMED, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise FormatError(f"{one.path}: no file of routes: {shown(error)}") from error

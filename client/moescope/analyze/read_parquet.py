@@ -1,0 +1,93 @@
+"""Reads a Parquet file of traces some rows at a time; needs the extra ``arrow``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
+from moescope.analyze.batches import Batch, Model, Sequences, check_ids
+from moescope.errors import CommandError
+from moescope.received import parse_json
+
+_COLUMNS = ("request_id", "position", "is_prompt", "token_id", "source", "topk_ids")
+
+
+def read(path: Path, label: str) -> Iterator[Batch]:
+    """Read a file of `moescope.arrow.dump_parquet`.
+
+    Args:
+        path: The file.
+        label: The label of the input.
+
+    Raises:
+        CommandError: pyarrow is not installed, or the file holds several models.
+        Exception: It is no such file; what it is depends on where it is broken.
+    """
+    try:
+        from pyarrow import parquet  # noqa: PLC0415 - the light base has no pyarrow
+    except ImportError as error:
+        raise CommandError(
+            "reading Parquet needs pyarrow, moescope's extra `arrow`: pip install pyarrow"
+        ) from error
+    with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        shared = parse_json((file.schema_arrow.metadata or {})[b"moescope"])
+        sequences = Sequences(shared["traces"], label)
+        model = Model(
+            layers=tuple(shared["layers"]),
+            num_experts=sequences.num_experts,
+            top_k=shared["top_k"],
+            name=sequences.name,
+        )
+        columns = [*_COLUMNS, *(["topk_weights"] if shared["weights_dtype"] else [])]
+        num_done = 0
+        for table in file.iter_batches(model.batch_rows, columns=columns):
+            num_done += len(table)
+            yield _batch(table, model, label, num_done / file.metadata.num_rows)
+
+
+def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa: ANN401
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    present = table["topk_ids"].is_valid()
+    num_missing = int(pc.sum(pc.equal(_text(table["source"]), "missing")).as_py() or 0)
+    table = table.filter(present)
+    names = _text(table["request_id"]).dictionary_encode()
+    numbers = [request_number(one, label) for one in names.dictionary.to_pylist()]
+    ids = _flat(table["topk_ids"], model)
+    check_ids(ids, model.num_experts)
+    has_weights = "topk_weights" in table.schema.names
+    is_prompt = table["is_prompt"].to_numpy(zero_copy_only=False)
+    return Batch(
+        model=model,
+        rows=Rows(
+            num_experts=model.num_experts,
+            topk_ids=ids,
+            topk_weights=_flat(table["topk_weights"], model) if has_weights else None,
+            token_ids=table["token_id"].fill_null(NO_TOKEN).to_numpy(zero_copy_only=False),
+            positions=table["position"].to_numpy(zero_copy_only=False),
+            phases=np.where(is_prompt, PHASES.index("prompt"), PHASES.index("output")).astype(
+                np.uint8
+            ),
+            requests=np.array(numbers, np.uint64)[names.indices.to_numpy(zero_copy_only=False)],
+        ),
+        num_missing=num_missing,
+        done=done,
+    )
+
+
+def _text(column: Any) -> Any:  # noqa: ANN401
+    import pyarrow as pa  # noqa: PLC0415
+
+    return column.cast(pa.string())
+
+
+def _flat(column: Any, model: Model) -> npt.NDArray[Any]:  # noqa: ANN401
+    """Return a column of lists, none of them null, as ``[num_rows, num_layers, top_k]``."""
+    flat = column.flatten().flatten().to_numpy(zero_copy_only=False)
+    array: npt.NDArray[Any] = flat.reshape(len(column), len(model.layers), model.top_k)
+    return array
