@@ -247,7 +247,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(files, capsys, damage):
 def test_experts_that_the_model_does_not_have_are_refused(tmp_path):
     trace = dataclasses.replace(TRACES[0], num_experts=5)
     (tmp_path / "a.npz").write_bytes(formats.dump_npz([trace]))
-    with pytest.raises(FormatError, match=r"a.npz: no file of routes: expert ids must be 0 to 4"):
+    with pytest.raises(FormatError, match=r"a.npz: no file of routes: .*expert ids must be 0 to 4"):
         rows_of(tmp_path / "a.npz")
 
 

@@ -39,15 +39,14 @@ class CoActivation:
     def add(self, rows: Rows) -> None:
         """Count rows."""
         num_experts = self.counts.shape[1]
+        first, second = np.triu_indices(rows.top_k, 1)
         for layer, ids in enumerate(rows.ids_by_layer):
             for start in range(0, rows.num_rows, _CHUNK_ROWS):
                 part = ids[:, start : start + _CHUNK_ROWS].astype(np.int64)
                 once = np.bincount(part.ravel(), minlength=num_experts)
-                codes = [part[i] * num_experts + part[i + 1 :] for i in range(len(part) - 1)]
-                pairs = np.zeros((num_experts, num_experts), np.int64)
-                if codes:
-                    flat = np.concatenate(codes).ravel()
-                    pairs += np.bincount(flat, minlength=num_experts**2).reshape(pairs.shape)
+                codes = part[first] * num_experts + part[second]
+                pairs = np.bincount(codes.ravel(), minlength=num_experts**2)
+                pairs = pairs.reshape(num_experts, num_experts)
                 self.counts[layer] += pairs + pairs.T + np.diag(once)
 
     def __add__(self, other: Self) -> Self:

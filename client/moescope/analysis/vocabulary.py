@@ -40,7 +40,7 @@ class Vocabulary:
         self._tokens = np.empty(0, np.int32)  # ascending, and where each one's counts are
         self._slots = np.empty(0, np.int64)
         # Of what is never touched the system gives no memory.
-        self._counts: Counts = np.zeros((capacity, num_layers, num_experts), np.int64)
+        self._counts: Counts = np.zeros((num_layers, capacity, num_experts), np.int64)
         self.num_rows = 0
 
     @property
@@ -50,7 +50,7 @@ class Vocabulary:
 
     def counts(self, layer: int) -> Counts:
         """Return the selections of a layer, ``[num_tokens, num_experts]``."""
-        result: Counts = self._counts[self._slots, layer]
+        result: Counts = self._counts[layer, self._slots]
         return result
 
     def add(self, rows: Rows) -> None:
@@ -70,15 +70,15 @@ class Vocabulary:
         for layer, every in enumerate(rows.ids_by_layer):
             ids = every if is_all else every[:, is_counted]
             found = np.bincount((ids + offset).ravel(), minlength=len(used) * num_experts)
-            self._counts[used, layer] += found.reshape(len(used), num_experts)
+            self._counts[layer, used] += found.reshape(len(used), num_experts)
 
     def _make_room(self, tokens: npt.NDArray[np.int32]) -> None:
         """Give the lowest token ids of those counted and these a place each."""
-        wanted = np.union1d(self._tokens, tokens)[: len(self._counts)]
+        wanted = np.union1d(self._tokens, tokens)[: self._counts.shape[1]]
         is_new = ~np.isin(wanted, self._tokens)
         stays = np.isin(self._tokens, wanted)
-        self._counts[self._slots[~stays]] = 0
-        free = np.setdiff1d(np.arange(len(self._counts)), self._slots[stays])
+        self._counts[:, self._slots[~stays]] = 0
+        free = np.setdiff1d(np.arange(self._counts.shape[1]), self._slots[stays])
         slots = np.empty(len(wanted), np.int64)
         slots[~is_new] = self._slots[stays]
         slots[is_new] = free[: int(is_new.sum())]
@@ -86,14 +86,14 @@ class Vocabulary:
 
     def __add__(self, other: Self) -> Self:
         """Return both together."""
-        _, num_layers, num_experts = self._counts.shape
+        num_layers, _, num_experts = self._counts.shape
         result = type(self)(num_layers, num_experts, max_bytes=self._max_bytes)
         for one in (self, other):
             result._make_room(one._tokens)
         for one in (self, other):
             shared = np.isin(one._tokens, result._tokens)
             place = np.searchsorted(result._tokens, one._tokens[shared])
-            result._counts[result._slots[place]] += one._counts[one._slots[shared]]
+            result._counts[:, result._slots[place]] += one._counts[:, one._slots[shared]]
         result.num_rows = self.num_rows + other.num_rows
         return result
 

@@ -29,7 +29,7 @@ def titled(height_in: float, title: str, subtitle: str) -> Figure:
 def grid(figure: Figure, num_columns: int, **options: Any) -> Any:  # noqa: ANN401 - matplotlib's
     """Return a grid below the titles."""
     height_in = figure.get_size_inches()[1]
-    places = {"left": 0.065, "right": 0.975, "wspace": 0.25} | options
+    places = {"left": 0.065, "right": 0.965, "wspace": 0.25} | options
     top, bottom = 1 - 1.05 / height_in, 0.6 / height_in
     return figure.add_gridspec(1, num_columns, top=top, bottom=bottom, **places)
 
@@ -63,7 +63,7 @@ def color_bar(
     bar.outline.set_visible(False)
     bar.set_ticks(list(ticks), labels=list(labels))
     bar.ax.tick_params(length=0, labelsize=8)
-    bar.ax.set_title(title, fontsize=9, color=SOFT, loc="left")
+    bar.ax.set_title(title, fontsize=9, color=SOFT, loc="right")
 
 
 def layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
@@ -106,6 +106,11 @@ def by_layer(
         axes.set_xticks(list(layers))
     margin = max(0.03 * (layers[-1] - layers[0]), 0.4)
     axes.set_xlim(layers[0] - margin, layers[-1] + margin)
+
+
+def from_zero(axes: Axes) -> None:
+    """Let the y axis begin at 0, with room above the highest value."""
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
 
 
 def level(axes: Axes, value: float, text: str) -> None:

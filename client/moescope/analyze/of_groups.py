@@ -33,7 +33,7 @@ def phases(subject: Subject) -> Section | None:
         draw.named(left, "normalized entropy")
         draw.legend(left)
         draw.by_layer(right, subject.layers, variation)
-        right.set_ylim(bottom=0)
+        draw.from_zero(right)
         draw.named(right, "total variation distance between the two loads")
     return Section(
         name="phases",
@@ -73,7 +73,7 @@ def positions(subject: Subject) -> Section:
         picture = draw.titled(
             draw.heatmap_height_in(len(subject.layers)), "Load by position", str(subject)
         )
-        cells = draw.grid(picture, 2, width_ratios=(60, 1), wspace=0.04)
+        cells = draw.grid(picture, 2, width_ratios=(60, 1), wspace=0.04, right=0.945)
         axes, bar = picture.add_subplot(cells[0]), picture.add_subplot(cells[1])
         highest = float(np.nanmax(variation)) or 1.0
         title = "total variation distance from the layer's load at all positions"
@@ -175,7 +175,7 @@ def _domains_picture(
         picture = draw.titled(height_in, "Domains", str(subject))
         cells = picture.add_gridspec(
             rows + 1, 3, width_ratios=(30, 30, 1), height_ratios=(*[map_in] * rows, 2.6),
-            left=0.065, right=0.955, top=1 - 1.05 / height_in, bottom=0.6 / height_in,
+            left=0.065, right=0.945, top=1 - 1.05 / height_in, bottom=0.6 / height_in,
             hspace=0.35, wspace=0.14,
         )  # fmt: skip
         highest = max(2.0, float(np.nanmax(over_uniform)))
@@ -189,10 +189,13 @@ def _domains_picture(
         bar = picture.add_subplot(cells[:rows, 2])
         draw.color_bar(axes, bar, "", (0, 1, highest), ("0", "1", f"{highest:.3g}"))
         axes = picture.add_subplot(cells[rows, :2])
-        for place, label in enumerate(labels[: len(draw.COLORS)]):
+        # Of two domains each is as far from the other.
+        num_lines = 1 if len(labels) == 2 else len(draw.COLORS)
+        for place, label in enumerate(labels[:num_lines]):
             draw.by_layer(axes, layers, distances[place], intervals[place],
                           color=draw.COLORS[place], label=label)  # fmt: skip
-        axes.set_ylim(bottom=0)
+        draw.from_zero(axes)
         draw.named(axes, "total variation distance from the load of the other domains")
-        draw.legend(axes, ncols=4)
+        if num_lines > 1:
+            draw.legend(axes, ncols=4)
     return picture

@@ -105,7 +105,7 @@ def coverage(subject: Subject) -> Section:
     num_experts = curves.shape[1]
     x = np.arange(1, num_experts + 1)
     mean = np.nanmean(curves, axis=0)
-    alpha = max(0.15, min(0.6, 6 / len(curves)))
+    alpha = max(0.3, min(0.6, 6 / len(curves)))
     with rc_context(STYLE):
         picture = draw.titled(4.6, "Selections that the busiest experts take", str(subject))
         (axes,) = draw.grid(picture, 1).subplots(squeeze=False)[0]

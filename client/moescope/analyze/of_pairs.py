@@ -101,7 +101,7 @@ def maps(
     with rc_context(STYLE):
         picture = draw.titled(4.9, title, subtitle)
         grid = draw.grid(picture, len(places) + 1, width_ratios=(*[30] * len(places), 1),
-                         wspace=0.16)  # fmt: skip
+                         wspace=0.16, right=0.945)  # fmt: skip
         for column, place in enumerate(places):
             axes = picture.add_subplot(grid[column])
             norm = Normalize(bottom, highest)
@@ -176,7 +176,7 @@ def next_layer(subject: Subject) -> Section | None:
         draw.by_layer(axes, layers[1:], found.marginal_hit_rate, found.marginal_hit_rate_interval,
                       color=SOFT, label="the busiest experts, whatever came before")  # fmt: skip
         draw.level(axes, uniform, f"chance, {uniform:.1%}")
-        axes.set_ylim(0, 1.02)
+        draw.from_zero(axes)
         axes.set_xlabel("layer that is predicted")
         draw.named(axes, "hit rate: share of a token's experts that were predicted; bars: 95% of "
                    "resampled requests")  # fmt: skip

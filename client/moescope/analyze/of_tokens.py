@@ -47,7 +47,7 @@ def vocabulary(subject: Subject) -> Section | None:
         axes = picture.add_subplot(grid[0])
         draw.by_layer(axes, layers, means, color=TOP, label="mean of the token ids")
         draw.by_layer(axes, layers, busiest, color=SOFT, label="the layer's busiest expert")
-        axes.set_ylim(0, 1.02)
+        draw.from_zero(axes)
         draw.named(axes, "share of occurrences that go to one expert")
         draw.legend(axes)
         bars = picture.add_subplot(grid[1])

@@ -18,7 +18,8 @@ body {{ color: {INK}; font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-
 h1 {{ font-size: 1.7em; margin-bottom: 0.2em }}
 h2 {{ font-size: 1.25em; margin: 2.2em 0 0.3em; border-top: 1px solid {GRID}; padding-top: 1em }}
 p {{ max-width: 48em }}
-nav a {{ margin-right: 1em; white-space: nowrap }}
+nav {{ margin-top: 1em }}
+nav a {{ margin-right: 0.8em; white-space: nowrap }}
 img {{ max-width: 100%; height: auto; display: block; margin: 0.8em 0 }}
 table {{ border-collapse: collapse; font-size: 0.85em; font-variant-numeric: tabular-nums }}
 th, td {{ text-align: right; padding: 0.15em 0.8em; border-bottom: 1px solid {GRID};
@@ -45,7 +46,7 @@ def render(
         sections: Its figures.
         pictures: The PNG of each section, by its name.
     """
-    links = "".join(f'<a href="#{one.name}">{_text(one.title)}</a>' for one in sections)
+    links = " ".join(f'<a href="#{one.name}">{_text(one.title)}</a>' for one in sections)
     rows = "".join(
         f'<tr><th class="text">{_text(name)}</th><td class="text">{_text(value)}</td></tr>'
         for name, value in facts.items()
@@ -56,7 +57,7 @@ def render(
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{_text(title)}</title><style>{_CSS}</style></head><body>"
-        f"<h1>{_text(title)}</h1><table>{rows}</table><p><nav>{links}</nav></p>{body}"
+        f"<h1>{_text(title)}</h1><table>{rows}</table><nav>{links}</nav>{body}"
         f'<p class="soft">moescope {__version__}</p></body></html>\n'
     )
 
