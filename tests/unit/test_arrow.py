@@ -8,6 +8,8 @@ from client_fakes import make_trace, same
 from pyarrow import parquet
 
 from moescope import FormatError, Source, arrow, version_runs
+from moescope.analysis import Rows
+from moescope.analyze import inputs
 
 CASES = [
     {},
@@ -148,3 +150,39 @@ def test_a_table_that_is_none_of_ours_is_refused():
     ):
         with pytest.raises(FormatError, match="not a table of traces"):
             arrow.from_table(other)
+
+
+@pytest.mark.parametrize("batch_rows", [2**16, 7])
+@pytest.mark.parametrize("weights", [True, False])
+def test_analyze_reads_parquet_some_rows_at_a_time(tmp_path, monkeypatch, batch_rows, weights):
+    monkeypatch.setattr("moescope.analyze.batches.Model.batch_rows", batch_rows)
+    traces = [
+        make_trace(request_id=f"r{number}", missing=0.3, num_rows=25, weights=weights)
+        for number in range(3)
+    ]
+    traces[1] = traces[1].page(5, 12)
+    traces[2] = dataclasses.replace(traces[2], token_ids=None)
+    (tmp_path / "a.parquet").write_bytes(arrow.dump_parquet(traces))
+    batches = list(inputs.read(*inputs.find([str(tmp_path / "a.parquet")])))
+    rows = Rows.joined([batch.rows for batch in batches])
+    expected = Rows.joined([Rows.of(trace) for trace in traces])
+    for name in ("topk_ids", "token_ids", "positions", "phases", "requests"):
+        assert getattr(rows, name).tolist() == getattr(expected, name).tolist(), name
+    if weights:
+        assert (rows.topk_weights == expected.topk_weights).all()
+    assert (rows.topk_weights is None) is not weights
+    assert sum(batch.num_missing for batch in batches) == sum(
+        int((~trace.present).sum()) for trace in traces
+    )
+    assert batches[-1].model.layers == tuple(traces[0].layers.tolist())
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:200], lambda data: data[: len(data) // 2]])
+def test_analyze_names_a_parquet_file_that_is_broken(tmp_path, damage):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(damage(arrow.dump_parquet([make_trace()])))
+    with pytest.raises(FormatError, match=r"a.parquet: no file of routes"):
+        list(inputs.read(*inputs.find([str(path)])))
+    parquet.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(FormatError, match=r"a.parquet: no file of routes: KeyError\(b'moescope'\)"):
+        list(inputs.read(*inputs.find([str(path)])))
