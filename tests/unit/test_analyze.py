@@ -225,6 +225,11 @@ def test_an_earlier_analysis_is_kept_unless_forced(files, capsys):
     assert not (out / "domains.csv").exists()
 
 
+def test_a_directory_that_cannot_be_made_is_said_before_the_work(files, capsys):
+    assert run_command(files / "half-1.npz", "-o", files / "all.npz") == 1
+    assert "all.npz is not a directory" in capsys.readouterr().err
+
+
 def cut(data):
     return data[: len(data) // 2]
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
 
 from moescope import analysis
 from moescope._style import STYLE, TOP
@@ -165,7 +166,7 @@ def _domains_picture(
     over_uniform: npt.NDArray[Any],
     distances: npt.NDArray[Any],
     intervals: npt.NDArray[Any],
-) -> Any:  # noqa: ANN401 - a figure
+) -> Figure:
     labels, layers = subject.profile.labels, subject.layers
     shown = min(len(labels), _MAX_MAPS)
     map_in = min(max(0.9 + 0.2 * len(layers), 2.0), 8.0)

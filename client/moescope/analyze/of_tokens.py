@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from moescope import analysis
 from moescope._style import BAR, SOFT, STYLE, TOP
@@ -41,18 +43,7 @@ def vocabulary(subject: Subject) -> Section | None:
         for layer, some in found.items()
         for one in some
     ]  # fmt: skip
-    with rc_context(STYLE):
-        picture = draw.titled(5.6, "Vocabulary specialization", str(subject))
-        grid = draw.grid(picture, 2, width_ratios=(1.3, 1), wspace=0.34)
-        axes = picture.add_subplot(grid[0])
-        draw.by_layer(axes, layers, means, color=TOP, label="mean of the token ids")
-        draw.by_layer(axes, layers, busiest, color=SOFT, label="the layer's busiest expert")
-        draw.from_zero(axes)
-        draw.named(axes, "share of occurrences that go to one expert")
-        draw.legend(axes)
-        bars = picture.add_subplot(grid[1])
-        _token_bars(bars, found[highest], subject)
-        draw.named(bars, f"layer {highest}, the highest mean: its most specialized tokens")
+    header = ("layer", "token_id", "text", "expert", "share", "occurrences")
     return Section(
         name="vocabulary",
         title="Vocabulary specialization",
@@ -60,8 +51,8 @@ def vocabulary(subject: Subject) -> Section | None:
         "every occurrence. The gray line is what an id would have whose occurrences go where all "
         "tokens go. Ids that occur fewer than 10 times are left out, and many of those that occur "
         f"little more often look specialized by chance.{note}",
-        picture=picture,
-        header=("layer", "token_id", "text", "expert", "share", "occurrences"),
+        picture=_vocabulary_picture(subject, means, busiest, highest, found[highest]),
+        header=header,
         lines=lines,
         numbers={
             "layers": layers,
@@ -70,12 +61,32 @@ def vocabulary(subject: Subject) -> Section | None:
             "token_ids": len(tokens),
             "tokens_left_out": left_out,
             "most_specialized": [
-                dict(zip(("layer", "token_id", "text", "expert", "share", "occurrences"), line,
-                         strict=True))
-                for line in lines if line[0] == highest
+                dict(zip(header, line, strict=True)) for line in lines if line[0] == highest
             ],
         },
     )  # fmt: skip
+
+
+def _vocabulary_picture(
+    subject: Subject,
+    means: npt.NDArray[Any],
+    busiest: npt.NDArray[Any],
+    layer: int,
+    found: list[analysis.SpecializedToken],
+) -> Figure:
+    with rc_context(STYLE):
+        picture = draw.titled(5.6, "Vocabulary specialization", str(subject))
+        grid = draw.grid(picture, 2, width_ratios=(1.3, 1), wspace=0.34)
+        axes = picture.add_subplot(grid[0])
+        draw.by_layer(axes, subject.layers, means, color=TOP, label="mean of the token ids")
+        draw.by_layer(axes, subject.layers, busiest, color=SOFT, label="the layer's busiest expert")
+        draw.from_zero(axes)
+        draw.named(axes, "share of occurrences that go to one expert")
+        draw.legend(axes)
+        bars = picture.add_subplot(grid[1])
+        _token_bars(bars, found, subject)
+        draw.named(bars, f"layer {layer}, the highest mean: its most specialized tokens")
+    return picture
 
 
 def _token_bars(axes: Axes, found: list[analysis.SpecializedToken], subject: Subject) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from moescope._style import GRID, INK, SOFT
 from moescope._version import __version__
 from moescope.analyze.section import Section
+from moescope.received import escaped
 
 _MAX_LINES = 40
 _CSS = f"""
@@ -88,4 +89,4 @@ def _cell(value: Any) -> str:  # noqa: ANN401
 
 
 def _text(value: str) -> str:
-    return html.escape(value)
+    return html.escape(escaped(value))

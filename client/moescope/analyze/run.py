@@ -22,6 +22,7 @@ from moescope.analyze.batches import Batch, Model, gathered
 from moescope.analyze.inputs import Input
 from moescope.analyze.section import NAMES, Section, Subject
 from moescope.errors import CommandError
+from moescope.run_dir import RunDir
 
 _MAKERS: Sequence[Callable[[Subject], Section | None]] = (
     *(of_load.load, of_load.balance, of_load.coverage),
@@ -56,8 +57,7 @@ def check(out: Path, *, force: bool) -> None:
         raise CommandError(
             f"{out} holds an earlier analysis: --force replaces it, or choose another --out"
         )
-    if out.exists():
-        files.check_writable(out / "analysis.json")
+    RunDir(out).check()
 
 
 def analyze(found: Sequence[Input], out: Path, options: Options, console: Console) -> list[Path]:
