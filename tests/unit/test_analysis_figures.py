@@ -270,7 +270,8 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("vocabulary_bytes", [2**20, 3 * NUM_LAYERS * NUM_EXPERTS * 8])
 def test_a_stream_split_anywhere_and_merged_in_any_order_is_the_whole(vocabulary_bytes):
-    whole = profile_of(TRACES, vocabulary_bytes=vocabulary_bytes)
+    whole = Profile(NUM_LAYERS, NUM_EXPERTS, TOP_K, vocabulary_bytes=vocabulary_bytes)
+    whole.add(Rows.joined([Rows.of(trace) for trace in TRACES]))
     if vocabulary_bytes < 2**20:  # room for three token ids: the lowest
         assert whole.vocabulary.tokens.tolist() == [0, 1, 2]
         assert whole.vocabulary.num_rows == len(TOKENS)

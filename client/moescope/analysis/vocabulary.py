@@ -15,6 +15,7 @@ Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 MAX_BYTES = 256 * 2**20
 """Bytes that the counts of a `Vocabulary` take at most, where nothing else is said."""
+_MAX_TOKENS = 2**18  # more than vocabularies have
 MIN_OCCURRENCES = 10
 """A token id that occurs less often tells little of where it goes. OLMoE lists those of 10 too."""
 
@@ -35,7 +36,8 @@ class Vocabulary:
     """
 
     def __init__(self, num_layers: int, num_experts: int, *, max_bytes: int = MAX_BYTES) -> None:
-        capacity = max(1, max_bytes // max(1, num_layers * num_experts * 8))
+        fitting = max_bytes // max(1, num_layers * num_experts * 8)
+        capacity = min(max(1, fitting), _MAX_TOKENS)
         self._max_bytes = max_bytes
         self._tokens = np.empty(0, np.int32)  # ascending, and where each one's counts are
         self._slots = np.empty(0, np.int64)
@@ -74,11 +76,16 @@ class Vocabulary:
 
     def _make_room(self, tokens: npt.NDArray[np.int32]) -> None:
         """Give the lowest token ids of those counted and these a place each."""
-        wanted = np.union1d(self._tokens, tokens)[: self._counts.shape[1]]
+        capacity = self._counts.shape[1]
+        wanted = np.union1d(self._tokens, tokens)[:capacity]
+        if np.array_equal(wanted, self._tokens):
+            return
         is_new = ~np.isin(wanted, self._tokens)
         stays = np.isin(self._tokens, wanted)
         self._counts[:, self._slots[~stays]] = 0
-        free = np.setdiff1d(np.arange(self._counts.shape[1]), self._slots[stays])
+        is_free = np.ones(capacity, np.bool_)
+        is_free[self._slots[stays]] = False
+        free = np.flatnonzero(is_free)
         slots = np.empty(len(wanted), np.int64)
         slots[~is_new] = self._slots[stays]
         slots[is_new] = free[: int(is_new.sum())]
