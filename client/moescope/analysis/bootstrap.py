@@ -21,6 +21,7 @@ from moescope.analysis.rows import Rows
 
 Floats = npt.NDArray[np.float64]
 NUM_REPLICATES = 200
+_PRODUCT_CELLS = 2**21
 
 
 def request_weights(
@@ -81,14 +82,22 @@ class LoadReplicates:
 
     def add(self, rows: Rows) -> None:
         """Count rows."""
-        num_replicates, _, num_experts = self.counts.shape
+        num_replicates, num_layers, num_experts = self.counts.shape
         requests, places = rows.request_places
         weights = request_weights(requests, num_replicates, self._seed)
         offset = places * num_experts
-        for layer, ids in enumerate(rows.ids_by_layer):
-            found = np.bincount((ids + offset).ravel(), minlength=len(requests) * num_experts)
-            selections = found.reshape(len(requests), num_experts).astype(np.float32)
-            self.counts[:, layer] += weights.T @ selections
+        # Products of many layers at once: BLAS's threads are slow to begin.
+        step = max(1, _PRODUCT_CELLS // max(1, len(requests) * num_experts))
+        for start in range(0, num_layers, step):
+            some = rows.ids_by_layer[start : start + step]
+            found = [
+                np.bincount((ids + offset).ravel(), minlength=len(requests) * num_experts)
+                for ids in some
+            ]
+            cells = np.array(found, np.float32).reshape(len(some), len(requests), num_experts)
+            flat = cells.transpose(1, 0, 2).reshape(len(requests), -1)
+            product = (weights.T @ flat).reshape(num_replicates, len(some), num_experts)
+            self.counts[:, start : start + step] += product
 
     def __add__(self, other: Self) -> Self:
         """Return both together."""
