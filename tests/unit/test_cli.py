@@ -45,7 +45,12 @@ WORDS = {
     "--limit": {"bench", "demo", "prompts", "verify"},
 }
 """Options that mean the same everywhere, and the commands that have them."""
-ALIASES = {("bench", "--max-concurrency"), ("bench", "--num-prompts"), ("verify", "--url")}
+ALIASES = {
+    ("analyze", "-o"),
+    ("bench", "--max-concurrency"),
+    ("bench", "--num-prompts"),
+    ("verify", "--url"),
+}
 
 
 def test_one_word_has_one_meaning():
