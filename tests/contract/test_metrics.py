@@ -250,7 +250,7 @@ def test_openapi_lists_every_endpoint(deployment):
     one = paths["/routes/{request_id}"]["get"]
     assert {p["name"] for p in one["parameters"]} == {
         "request_id", "format", "layers", "index", "weights", "wait_s", "start", "limit", "dtype",
-        "fill", "weights_version", "max_staleness",
+        "fill", "weights_version", "max_staleness", "tokens",
     }  # fmt: skip
     assert one["responses"].keys() >= {"200", "202", "404", "409", "410", "422", "501", "503"}
     assert len(one["responses"]["200"]["content"]) == 6
