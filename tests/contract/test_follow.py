@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import socket
-from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -18,6 +17,7 @@ from vllm.v1.engine import FinishReason
 import moescope
 from moescope import Client, RouteTrace, errors
 from moescope_service.api import follow, sharing
+from moescope_service.api.streaming import Readers, Streamed
 from tests.waiting import DEADLINE_S, wait_until
 
 from .deployment import Deployment
@@ -352,14 +352,14 @@ def test_the_collector_is_not_asked_before_the_line_is_taken(monkeypatch):
             yield b"a line\n"
 
     async def main():
-        followers, messages = follow.Followers(), iter(range(2))
+        followers, messages = Readers(1, "read"), iter(range(2))
         followers.enter()
 
         async def send(_):
             if next(messages, None) is None:  # the head and the line were taken in
                 await asyncio.Event().wait()
 
-        response = follow._Followed(SimpleNamespace(lines=lines), followers)
+        response = Streamed(lines(), follow.MEDIA_TYPE, on_end=followers.leave)
         scope = {"type": "http"}
         await asyncio.wait_for(response(scope, asyncio.Event().wait, send), DEADLINE_S)
         return followers.count

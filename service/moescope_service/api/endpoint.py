@@ -20,7 +20,7 @@ from moescope_service.parsers import shown
 
 MAX_BODY_BYTES = 2**20
 """Of a request: 1,024 ids of 512 characters fit in."""
-OPEN_PATHS = frozenset({"/metrics"})
+OPEN_PATHS = frozenset({"/metrics", "/moescope", "/moescope/page/{name}"})
 """Endpoints of ours that are no `MoescopeRoute`: anyone may ask them, and from any page."""
 
 _MAX_ERRORS, _MAX_PLACE_CHARS = 5, 80

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
 from moescope import formats
 from moescope.trace import RouteTrace
@@ -34,7 +33,7 @@ from moescope_service.api.dependencies import (
 from moescope_service.api.endpoint import MoescopeRoute
 from moescope_service.api.found import RequestId, first_known, raise_unless_found
 from moescope_service.api.responses import error_response
-from moescope_service.api.sharing import busy, disconnect, patient, pieces
+from moescope_service.api.streaming import Readers, Streamed
 from moescope_service.errors import CollectorGoneError
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.ids import meant_ids, short_id
@@ -54,33 +53,12 @@ MEDIA_TYPE = "application/x-ndjson"
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
 
-class Followers:
-    """Counts the clients that follow a request. For the app's event loop."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def enter(self) -> None:
-        """Let one more in.
-
-        Raises:
-            HTTPException: 503, there are `MAX_FOLLOWERS`.
-        """
-        if self.count >= MAX_FOLLOWERS:
-            raise busy(f"{MAX_FOLLOWERS} clients follow requests already")
-        self.count += 1
-
-    def leave(self) -> None:
-        """Take in that one is gone."""
-        self.count -= 1
+def _followers_of(request: Request) -> Readers:
+    readers: Readers = request.app.state.moescope_followers
+    return readers
 
 
-def _followers_of(request: Request) -> Followers:
-    followers: Followers = request.app.state.moescope_followers
-    return followers
-
-
-FollowersDep = Annotated[Followers, Depends(_followers_of)]
+FollowersDep = Annotated[Readers, Depends(_followers_of)]
 
 
 @router.get(
@@ -125,7 +103,7 @@ async def follow(
     except BaseException:
         followers.leave()
         raise
-    return _Followed(lines, followers)
+    return Streamed(lines.lines(), MEDIA_TYPE, on_end=followers.leave)
 
 
 class _Lines:
@@ -240,33 +218,3 @@ class _Lines:
 
 def _line(request_id: str, traces: list[RouteTrace], marks: dict[str, Any]) -> bytes:
     return formats.dump_json(request_id, traces, **marks) + b"\n"
-
-
-class _Followed(StreamingResponse):
-    """Sends lines until they end or the client leaves; one that does not take them is cut off."""
-
-    def __init__(self, lines: _Lines, followers: Followers) -> None:
-        self._lines, self._followers = lines.lines(), followers
-        super().__init__(self._lines, media_type=MEDIA_TYPE)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them; see the ASGI specification."""
-        gone = asyncio.create_task(disconnect(Request(scope, receive)))
-        try:
-            async with patient(send) as send_in_time:
-                await self._send_all(send_in_time, gone)
-        finally:
-            gone.cancel()
-            self._followers.leave()
-
-    async def _send_all(self, send: Send, gone: asyncio.Task[None]) -> None:
-        start = {"status": self.status_code, "headers": self.raw_headers}
-        await send({"type": "http.response.start", **start})
-        async for line in self._lines:
-            if gone.done():
-                return
-            for piece in pieces(line):
-                await send(piece)
-            # The server waits with this one until the client has taken those before.
-            await send({"type": "http.response.body", "body": b"", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

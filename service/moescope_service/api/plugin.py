@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import FastAPI
 
 from moescope_service import runtime
-from moescope_service.api import batch, experts, follow, metrics, routes, weights
+from moescope_service.api import batch, experts, follow, metrics, page, routes, watch, weights
 from moescope_service.api.auth import Keys
 from moescope_service.api.browsers import Browsers
-from moescope_service.api.follow import Followers
 from moescope_service.api.request_scope import RequestScopeMiddleware
 from moescope_service.api.sharing import SharedResponses
+from moescope_service.api.streaming import Readers
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.frontend.registration import Registration
 from moescope_service.settings import Settings, is_enabled
@@ -42,10 +42,12 @@ class MoescopeEndpoints:
             return
         app.state.moescope_settings = Settings.from_env()
         app.state.moescope_responses = SharedResponses()
-        app.state.moescope_followers = Followers()
+        app.state.moescope_followers = Readers(follow.MAX_FOLLOWERS, "follow requests")
+        app.state.moescope_watch = watch.Watch()
         # An id may be any path: routes' own come last.
-        for module in (weights, follow, routes, batch, experts):
+        for module in (weights, follow, routes, batch, experts, watch):
             app.include_router(module.router, responses=_REFUSED)
+        app.include_router(page.router)
         replace_route(app, "/metrics")
         app.include_router(metrics.router)
         app.add_middleware(RequestScopeMiddleware)

@@ -1,0 +1,65 @@
+// Does work again and again while a view is seen: not behind other views, nor in a hidden tab.
+
+const RETRY_MS = 2000;
+
+/** Runs `work(signal)` while started and visible; after an error it is tried again.
+ *
+ * `work` is called anew `everyMs` after it ended. `report` is told the error, or null.
+ */
+export class Polling {
+  #work;
+  #everyMs;
+  #report;
+  #isOn = false;
+  #abort = null;
+
+  constructor(work, everyMs, report) {
+    this.#work = work;
+    this.#everyMs = everyMs;
+    this.#report = report;
+    document.addEventListener("visibilitychange", () => this.#turn());
+  }
+
+  start() {
+    this.#isOn = true;
+    this.#turn();
+  }
+
+  stop() {
+    this.#isOn = false;
+    this.#turn();
+  }
+
+  /** Begin anew at once, if it runs. */
+  restart() {
+    this.#abort?.abort();
+    this.#abort = null;
+    this.#turn();
+  }
+
+  #turn() {
+    const runs = this.#isOn && !document.hidden;
+    if (runs && this.#abort === null) {
+      this.#abort = new AbortController();
+      this.#run(this.#abort.signal);
+    } else if (!runs && this.#abort !== null) {
+      this.#abort.abort();
+      this.#abort = null;
+    }
+  }
+
+  async #run(signal) {
+    while (!signal.aborted) {
+      let waitMs = this.#everyMs;
+      try {
+        await this.#work(signal);
+        if (!signal.aborted) this.#report(null);
+      } catch (error) {
+        if (signal.aborted) return;
+        this.#report(error);
+        waitMs = RETRY_MS;
+      }
+      await new Promise((resolve) => setTimeout(resolve, waitMs));
+    }
+  }
+}
