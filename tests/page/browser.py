@@ -86,6 +86,10 @@ class Page:
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key)
 
+    def close(self) -> None:
+        """Close the tab."""
+        self.call("Page.close")
+
     def look(self, width: int, height: int, scheme: str) -> None:
         """Be a screen of a size, light or dark."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}

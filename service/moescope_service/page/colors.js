@@ -27,8 +27,8 @@ const mix = (from, to, share) => from.map((value, i) => Math.round(value + (to[i
 export function diverging(value) {
   const { low, middle, high, none } = theme();
   if (Number.isNaN(value)) return none;
-  // The square root makes small differences seen.
-  return mix(middle, value < 0 ? low : high, Math.sqrt(Math.min(Math.abs(value), 1)));
+  // Small differences are to be seen, too.
+  return mix(middle, value < 0 ? low : high, Math.min(Math.abs(value), 1) ** 0.75);
 }
 
 /** Return the color of 0 (least) to 1 (most); gray of what is no number. */

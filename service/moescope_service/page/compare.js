@@ -4,7 +4,7 @@ import { onTheme, sequential, theme } from "./colors.js";
 import { element, labeled, option, setText } from "./dom.js";
 import { count, percent } from "./numbers.js";
 import { link } from "./requests.js";
-import { Shading, swatch } from "./shading.js";
+import { marksLegend, Shading, swatch } from "./shading.js";
 import { hatched, Strip } from "./strip.js";
 import { onToken, tokenElement, visible } from "./tokens.js";
 
@@ -13,11 +13,12 @@ export class Compare {
   #position = 0;
   #parts = {
     ids: element("datalist", { id: "recent-ids" }),
-    first: element("input", { spellcheck: false, autocomplete: "off" }),
-    second: element("input", { spellcheck: false, autocomplete: "off" }),
-    layer: element("select", {}),
+    first: element("input", { name: "first", spellcheck: false, autocomplete: "off" }),
+    second: element("input", { name: "second", spellcheck: false, autocomplete: "off" }),
+    layer: element("select", { name: "layer" }),
     summary: element("p", { className: "facts", role: "status" }),
     pairs: element("div", { className: "tokens pairs", role: "group", aria: { label: "Token pairs" } }),
+    experts: element("ul", { className: "legend" }),
     told: element("p", { className: "told", role: "status" }),
     shown: element("div", { hidden: true }),
   };
@@ -39,7 +40,8 @@ export class Compare {
     });
     const shares = [0, 0.25, 0.5, 0.75, 1];
     this.#parts.legend = element("ul", { className: "legend" });
-    shown.append(element("div", { className: "controls" }, labeled("Layer", layer)), pairs, told,
+    shown.append(element("div", { className: "controls" }, labeled("Layer", layer)), pairs,
+      this.#parts.experts, told,
       element("h3", { textContent: "Share of experts that both have: layers (down) by tokens (across)" }),
       this.#strip.element, this.#parts.legend);
     section.append(form, ids, summary, shown);
@@ -92,10 +94,11 @@ export class Compare {
   #draw() {
     if (!this.#traces) return;
     const layerAt = Number(this.#parts.layer.value);
-    const shadings = this.#traces.map((one) => new Shading(one, "expert"));
+    const shading = new Shading(this.#traces, "expert");
     const length = Math.max(...this.#traces.map((one) => one.numShown));
     this.#parts.pairs.replaceChildren(...Array.from({ length }, (_, position) =>
-      this.#pair(position, layerAt, shadings)));
+      this.#pair(position, layerAt, shading)));
+    this.#parts.experts.replaceChildren(...shading.legend(layerAt), ...marksLegend());
     this.#strip.draw(this.#numCommon, this.#traces[0].layers.length, (position, at) => {
       const share = this.#shared(position, at);
       return Number.isNaN(share) ? hatched(position, at, theme()) : sequential(1 - share);
@@ -105,14 +108,15 @@ export class Compare {
     this.#choose(this.#position);
   }
 
-  #pair(position, layerAt, shadings) {
+  #pair(position, layerAt, shading) {
     const [a, b] = this.#traces;
     const share = this.#shared(position, layerAt);
     const isBoth = position < a.numShown && position < b.numShown;
     const sameToken = isBoth && a.tokenAt(position) === b.tokenAt(position);
-    const both = this.#traces.map((trace, i) => (position < trace.numShown
-      ? tokenElement(trace, position, layerAt, shadings[i])
-      : element("span", { className: "token absent", textContent: " " })));
+    const both = this.#traces.map((trace) => (position < trace.numShown
+      ? tokenElement(trace, position, layerAt, shading)
+      : element("span", { className: "token absent" }, element("bdi", { textContent: "∅" }),
+        element("small", { textContent: "–" }))));
     const marks = [sameToken || !isBoth ? "" : "token", share < 1 ? "experts" : ""].filter(Boolean);
     const mark = element("small", { className: "differs", textContent: marks.length ? "≠" : "" });
     if (marks.length) mark.title = `other ${marks.join(" and ")}`;

@@ -13,7 +13,7 @@ const MAX_LOG2 = 3;
 const STEPS = { "≤ ⅛": -3, "¼": -2, "½": -1, "mean": 0, "2×": 1, "4×": 2, "≥ 8×": 3 };
 const BARS = {
   entropy: ["Entropy", (value) => value, 2],
-  maxViolation: ["MaxVio", (value, most) => value / most, 2],
+  maxViolation: ["MaxVio", (value, most) => value / most, 1],
   active: ["Active", (value, most) => value / most, 0],
 };
 

@@ -14,9 +14,9 @@ export class RequestView {
   #trace;
   #position = 0;
   #parts = {
-    choice: element("select", {}),
-    layer: element("select", {}),
-    mode: element("select", {}, ...Object.entries(MODES).map(([value, text]) => option(value, text))),
+    choice: element("select", { name: "choice" }),
+    layer: element("select", { name: "layer" }),
+    mode: element("select", { name: "mode" }, ...Object.entries(MODES).map(([value, text]) => option(value, text))),
     facts: element("p", { className: "facts" }),
     tokens: element("div", { className: "tokens", role: "group", aria: { label: "Tokens" } }),
     legend: element("ul", { className: "legend" }),
@@ -82,7 +82,7 @@ export class RequestView {
     const trace = this.#trace;
     if (!trace) return;
     const { tokens, legend, facts, more, mode } = this.#parts;
-    const shading = new Shading(trace, mode.value);
+    const shading = new Shading([trace], mode.value);
     const shown = Array.from({ length: trace.numShown }, (_, position) =>
       tokenElement(trace, position, this.#layerAt, shading));
     tokens.replaceChildren(...shown);
@@ -90,7 +90,7 @@ export class RequestView {
     more.hidden = !trace.hasMore;
     facts.replaceChildren(...factsOf(trace));
     this.#strip.draw(trace.numRows, trace.layers.length, (position, layerAt) =>
-      shading.color(position, layerAt) ?? hatched(position, layerAt, theme()));
+      shading.color(trace, position, layerAt) ?? hatched(position, layerAt, theme()));
     this.#strip.canvas.setAttribute("aria-label", `Strip of ${trace.layers.length} layers and `
       + `${trace.numRows} tokens by ${MODES[mode.value]}; move with the arrow keys`);
     this.#choose(this.#position);

@@ -11,17 +11,18 @@ export const MODES = {
 };
 
 export class Shading {
-  #trace;
+  #traces;
   #ranked = new Map();
 
-  constructor(trace, mode) {
-    this.#trace = trace;
+  /** Traces that are shown together have the same colors. */
+  constructor(traces, mode) {
+    this.#traces = traces;
     this.mode = mode;
   }
 
-  /** The color of a token in a layer; null where it has no row. */
-  color(position, layerAt) {
-    const row = this.#trace.at(position, layerAt);
+  /** The color of a trace's token in a layer; null where it has no row. */
+  color(trace, position, layerAt) {
+    const row = trace.at(position, layerAt);
     if (row === null) return null;
     if (this.mode !== "expert") return sequential(row[this.mode]);
     return kind(this.#ranks(layerAt).get(row.expert));
@@ -29,10 +30,22 @@ export class Shading {
 
   #ranks(layerAt) {
     if (!this.#ranked.has(layerAt)) {
-      const experts = this.#trace.topExperts(layerAt).map(([expert], rank) => [expert, rank]);
+      const experts = this.#topExperts(layerAt).map(([expert], rank) => [expert, rank]);
       this.#ranked.set(layerAt, new Map(experts));
     }
     return this.#ranked.get(layerAt);
+  }
+
+  /** Rank the top experts of a layer: [expert, tokens], the most frequent first. */
+  #topExperts(layerAt) {
+    const counted = new Map();
+    for (const trace of this.#traces) {
+      for (let position = 0; position < trace.numRows; position += 1) {
+        const expert = trace.at(position, layerAt)?.expert;
+        if (expert !== undefined) counted.set(expert, (counted.get(expert) ?? 0) + 1);
+      }
+    }
+    return [...counted].sort(([a, x], [b, y]) => y - x || a - b);
   }
 
   /** Elements that say what the colors of a layer mean. */
@@ -40,7 +53,7 @@ export class Shading {
     if (this.mode !== "expert") {
       return [0, 0.25, 0.5, 0.75, 1].map((value) => swatch(sequential(value), String(value)));
     }
-    const top = this.#trace.topExperts(layerAt);
+    const top = this.#topExperts(layerAt);
     const shown = top.slice(0, NUM_KINDS).map(([expert, tokens], rank) =>
       swatch(kind(rank), `expert ${expert} (${count(tokens)})`));
     const rest = top.slice(NUM_KINDS);

@@ -9,7 +9,7 @@ export const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "
 /** The element of one token: its text, and under it the top expert of the layer. */
 export function tokenElement(trace, position, layerAt, shading) {
   const row = trace.at(position, layerAt);
-  const color = shading.color(position, layerAt);
+  const color = shading.color(trace, position, layerAt);
   const data = { position, source: trace.sourceAt(position) };
   if (row) Object.assign(data, { expert: row.expert, weight: row.weight });
   const style = color ? { "background-color": css(color), color: textOn(color) } : {};

@@ -83,14 +83,4 @@ export class Trace {
       entropy: weights ? weightsEntropy(weights) : NaN,
     };
   }
-
-  /** Rank the top experts of a layer: [expert, tokens], the most frequent first. */
-  topExperts(layerAt) {
-    const counted = new Map();
-    for (let position = 0; position < this.numRows; position += 1) {
-      const expert = this.at(position, layerAt)?.expert;
-      if (expert !== undefined) counted.set(expert, (counted.get(expert) ?? 0) + 1);
-    }
-    return [...counted].sort(([a, x], [b, y]) => y - x || a - b);
-  }
 }
