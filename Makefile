@@ -73,7 +73,7 @@ test-kernels: $(VENV)/.test ## GPU kernels, interpreted where there is no GPU; r
 	$(BIN)/python -m pytest tests/kernels tests/gpu
 
 test-e2e: $(VENV)/.test ## Real vLLM servers on the CPU: behavior, dashboards, the documents' code
-	$(BIN)/python -m pytest tests/e2e tests/dashboards tests/docs/test_code.py \
+	$(BIN)/python -m pytest tests/e2e tests/page tests/dashboards tests/docs/test_code.py \
 		tests/docs/test_examples.py
 
 test-fidelity: $(VENV)/.test ## Every row against HF transformers: schemes, situations, ranks

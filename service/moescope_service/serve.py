@@ -186,7 +186,20 @@ def _serve(args: argparse.Namespace) -> None:
     command: Any = ServeSubcommand()
     command.validate(args)
     plugin.register()
+    if not args.uds:
+        print(f"moescope: once it serves, look at {_page(args)}", flush=True)
     command.cmd(args)
+
+
+def _page(args: argparse.Namespace) -> str:
+    """Return the address of the page."""
+    host = args.host or "localhost"
+    if host in {"0.0.0.0", "::"}:  # noqa: S104
+        host = "localhost"
+    if ":" in host:
+        host = f"[{host}]"
+    scheme = "https" if args.ssl_certfile else "http"
+    return f"{scheme}://{host}:{args.port}{args.root_path or ''}/moescope"
 
 
 def _one_line(error: Exception) -> str:

@@ -52,7 +52,8 @@ def test_it_holds_code_tests_and_documents_and_no_results(tree: Path) -> None:
         written = {
             str(path.relative_to(ROOT))
             for path in (ROOT / directory).rglob("*")
-            if path.suffix in {".py", ".md", ".in", ".txt", ".json"} and ".venv" not in path.parts
+            if path.suffix in {".py", ".md", ".in", ".txt", ".json", ".html", ".css", ".js"}
+            and ".venv" not in path.parts
         }
         lacking = {name for name in written - names if not name.startswith(RESULTS)}
         assert not lacking, lacking

@@ -32,6 +32,9 @@ def test_data_is_inside(wheel: zipfile.ZipFile) -> None:
         f"{checkpoint}/config.json",
         f"{checkpoint}/model.safetensors",
         f"{checkpoint}/tokenizer.json",
+        "moescope_service/page/index.html",
+        "moescope_service/page/style.css",
+        "moescope_service/page/app.js",
     } <= names
     assert wheel.getinfo(f"{checkpoint}/model.safetensors").file_size <= 8_000_000
 

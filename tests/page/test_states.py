@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from tests.contract.deployment import Deployment, serving, start_collector
 from moescope_service.runtime import collector_address
+from tests.contract.deployment import Deployment, start_collector
 
 STATE = "document.querySelector('#status').dataset.state"
 TOTAL = "document.querySelector('#heatmap').dataset.total"

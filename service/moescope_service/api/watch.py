@@ -34,8 +34,8 @@ EVENT_S = 1.0
 MAX_VIEWERS = 64
 """Of one API server."""
 _ZLIB_LEVEL = 1
-"""ISA-L's: 94 layers x 512 experts x 2 phases take 1.2 ms and 190 kB at 2,000 tokens a second, top-8;
-as JSON they are 300 kB."""
+"""ISA-L's: 94 layers x 512 experts x 2 phases take 1.2 ms and 190 kB at 2,000 tokens a second of
+top-8; as JSON they are 300 kB."""
 MEDIA_TYPE = "text/event-stream"
 
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])

@@ -5,7 +5,7 @@ const clock = new Intl.DateTimeFormat("en", { timeStyle: "medium", hourCycle: "h
 
 export const count = (value) => whole.format(value);
 export const fixed = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
-export const percent = (share) => `${(100 * share).toFixed(share === 1 ? 0 : 1)}%`;
+export const percent = (share) => `${(100 * share).toFixed(share === 0 || share === 1 ? 0 : 1)}%`;
 export const time = (seconds) => clock.format(1000 * seconds);
 
 /** Return a span of time in words, such as "1 min 20 s". */
