@@ -35,6 +35,7 @@ class Page:
         """Where its requests went."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # other tabs are open
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a command and return its result."""

@@ -2,7 +2,7 @@
 
 import { onTheme, sequential, theme } from "./colors.js";
 import { element, labeled, option, setText } from "./dom.js";
-import { count, percent } from "./numbers.js";
+import { count } from "./numbers.js";
 import { link } from "./requests.js";
 import { marksLegend, Shading, swatch } from "./shading.js";
 import { hatched, Strip } from "./strip.js";
@@ -48,7 +48,7 @@ export class Compare {
     layer.addEventListener("change", () => this.#draw());
     onToken(pairs, (position) => this.#choose(position));
     this.#legend = () => this.#parts.legend.replaceChildren(
-      ...shares.map((share) => swatch(sequential(1 - share), percent(share))));
+      ...shares.map((share) => swatch(sequential(1 - share), `${100 * share}%`)));
     onTheme(() => this.#draw());
   }
 

@@ -61,7 +61,7 @@ export class Heatmap {
   #draw() {
     if (!this.#shown) return;
     const { layers, numExperts, balance } = this.#shown;
-    const height = clamp(Math.round(420 / layers.length), 4, 16) * layers.length;
+    const height = clamp(Math.round(420 / layers.length), 4, 28) * layers.length;
     this.#figure.style.setProperty("--map-height", `${height}px`);
     paint(this.#parts.canvas, numExperts, layers.length, (expert, at) =>
       diverging(balance[at].total ? this.#log2(expert, at) / MAX_LOG2 : NaN));
