@@ -175,6 +175,7 @@ def stop_collector(process: subprocess.Popen[str]) -> None:
 def serving(app: FastAPI) -> Iterator[str]:
     """Serve an app from a thread, on a port that is free."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
+    app.state.server = server  # as vLLM does
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import orjson
 import pytest
+from fastapi import FastAPI
 from vllm.v1.engine import FinishReason
 
 import moescope
@@ -360,7 +361,7 @@ def test_the_collector_is_not_asked_before_the_line_is_taken(monkeypatch):
                 await asyncio.Event().wait()
 
         response = Streamed(lines(), follow.MEDIA_TYPE, on_end=followers.leave)
-        scope = {"type": "http"}
+        scope = {"type": "http", "app": FastAPI()}
         await asyncio.wait_for(response(scope, asyncio.Event().wait, send), DEADLINE_S)
         return followers.count
 

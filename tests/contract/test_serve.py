@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from argparse import Namespace
 
 import pytest
 
@@ -48,3 +49,18 @@ def test_help_shows_our_flags_with_one_default_each_and_how_to_see_vllms(argv, c
     assert places == sorted(places)
     assert places[-1] < told.index("--help=all")
     assert "--max-num-seqs" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ({}, "http://localhost:8000/moescope"),
+        ({"host": "0.0.0.0"}, "http://localhost:8000/moescope"),
+        ({"host": "::1"}, "http://[::1]:8000/moescope"),
+        ({"host": "box", "port": 8443, "ssl_certfile": "c"}, "https://box:8443/moescope"),
+        ({"root_path": "/moe"}, "http://localhost:8000/moe/moescope"),
+    ],
+)
+def test_the_page_s_address(given, address):
+    args = {"host": None, "port": 8000, "ssl_certfile": None, "root_path": None, **given}
+    assert serve._page(Namespace(**args)) == address

@@ -144,6 +144,16 @@ def test_a_collector_that_dies_ends_the_stream_with_an_error(fresh):
     wait_until(lambda: viewers(fresh) == 0, "nobody is left")
 
 
+def test_a_server_that_stops_does_not_wait_for_its_viewers(deployment):
+    server = deployment.app.state.server
+    with events_of(deployment) as stream:
+        next(stream)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(deployment.app.state, "server", SimpleNamespace(should_exit=True))
+            assert {name for name, _ in stream} <= {"message"}
+    assert not server.should_exit
+
+
 def test_the_65th_is_told_to_come_back(deployment):
     with contextlib.ExitStack() as stack:
         limits = httpx.Limits(max_connections=None)

@@ -78,6 +78,8 @@ def test_short_windows_are_summed_from_the_stream(page, deployment):
     page.type("#phase", "decode", "change")
     decode = (len(OUTPUT) - 1) * len(SPEC.layers) * SPEC.top_k
     page.wait(f"document.querySelector('#heatmap').dataset.total == {decode}")
+    page.wait("document.querySelector('#heatmap').dataset.total == 0")  # the window has gone on
+    assert page.js("document.querySelector('#covered').dataset.source") == "stream"
 
 
 def test_the_balance_of_each_layer_is_that_of_experts(page, deployment):

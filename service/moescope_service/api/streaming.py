@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moescope_service.api.sharing import busy, disconnect, patient, pieces
+from moescope_service.vllm_contract.compat import is_stopping
 
 
 class Readers:
@@ -40,7 +41,9 @@ class Readers:
 
 
 class Streamed(StreamingResponse):
-    """Sends parts until they end or the client leaves; one that does not take them is cut off.
+    """Sends parts until they end, the client leaves or the server stops.
+
+    A client that does not take them is cut off.
 
     Args:
         parts: What to send; the next one is asked for when the client has taken those before.
@@ -59,17 +62,19 @@ class Streamed(StreamingResponse):
         gone = asyncio.create_task(disconnect(Request(scope, receive)))
         try:
             async with patient(send) as send_in_time:
-                await self._send_all(send_in_time, gone)
+                await self._send_all(scope["app"], send_in_time, gone)
         finally:
             gone.cancel()
             self._on_end()
 
-    async def _send_all(self, send: Send, gone: asyncio.Task[None]) -> None:
+    async def _send_all(self, app: FastAPI, send: Send, gone: asyncio.Task[None]) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
         async for part in self._parts:
             if gone.done():
                 return
+            if is_stopping(app):
+                break
             for piece in pieces(part):
                 await send(piece)
             # The server waits with this one until the client has taken those before.

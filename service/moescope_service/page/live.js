@@ -19,15 +19,18 @@ export class Live {
   #window;
   #stream;
   #poll;
+  #report;
+  #errors = { stream: null, poll: null };
 
   constructor(section, api, report) {
     this.#api = api;
+    this.#report = report;
     const find = (id) => section.querySelector(id);
     this.#parts = { window: find("#window"), phase: find("#phase"), covered: find("#covered") };
     this.#heatmap = new Heatmap(find("#heatmap"));
     this.#window = new LiveWindow(this.#seconds);
-    this.#stream = new Polling((signal) => this.#read(signal), 0, report);
-    this.#poll = new Polling((signal) => this.#ask(signal), POLL_MS, report);
+    this.#stream = new Polling((signal) => this.#read(signal), 0, (error) => this.#tell("stream", error));
+    this.#poll = new Polling((signal) => this.#ask(signal), POLL_MS, (error) => this.#tell("poll", error));
     this.#parts.window.addEventListener("change", () => this.restart());
     this.#parts.phase.addEventListener("change", () => this.#poll.restart());
   }
@@ -60,6 +63,7 @@ export class Live {
     const window = this.#window;
     try {
       for await (const event of this.#api.experts(signal)) {
+        this.#tell("stream", null);
         if (this.#seconds > MAX_LIVE_S) continue;
         window.add(event);
         if (this.#isLive) this.#showLive(event);
@@ -67,6 +71,12 @@ export class Live {
     } finally {
       window.clear(); // what comes while nothing is read would be lacking
     }
+  }
+
+  /** Report what is wrong with either source, and that nothing is once both are well. */
+  #tell(source, error) {
+    this.#errors[source] = error;
+    this.#report(this.#errors.stream ?? this.#errors.poll);
   }
 
   #showLive({ phases, layers, num_experts: numExperts }) {

@@ -99,6 +99,14 @@ def replace_route(app: FastAPI, path: str) -> None:
     app.router.routes[:] = [one for one in app.routes if getattr(one, "path", None) != path]
 
 
+def is_stopping(app: FastAPI) -> bool:
+    """Return whether the app's server is to stop: it waits for every response to end.
+
+    Source: vLLM 0.32.0, ``entrypoints/launchers/launcher.py`` (``serve_http``).
+    """
+    return getattr(getattr(app.state, "server", None), "should_exit", False)
+
+
 def offers_routing_replay() -> bool:
     """Whether a kernel that routes inside can be handed a buffer for the ids that it selects.
 
