@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -31,6 +32,9 @@ from moescope_service.queries import ExpertsQuery, ExpertsReply
 
 EVENT_S = 1.0
 """How often there is an event."""
+_GOLDEN = 0.618
+"""Its multiples are far from each other: viewers get an event at different moments of half a second,
+for serving 16 at once would hold up everyone else."""
 MAX_VIEWERS = 64
 """Of one API server."""
 _ZLIB_LEVEL = 1
@@ -46,6 +50,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.viewers = Readers(MAX_VIEWERS, "watch the experts")
+        self._places = itertools.count()
         self._newest: bytes | None = None
         self._coming: asyncio.Future[bytes]
         self._task: asyncio.Task[None] | None = None
@@ -60,12 +65,15 @@ class Watch:
         if self._task is None or self._task.done():
             self._coming = asyncio.get_running_loop().create_future()
             self._task = asyncio.create_task(self._make(collector))
+        place_s = next(self._places) * _GOLDEN % 1 * EVENT_S / 2
         taken = None
         while True:
             newest = self._newest
             if newest is None or newest is taken:
                 newest = await asyncio.shield(self._coming)
-            taken = newest
+                if taken is not None:
+                    await asyncio.sleep(place_s)
+            taken = self._newest or newest
             yield taken
 
     def leave(self) -> None:
