@@ -33,8 +33,8 @@ from moescope_service.queries import ExpertsQuery, ExpertsReply
 EVENT_S = 1.0
 """How often there is an event."""
 _GOLDEN = 0.618
-"""Its multiples are far from each other: viewers get an event at different moments of half a second,
-for serving 16 at once would hold up everyone else."""
+"""Its multiples are far from each other: viewers get an event at different moments of half a
+second, for serving 16 at once would hold up everyone else."""
 MAX_VIEWERS = 64
 """Of one API server."""
 _ZLIB_LEVEL = 1

@@ -72,7 +72,7 @@ export class Trace {
    */
   at(position, layerAt) {
     const ids = this.ids[position]?.[layerAt];
-    if (!ids || this.sourceAt(position) === "missing") return null;
+    if (!ids) return null;
     const weights = this.weights?.[position]?.[layerAt] ?? null;
     const top = weights ? weights.indexOf(Math.max(...weights)) : 0;
     return {
