@@ -7,8 +7,22 @@ export const PAGE_ROWS = 1024;
 
 /** Fetch the first rows of a request's traces; null while it runs. */
 export async function fetchTraces(api, requestId, signal) {
-  const answer = await api.routes(requestId, { tokens: true, limit: PAGE_ROWS }, signal);
+  const answer = await page(api, requestId, {}, signal);
   return answer && answer.traces.map((values) => new Trace(values));
+}
+
+let hasText = true;
+
+/** Fetch a page with the tokens' text; without it from a server that has none (501). */
+async function page(api, requestId, parameters, signal) {
+  const wanted = { ...parameters, limit: PAGE_ROWS };
+  try {
+    return await api.routes(requestId, hasText ? { ...wanted, tokens: true } : wanted, signal);
+  } catch (error) {
+    if (error.status !== 501 || !hasText) throw error;
+    hasText = false;
+    return api.routes(requestId, wanted, signal);
+  }
 }
 
 export class Trace {
@@ -47,8 +61,7 @@ export class Trace {
 
   /** Fetch the next rows. */
   async more(api) {
-    const parameters = { tokens: true, limit: PAGE_ROWS, start: this.numRows, index: this.index };
-    const { traces } = await api.routes(this.name, parameters);
+    const { traces } = await page(api, this.name, { start: this.numRows, index: this.index });
     const { request_id, created_s } = this.facts;
     const same = (one) => one.request_id === request_id && one.created_s === created_s;
     this.#append(traces.find(same));
