@@ -238,6 +238,11 @@ WORKER = (
         used_by="capture/routers.py",
     ),
     _internal(
+        "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig",
+        "num_logical_experts num_local_experts tp_size",
+        used_by="capture/routers.py",
+    ),
+    _internal(
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter",
         "_compute_routing top_k",
         parameters={"_compute_routing": "hidden_states router_logits indices_type input_ids"},
