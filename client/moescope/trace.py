@@ -11,7 +11,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from moescope import analysis, received, version_runs
+from moescope import received, version_runs
+from moescope.analysis import balance
 from moescope.errors import LayerNotCapturedError
 from moescope.received import MAX_EXPERTS, MAX_LAYERS, MAX_TOKENS, MAX_TOP_K
 from moescope.version_runs import LabelSpan
@@ -259,11 +260,11 @@ class RouteTrace:
         It is at most ``log2(num_experts)``. The functions of `moescope.analysis` say more about
         ``counts()``.
         """
-        return analysis.entropy_bits(self.counts())
+        return balance.entropy_bits(self.counts())
 
     def entropy(self) -> npt.NDArray[np.float64]:
         """Return `entropy_bits` in nats, ``[num_layers]``."""
-        return analysis.entropy(self.counts())
+        return balance.entropy(self.counts())
 
     def top_experts(self, k: int = 3) -> dict[int, list[tuple[int, int, float]]]:
         """Return the k busiest experts of each layer.
@@ -272,7 +273,7 @@ class RouteTrace:
             For each layer number (expert, selections, share), busiest first.
         """
         return {
-            layer: analysis.top_experts(counts, k)
+            layer: balance.top_experts(counts, k)
             for layer, counts in zip(self.layers.tolist(), self.counts(), strict=True)
         }
 
