@@ -51,8 +51,8 @@ NOTES = """
   communication: it was compared on GPUs alone. Not compared yet with HF transformers, for want of
   time on GPUs: drafters with experts (MTP), linear attention on a GPU;
   `python -m benchmarks.gpu.situations` has a case of each. With MTP in DeepSeek-V3's shape 16,004
-  of 16,021 rows were those of vLLM's own capture, none was missing. vLLM's has the rows of whoever
-  computed a block's prefix first, the trace those that its own request computed.
+  of 16,021 rows were those of vLLM's own capture, none was missing. Why 17 are not was
+  not measured: vLLM's has the rows of whoever computed a block's prefix first.
 """
 
 
