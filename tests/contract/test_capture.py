@@ -270,3 +270,13 @@ def test_a_graph_of_an_earlier_worker_writes_for_the_one_that_runs(hooked):
     run(torch.randn(5, 8))
     assert len(second.take(5).topk_ids) == 5
     np.testing.assert_array_equal(first.take(3).topk_ids, kept)
+
+
+def test_an_expert_weighs_what_it_does_on_all_workers_that_share_it():
+    runner = Runner(0)
+    runner.moe_config.tp_size = 2
+    for name, shape in (("w13", (8, 6, 4)), ("w2", (8, 4, 3)), ("of_all", (5, 7)), ("scale", (8,))):
+        parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        runner.routed_experts.register_parameter(name, parameter)
+    assert check_runner(runner).expert_bytes == 2 * (6 * 4 + 4 * 3) * 2
+    assert check_runner(Runner(1)).expert_bytes == 0
