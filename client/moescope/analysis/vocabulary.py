@@ -178,11 +178,10 @@ def mean_specialization(
         top_k: Experts a token.
         min_occurrences: A token id that occurs less often is left out.
     """
-    occurrences = counts.sum(axis=1) // top_k
-    enough = occurrences >= min_occurrences
-    if not enough.any():
+    frequent, occurrences = _frequent(counts, top_k, min_occurrences)
+    if not len(occurrences):
         return float("nan")
-    return float((counts[enough].max(axis=1) / occurrences[enough]).mean())
+    return float((frequent.max(axis=1) / occurrences).mean())
 
 
 def expert_similarity(
@@ -201,12 +200,20 @@ def expert_similarity(
         top_k: Experts a token.
         min_occurrences: A token id that occurs less often is left out.
     """
-    occurrences = counts.sum(axis=1) // top_k
-    enough = occurrences >= min_occurrences
-    share = counts[enough] / occurrences[enough, None]
+    frequent, occurrences = _frequent(counts, top_k, min_occurrences)
+    share = frequent / occurrences[:, None]
     centered = share - (share.mean(axis=0) if len(share) else 0.0)
     products = centered.T @ centered
     norms = np.sqrt(np.diag(products))
     norms = np.where(norms > 1e-9, norms, np.nan)
     result: Floats = np.clip(products / norms / norms[:, None], -1, 1)
     return result
+
+
+def _frequent(
+    counts: npt.NDArray[np.integer], top_k: int, min_occurrences: int
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Return the counts of token ids that occur often enough, and how often each does."""
+    occurrences = counts.sum(axis=1) // top_k
+    enough = occurrences >= min_occurrences
+    return counts[enough], occurrences[enough]

@@ -179,12 +179,11 @@ def _steps(spec: CaptureSpec, read: Sequence[StepMetrics]) -> Iterable[Metric]:
         if any(one.steps[kind])
     ]
     experts, tokens = _histogram("moescope_step_experts"), _histogram("moescope_step_tokens")
+    bounds = expert_bounds(spec.num_experts)
+    # Sizes are told apart by the fewest tokens that a step of theirs has.
+    most = [least - 1 for least in MIN_TOKENS[1:]]
     for one, kind, labels in ran:
-        bounds = expert_bounds(spec.num_experts)
-        buckets = _buckets(bounds, one.histogram[kind])
-        experts.add_metric(labels, buckets, float(one.distinct[kind]))
-        # Sizes are told apart by the fewest tokens that a step of theirs has.
-        most = [least - 1 for least in MIN_TOKENS[1:]]
+        experts.add_metric(labels, _buckets(bounds, one.histogram[kind]), float(one.distinct[kind]))
         tokens.add_metric(labels, _buckets(most, one.steps[kind]), float(one.tokens[kind]))
     yield experts
     yield tokens

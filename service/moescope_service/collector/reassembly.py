@@ -126,8 +126,9 @@ class Reassembler:
         self._copy_blocks(step)
         self._held.add(step.filled)
         self.weights_version = max(self.weights_version, self._number_of(step))
-        written = self._write(step)
-        self._settled.add(step, self._are_running(step.spans[:, 0]))
+        known = self._are_running(step.spans[:, 0])
+        written = self._write(step, known)
+        self._settled.add(step, known)
         # A step that failed halfway is a gap.
         self._next = (step.number, step.part + 1) if step.has_more else (step.number + 1, 0)
         return ended, written
@@ -290,9 +291,9 @@ class Reassembler:
                 self._generations, [(0, 0), (0, width)], constant_values=_STALE
             )
 
-    def _write(self, step: Step) -> Written | None:
+    def _write(self, step: Step, known: npt.NDArray[np.bool_]) -> Written | None:
+        """Write a step's rows; ``known`` says of which of its spans the sequence runs."""
         handles, starts, lengths = step.spans.T.astype(np.int64)
-        known = self._are_running(handles)
         self._num_rows[handles[known]] = np.maximum(
             self._num_rows[handles[known]], (starts + lengths)[known]
         )
