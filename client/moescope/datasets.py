@@ -14,7 +14,7 @@ import orjson
 
 from moescope.errors import DatasetError
 
-NAMES = ("gsm8k", "sample")
+NAMES = ("gsm8k", "prose", "sample")
 """The data sets, by the names that `load` takes."""
 
 _HUB_REPOSITORY = "openai/gsm8k"
@@ -23,7 +23,7 @@ _HUB_FILE = "main/test-00000-of-00001.parquet"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """A word problem and its answer."""
+    """A word problem and its answer, or a text and how it goes on."""
 
     question: str
     answer: str
@@ -39,21 +39,35 @@ def load(name: str, path: Path | None = None) -> list[Question]:
     Raises:
         DatasetError: No such data set, or it cannot be read.
     """
-    if name == "sample" and path is None:
-        return sample()
     if name == "gsm8k":
         return read_jsonl(path) if path else gsm8k_from_hub()
-    raise DatasetError(
-        f"invalid data set {name!r}: expected {' or '.join(NAMES)}"
-        if name not in NAMES
-        else f"invalid --file '{path}': expected none, since the data set sample is bundled"
-    )
+    if name not in NAMES:
+        raise DatasetError(
+            f"invalid data set {name!r}: expected {', '.join(NAMES[:-1])} or {NAMES[-1]}"
+        )
+    if path is not None:
+        raise DatasetError(
+            f"invalid --file '{path}': expected none, since the data set {name} is bundled"
+        )
+    return prose() if name == "prose" else sample()
 
 
 def sample() -> list[Question]:
     """Load the bundled questions: arithmetic word problems of the bundled model's kind."""
-    file = importlib.resources.files("moescope") / "data" / "sample.jsonl"
-    return _parse(file.read_bytes(), "the bundled sample")
+    return _bundled("sample")
+
+
+def prose() -> list[Question]:
+    """Load the bundled passages of plain English prose on everyday things.
+
+    A question is a passage without its last sentence, which is the answer.
+    """
+    return _bundled("prose")
+
+
+def _bundled(name: str) -> list[Question]:
+    file = importlib.resources.files("moescope") / "data" / f"{name}.jsonl"
+    return _parse(file.read_bytes(), f"the bundled {name}")
 
 
 def read_jsonl(path: Path) -> list[Question]:

@@ -64,7 +64,7 @@ def test_a_seed_that_is_given_is_sent():
         (("--result", "file/r.json"), "cannot write file/r.json"),
         (("--result", "."), "cannot write .: it is a directory"),
         (("--result", "r.png", "--plot", "./r.png"), "--result is the same file"),
-        (("--dataset-name", "foo"), "'foo': expected gsm8k, sample or random"),
+        (("--dataset-name", "foo"), "'foo': expected gsm8k, prose, sample or random"),
         (("--dataset-name", "gsm8k", "--file", "missing.jsonl"), "cannot read missing.jsonl"),
         (("--dataset-name", "random", "--file", "file"), "invalid --file 'file'"),
         (("--dataset-name", "random", "--endpoint", "chat"), "invalid --endpoint 'chat'"),

@@ -11,6 +11,15 @@ def test_the_sample_holds_100_different_questions_with_answers():
     assert all(item.answer.strip() for item in questions)
 
 
+def test_prose_holds_100_different_passages_without_their_last_sentence():
+    passages = datasets.load("prose")
+    assert len({item.question for item in passages}) == 100
+    assert all(item.question.endswith(".") and item.answer.endswith(".") for item in passages)
+    assert {item.question for item in passages}.isdisjoint(
+        {item.question for item in datasets.sample()}
+    )
+
+
 def test_gsm8k_from_a_file(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text(
@@ -53,7 +62,9 @@ def test_without_the_optional_packages_the_message_says_what_to_install(monkeypa
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(DatasetError, match=r"'mmlu'.*gsm8k or sample"):
+    with pytest.raises(DatasetError, match=r"'mmlu'.*gsm8k, prose or sample"):
         datasets.load("mmlu")
     with pytest.raises(DatasetError, match="bundled"):
         datasets.load("sample", tmp_path)
+    with pytest.raises(DatasetError, match="prose is bundled"):
+        datasets.load("prose", tmp_path)

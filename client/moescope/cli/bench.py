@@ -25,7 +25,7 @@ def bench(
     dataset_name: Annotated[
         str,
         typer.Option(
-            help="Data set of the prompts: gsm8k, sample or random.", rich_help_panel=_LOAD
+            help="Data set of the prompts: gsm8k, prose, sample or random.", rich_help_panel=_LOAD
         ),
     ] = "sample",
     file: Annotated[

@@ -9,7 +9,7 @@ import typer
 
 
 def prompts(
-    dataset: Annotated[str, typer.Argument(help="Data set: gsm8k or sample.")] = "gsm8k",
+    dataset: Annotated[str, typer.Argument(help="Data set: gsm8k, prose or sample.")] = "gsm8k",
     *,
     limit: Annotated[int, typer.Option(min=1, help="Number of questions, from the first on.")] = 25,
     file: Annotated[
