@@ -1,4 +1,7 @@
-"""Traces as Arrow tables and Parquet files, one row a token; needs the extra ``arrow``.
+"""Traces as Arrow tables and Parquet files; needs the extra ``arrow``.
+
+The wide form has one row a token, and traces can be made of it again; `moescope.long_table` says
+what the long form has, one row a selection. The wide form:
 
 ===================  ========================================================================
 ``request_id``       string, dictionary-encoded
@@ -24,7 +27,7 @@ others read no float16. The schema's metadata holds the rest under ``moescope``,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,24 +53,31 @@ try:
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import parquet
+
+    from moescope import long_table
+    from moescope.long_table import METADATA as _METADATA
 except ImportError as error:
     raise ImportError(
         "Arrow and Parquet need pyarrow, moescope's extra `arrow`: pip install pyarrow"
     ) from error
 
-_METADATA = b"moescope"
 _KEYS = pa.schema([("request_id", pa.string()), ("index", pa.int32()), ("position", pa.int32())])
 
 
 def to_table(
-    traces: Sequence[RouteTrace], *, truncated: bool = False, next_start: int | None = None
+    traces: Sequence[RouteTrace],
+    *,
+    truncated: bool = False,
+    next_start: int | None = None,
+    **members: Any,  # noqa: ANN401 - any JSON
 ) -> pa.Table:
-    """Return a table with a row for every token of traces of one model.
+    """Return a table with a row for every token of traces of one model: the wide form.
 
     Args:
         traces: At least one.
         truncated: Whether older requests of the same id are left out.
         next_start: The first row that is left out; None where none is.
+        members: What else the metadata holds, by name, as JSON.
 
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
@@ -101,9 +111,40 @@ def to_table(
         "top_k": traces[0].top_k,
         "weights_dtype": weights[0].dtype.name if weights else None,
         "traces": metas,
+        **formats.marks(truncated=truncated, next_start=next_start),
+        **members,
     }
-    shared |= formats.marks(truncated=truncated, next_start=next_start)
     return pa.table(columns, metadata={_METADATA: orjson.dumps(shared)})
+
+
+def empty_table(**members: Any) -> pa.Table:  # noqa: ANN401 - any JSON
+    """Return a table without rows, of no traces; ``members`` as of `to_table`."""
+    named = pa.dictionary(pa.int32(), pa.string())
+    types = {
+        "request_id": named,
+        "index": pa.int32(),
+        "position": pa.int32(),
+        "is_prompt": pa.bool_(),
+        "token_id": pa.int32(),
+        "source": pa.dictionary(pa.int8(), pa.string()),
+        "topk_ids": pa.list_(pa.list_(pa.uint8(), 0)),
+        "weights_version": pa.int32(),
+    }
+    shared = {"layers": [], "top_k": 0, "weights_dtype": None, "traces": [], **members}
+    return pa.schema(types, {_METADATA: orjson.dumps(shared)}).empty_table()
+
+
+def to_long_table(traces: Sequence[RouteTrace], *, missing: bool = False) -> pa.Table:
+    """Return a table with a row for every selection of traces of one model: the long form.
+
+    Args:
+        traces: At least one.
+        missing: Whether missing rows are there, with null experts and weights.
+
+    Raises:
+        FormatError: No trace at all, or traces whose layers, top-k or weights differ.
+    """
+    return long_table.of(to_table(traces), missing=missing)
 
 
 def dump_arrow(
@@ -157,6 +198,8 @@ def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> list[RouteTrace]:
             meta.setdefault("start", 0)
             meta.setdefault("num_rows", max(0, meta["num_tokens"] - 1))
         _check_metadata(table, shared, max_bytes)
+        if not metas:
+            return []
         _check_rows(table, metas)
         return _traces(table, shared)
     except (*MALFORMED, pa.ArrowException) as error:
@@ -170,8 +213,8 @@ def _check_metadata(table: pa.Table, shared: dict[str, Any], max_bytes: int) -> 
         for name in ("start", "num_rows", "num_tokens"):
             if not is_int(meta[name]) or not 0 <= meta[name] <= MAX_TOKENS:
                 raise ValueError(f"{name} is {shown(meta[name], 80)}")
-    num_rows = sum(map(_num_tokens, shared["traces"]))
-    if num_rows != len(table) or any(_num_tokens(meta) < 0 for meta in shared["traces"]):
+    num_rows = sum(map(table_rows, shared["traces"]))
+    if num_rows != len(table) or any(table_rows(meta) < 0 for meta in shared["traces"]):
         raise ValueError(
             f"rows were left out, added or reordered since `to_table`: {num_rows} are described, "
             f"{len(table)} here"
@@ -189,11 +232,15 @@ def _check_metadata(table: pa.Table, shared: dict[str, Any], max_bytes: int) -> 
 
 def _routed(metas: list[dict[str, Any]]) -> npt.NDArray[np.bool_]:
     """Return which rows of the table are rows of a trace: all but each sequence's last token."""
-    return np.concatenate([np.arange(_num_tokens(meta)) < meta["num_rows"] for meta in metas])
+    return np.concatenate([np.arange(table_rows(meta)) < meta["num_rows"] for meta in metas])
 
 
-def _num_tokens(meta: dict[str, Any]) -> int:
-    """Return how many rows of the table a trace, or a page of one, has: one for each token."""
+def table_rows(meta: Mapping[str, Any]) -> int:
+    """Return how many rows of the table a trace, or a page of one, has: one for each token.
+
+    Args:
+        meta: Of the trace, as in the schema's metadata.
+    """
     end = meta["start"] + meta["num_rows"]
     is_last = end >= meta["num_tokens"] - 1
     return max(0, int((meta["num_tokens"] if is_last else end) - meta["start"]))
@@ -201,7 +248,7 @@ def _num_tokens(meta: dict[str, Any]) -> int:
 
 def _positions(metas: list[dict[str, Any]]) -> dict[str, pa.Array]:
     """Return the columns that say which token a row is."""
-    lengths = [_num_tokens(meta) for meta in metas]
+    lengths = [table_rows(meta) for meta in metas]
     trace = np.repeat(np.arange(len(metas)), lengths)
     position = np.concatenate(
         [
@@ -221,7 +268,7 @@ def _positions(metas: list[dict[str, Any]]) -> dict[str, pa.Array]:
 
 def _tokens(trace: RouteTrace) -> pa.Array:
     if trace.token_ids is None:
-        num_tokens = _num_tokens({**formats.meta(trace), "num_rows": trace.num_rows})
+        num_tokens = table_rows({**formats.meta(trace), "num_rows": trace.num_rows})
         return pa.nulls(num_tokens, pa.int32())
     return pa.array(trace.token_ids)
 
@@ -250,7 +297,7 @@ def _versions(traces: Sequence[RouteTrace], present: npt.NDArray[np.bool_]) -> p
             known[rows] = False
         else:
             numbers[rows] = version
-        start += _num_tokens({**formats.meta(trace), "num_rows": trace.num_rows})
+        start += table_rows({**formats.meta(trace), "num_rows": trace.num_rows})
     return pa.array(numbers, mask=~known)
 
 
@@ -288,7 +335,7 @@ def _traces(table: pa.Table, shared: dict[str, Any]) -> list[RouteTrace]:
     numbers, known = _numbers(table)
     traces, start = [], 0
     for meta in shared["traces"]:
-        end = start + _num_tokens(meta)
+        end = start + table_rows(meta)
         rows = slice(start, start + meta.pop("num_rows"))
         traces.append(
             RouteTrace(

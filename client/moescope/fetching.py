@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 from moescope.errors import MoescopeError
-from moescope.log_draft import LogDraft, lines_of
+from moescope.log_draft import LogDraft
 from moescope.trace import RouteTrace
+from moescope.traces_draft import TracesDraft
 
+Draft = LogDraft | TracesDraft
+"""What routes are collected in: for a route log, or for another format."""
 Fetch = Callable[[str], Awaitable[list[RouteTrace]]]
 """Fetches the traces of a request by its id."""
 MAX_CONCURRENCY = 8
@@ -16,7 +20,7 @@ MAX_CONCURRENCY = 8
 
 
 class RoutesFetcher:
-    """Fetches the routes of several requests at a time into the draft of a log.
+    """Fetches the routes of several requests at a time into the draft of a file.
 
     Args:
         fetch: Fetches those of one.
@@ -29,12 +33,10 @@ class RoutesFetcher:
         num_fetched: How many requests' routes were fetched.
     """
 
-    def __init__(
-        self, fetch: Fetch, draft: LogDraft, max_concurrency: int = MAX_CONCURRENCY
-    ) -> None:
+    def __init__(self, fetch: Fetch, draft: Draft, max_concurrency: int = MAX_CONCURRENCY) -> None:
         self.on_fetched: Callable[[], object] = lambda: None
         self.num_fetched = 0
-        self.draft = draft
+        self.draft: Any = draft  # which takes what it prepared itself
         self._fetch = fetch
         self._free = asyncio.Semaphore(max_concurrency)
         self._failed: dict[str, str] = {}
@@ -67,8 +69,8 @@ class RoutesFetcher:
         try:
             traces = await self._fetch(request_id)
             # In a thread, since long traces would hold up the requests in flight, which are timed.
-            lines = await asyncio.to_thread(lines_of, request_id, traces, self.draft.layers)
-            self.draft.add(request_id, lines)
+            prepared = await asyncio.to_thread(self.draft.prepared, request_id, traces)
+            self.draft.add(request_id, prepared)
             self.num_fetched += 1
         except (MoescopeError, OSError) as error:
             self._failed[request_id] = str(error)

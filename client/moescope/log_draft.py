@@ -56,8 +56,8 @@ class LogDraft:
         layers: Iterable[int],
         kept: routes_log.LoggedRoutes | None = None,
     ) -> None:
-        self.layers = list(layers)
-        self._path, self._info = path, info
+        self.path, self.layers = path, list(layers)
+        self._info = info
         self._pieces: dict[str, list[_Piece]] = {}
         if kept:
             self._require_fitting(kept)
@@ -89,12 +89,12 @@ class LogDraft:
         ):
             if has != expected:
                 raise CommandError(
-                    f"{self._path} is of {what} {_words(has)}, not {_words(expected)}: one log "
+                    f"{self.path} is of {what} {_words(has)}, not {_words(expected)}: one log "
                     "does not hold both"
                 )
 
     def _keep(self) -> None:
-        file = self._stack.enter_context(self._path.open("rb"))
+        file = self._stack.enter_context(self.path.open("rb"))
         start = 0
         sizes = ((_request_id(line), len(line)) for line in file)
         for request_id, lines in itertools.groupby(sizes, key=operator.itemgetter(0)):
@@ -102,6 +102,10 @@ class LogDraft:
             if request_id is not None:
                 self._add_piece(request_id, _Piece(file, start, size_bytes))
             start += size_bytes
+
+    def prepared(self, request_id: str, traces: Iterable[RouteTrace]) -> bytes:
+        """Return `lines_of` the traces of a request, for `add`; in any thread."""
+        return lines_of(request_id, traces, self.layers)
 
     def add(self, request_id: str, lines: bytes) -> None:
         """Take the lines of a request.
@@ -126,7 +130,7 @@ class LogDraft:
             OSError: It cannot be written; the log stays as it was.
         """
         order = dict.fromkeys([*request_ids, *self._pieces])
-        with files.replacing(self._path) as new, new.open("wb") as log:
+        with files.replacing(self.path) as new, new.open("wb") as log:
             log.write(self._meta_line())
             for request_id in order:
                 for piece in self._pieces.get(request_id, ()):
@@ -153,12 +157,19 @@ def lines_of(request_id: str, traces: Iterable[RouteTrace], layers: list[int]) -
     """
     lines: list[bytes] = []
     for trace in traces:
-        if trace.layers.tolist() != layers:
-            raise FormatError(
-                f"expected layers {_words(layers)}, got {_words(trace.layers.tolist())}"
-            )
+        require_layers(trace, layers)
         lines += formats.route_lines(dataclasses.replace(trace, request_id=request_id))
     return b"".join(lines)
+
+
+def require_layers(trace: RouteTrace, layers: list[int]) -> None:
+    """Check the layers of a trace.
+
+    Raises:
+        FormatError: It has others.
+    """
+    if trace.layers.tolist() != layers:
+        raise FormatError(f"expected layers {_words(layers)}, got {_words(trace.layers.tolist())}")
 
 
 def _request_id(line: bytes) -> str | None:

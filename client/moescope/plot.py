@@ -14,24 +14,24 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from moescope import analysis, files, report, routes_log
+from moescope import analysis, files, report, route_files, routes_log
 from moescope._style import BAR, DPI, GRID, INK, SOFT, STYLE, TOP
 from moescope.errors import CommandError
 from moescope.run_dir import RunDir
 
 
 def draw_run(run_dir: RunDir, routes: routes_log.LoggedRoutes | None = None) -> None:
-    """Draw both pictures of a run's route log and save them in its directory.
+    """Draw both pictures of a run's routes and save them in its directory.
 
     Args:
         run_dir: The directory.
-        routes: What the route log holds; read from it where None.
+        routes: What they are; read where None.
 
     Raises:
-        FormatError: The route log cannot be read.
+        FormatError: The routes cannot be read.
         CommandError: There is no selection to draw.
     """
-    routes = routes or routes_log.read(run_dir.routes)
+    routes = routes or route_files.counted(run_dir.routes)
     subtitle = report.subtitle(routes)
     pictures = (
         (run_dir.histogram, expert_histogram(routes.counts, routes.layers, subtitle)),

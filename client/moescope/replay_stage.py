@@ -42,9 +42,12 @@ class Plan:
     routes: bool = True
     """Whether routes are fetched."""
     layers: str | None = None
-    """Layers whose routes are fetched, such as ``0,5-7``; None: those of the log, or all."""
+    """Layers whose routes are fetched, such as ``0,5-7``; None: those that are there, or all."""
     tokens: bool = False
-    """Whether the log has the text of tokens."""
+    """Whether the text of tokens is fetched too."""
+    form: str | None = None
+    """What the routes are stored as, one of `run_dir.ROUTES_FORMATS`; None: as those that are
+    there, or as a route log."""
     kept: Sequence[Response] = ()
     """Answers of before, which are not asked for again; see `earlier_run.answers`."""
 
@@ -98,6 +101,7 @@ class _Replay:
                     plan.layers,
                     keep=bool(plan.kept),
                     tokens=plan.tokens,
+                    form=plan.form,
                 )
                 stack.enter_context(fetcher.draft)
                 chat.headers["X-Moescope"] = "on"  # whatever the server's --routes-default

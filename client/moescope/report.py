@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moescope import analysis, files, prompts, replay, routes_log
+from moescope import analysis, files, prompts, replay, route_files, routes_log
 from moescope.overhead import timing
 from moescope.run_dir import RunDir
 
@@ -15,7 +15,7 @@ def write(run_dir: RunDir, routes: routes_log.LoggedRoutes | None = None) -> Non
 
     Args:
         run_dir: The directory.
-        routes: What its route log holds; read from it where None.
+        routes: What its routes are; read where None.
 
     Raises:
         FormatError: A file of the directory is malformed.
@@ -26,7 +26,7 @@ def write(run_dir: RunDir, routes: routes_log.LoggedRoutes | None = None) -> Non
         num_prompts = len(prompts.read(run_dir.prompts)) if run_dir.prompts.exists() else None
         sections.append(_replay(replay.read_responses(run_dir.responses), num_prompts))
     if routes is None and run_dir.routes.exists():
-        routes = routes_log.read(run_dir.routes)
+        routes = route_files.counted(run_dir.routes)
     if routes is not None:
         sections += [_routes(routes), _balance(routes)]
     pictures = [path.name for path in (run_dir.histogram, run_dir.layers) if path.exists()]

@@ -1,25 +1,28 @@
-"""Fetches the routes of a run's answers into its route log."""
+"""Fetches the routes of a run's answers into its file of routes."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 from collections.abc import Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from moescope import interrupts, progress, replay, routes_log
+from moescope import interrupts, progress, replay, route_files, routes_log
 from moescope._async_client import AsyncClient
 from moescope.addresses import Verify
+from moescope.analyze import inputs
 from moescope.errors import CommandError, LayerNotCapturedError
-from moescope.fetching import RoutesFetcher
+from moescope.fetching import Draft, RoutesFetcher
 from moescope.layers import parse_layers
 from moescope.log_draft import LogDraft
 from moescope.records import ServerInfo
 from moescope.replay import Response
 from moescope.replayed import Replayed
-from moescope.run_dir import RunDir
+from moescope.run_dir import ROUTES_FORMATS, RunDir
+from moescope.traces_draft import TracesDraft
 
 
 def fetch_missing(
@@ -83,22 +86,34 @@ def open_fetcher(
     *,
     keep: bool,
     tokens: bool,
+    form: str | None = None,
 ) -> RoutesFetcher:
-    """Return what fetches routes into the draft of a run's log, with what the log holds if kept.
+    """Return what fetches routes into the draft of a run's file, with what that holds if kept.
+
+    Args:
+        run_dir: The directory.
+        client: Of the server.
+        info: The server's.
+        layers: As in `moescope.replay_stage.Plan`.
+        keep: Whether what the file holds is kept.
+        tokens: As in `moescope.replay_stage.Plan`.
+        form: As in `moescope.replay_stage.Plan`.
 
     Raises:
-        CommandError: The layers are malformed, or do not fit to what the log holds; or the server
-            has no tokens.
-        FormatError: What it holds is no route log, or one of other experts.
+        CommandError: The layers are malformed, or do not fit to what the file holds; or that has
+            another format; or the server has no tokens.
+        FormatError: What it holds are no routes, or those of other experts.
         LayerNotCapturedError: The server does not capture them.
     """
     if tokens and not info.token_ids:
         raise CommandError(
             "the server keeps token ids out (--routes-token-ids off): leave --tokens out"
         )
+    path = _path(run_dir, form, keep=keep)
     logged = None
-    if keep and run_dir.routes.exists():
-        logged = routes_log.read(run_dir.routes, info.num_experts, info.top_k)
+    if keep and path.exists():
+        with inputs.named(path):
+            logged = route_files.counted(path, info.num_experts, info.top_k)
         logged = logged if logged.rows else None
     try:
         wanted = parse_layers(layers) if layers is not None else None
@@ -109,22 +124,45 @@ def open_fetcher(
     if unknown:
         raise LayerNotCapturedError(unknown, info.layers)
     run_dir.create()
-    draft = LogDraft(run_dir.routes, info, chosen, logged)
+    draft: Draft
+    if path.suffix == ".jsonl":
+        draft = LogDraft(path, info, chosen, logged)
+    else:
+        draft = TracesDraft(path, info, chosen, keep=logged is not None)
     asked = None if tuple(chosen) == info.layers else draft.layers
     return RoutesFetcher(functools.partial(client.routes, layers=asked, tokens=tokens), draft)
+
+
+def _path(run_dir: RunDir, form: str | None, *, keep: bool) -> Path:
+    """Return the file of the routes.
+
+    Raises:
+        CommandError: The format is none, or not that of the routes that are kept.
+    """
+    there = run_dir.routes
+    kept = there.suffix.removeprefix(".") if keep and there.exists() else None
+    if form is not None and kept not in {None, form}:
+        raise CommandError(
+            f"{there} holds routes, and --format is {form}: they are continued in their own format "
+            f"(leave --format out); `moescope convert {run_dir.path}` makes a file of another"
+        )
+    chosen = form or kept or ROUTES_FORMATS[0]
+    route_files.check(chosen)
+    return run_dir.routes_as(chosen)
 
 
 def write_log(
     run_dir: RunDir, fetcher: RoutesFetcher, request_ids: Sequence[str], console: Console
 ) -> routes_log.LoggedRoutes:
-    """Write the route log of a run, unless nothing is new; print and return what it holds."""
-    if fetcher.num_fetched or not run_dir.routes.exists():
+    """Write the routes of a run, unless nothing is new; print and return what they are."""
+    path = fetcher.draft.path
+    if fetcher.num_fetched or not path.exists():
         fetcher.draft.write(request_ids)
         run_dir.clear_pictures()
-    logged = routes_log.read(run_dir.routes)
+    logged = route_files.counted(path)
     console.print(
         f"routes of {logged.sequences} sequences, {logged.rows:,} rows, "
-        f"{logged.missing_rows:,} of them missing: {run_dir.routes}"
+        f"{logged.missing_rows:,} of them missing: {path}"
     )
     return logged
 

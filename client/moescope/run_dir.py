@@ -8,6 +8,9 @@ from pathlib import Path
 
 from moescope.errors import CommandError
 
+ROUTES_FORMATS = ("jsonl", "npz", "arrow", "parquet")
+"""What the routes of a run are stored as, the suffix of their file; the first one by default."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunDir:
@@ -31,8 +34,13 @@ class RunDir:
 
     @property
     def routes(self) -> Path:
-        """The routes of all responses; see `moescope.routes_log`."""
-        return self.path / "moe_routes.jsonl"
+        """The routes of all responses, in the format that they have; see `moescope.route_files`."""
+        every = [self.routes_as(form) for form in ROUTES_FORMATS]
+        return next((path for path in every if path.exists()), every[0])
+
+    def routes_as(self, form: str) -> Path:
+        """Return where the routes are in one of `ROUTES_FORMATS`."""
+        return self.path / f"moe_routes.{form}"
 
     @property
     def histogram(self) -> Path:
@@ -88,7 +96,8 @@ class RunDir:
 
     def clear_routes(self) -> None:
         """Remove the routes of an earlier replay, and what was drawn of them."""
-        self.routes.unlink(missing_ok=True)
+        for form in ROUTES_FORMATS:
+            self.routes_as(form).unlink(missing_ok=True)
         self.clear_pictures()
 
     def clear_pictures(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import itertools
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,11 @@ from moescope.analysis import balance
 from moescope.errors import LayerNotCapturedError
 from moescope.received import MAX_EXPERTS, MAX_LAYERS, MAX_TOKENS, MAX_TOP_K
 from moescope.version_runs import LabelSpan
+
+if TYPE_CHECKING:  # none of them is needed by who makes no table
+    import pandas as pd
+    import polars as pl
+    import pyarrow as pa
 
 
 class Source(enum.IntEnum):
@@ -43,6 +49,13 @@ def _check_range(name: str, array: npt.NDArray[Any], end: int) -> None:
         raise ValueError(
             f"{name} must be 0 to {end - 1}, got {int(array.min())} to {int(array.max())}"
         )
+
+
+def _require(package: str) -> Any:  # noqa: ANN401
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"to_{package} needs {package}: pip install {package}") from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -276,6 +289,41 @@ class RouteTrace:
             layer: balance.top_experts(counts, k)
             for layer, counts in zip(self.layers.tolist(), self.counts(), strict=True)
         }
+
+    def to_arrow(self, *, long: bool = False, missing: bool = False) -> pa.Table:
+        """Return the trace as an Arrow table; `moescope.arrow` has the columns of both forms.
+
+        Args:
+            long: One row a selection (a token, a layer and a rank): the long form. By default one
+                row a token, with lists of experts: the wide form.
+            missing: Whether the long form has missing rows, with null experts and weights. The wide
+                form has every token.
+
+        Raises:
+            ImportError: pyarrow is not installed; the message says how to install it.
+        """
+        arrow = importlib.import_module("moescope.arrow")  # which knows traces itself
+        if long:
+            return arrow.to_long_table([self], missing=missing)
+        return arrow.to_table([self])
+
+    def to_pandas(self, *, long: bool = False, missing: bool = False) -> pd.DataFrame:
+        """Return `to_arrow`, which takes the same, as pandas reads it from Parquet.
+
+        Raises:
+            ImportError: pandas or pyarrow is not installed; the message says how to install it.
+        """
+        _require("pandas")
+        return self.to_arrow(long=long, missing=missing).to_pandas()
+
+    def to_polars(self, *, long: bool = False, missing: bool = False) -> pl.DataFrame:
+        """Return `to_arrow`, which takes the same, as polars reads it from Parquet.
+
+        Raises:
+            ImportError: polars or pyarrow is not installed; the message says how to install it.
+        """
+        polars = _require("polars")
+        return polars.from_arrow(self.to_arrow(long=long, missing=missing))
 
     def page(self, start: int, limit: int) -> RouteTrace:
         """Return some rows, with their tokens; the arrays are views.

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moescope.analysis import Rows, request_number
+from moescope.analysis import PHASES, Rows, request_number
 from moescope.errors import CommandError
 
 _BATCH_IDS = 2**24
 _BATCH_ROWS = 2**16
+_UNKNOWN = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,8 @@ class Batch:
     """Rows that were not captured, and are not among them."""
     done: float
     """The part of the input that is read with them, 0 to 1."""
+    texts: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """The text of token ids, where the input has it: of those that are new, or of all."""
 
 
 class Sequences:
@@ -73,8 +76,10 @@ class Sequences:
                 f"{', '.join(map(str, sorted(sizes)))} experts): analyze takes one"
             )
         self.num_experts = sizes.pop() if sizes else 0
+        self.num_tokens = sum(int(meta["num_tokens"]) for meta in metas)
         self._starts = np.array([meta["start"] for meta in metas], np.int64)
-        self._prompt_lens = np.array([meta["prompt_len"] for meta in metas], np.int64)
+        prompts = [_UNKNOWN if meta["prompt_len"] is None else meta["prompt_len"] for meta in metas]
+        self._prompt_lens = np.array(prompts, np.int64)
         numbers = [request_number(str(meta["request_id"]), label) for meta in metas]
         self._requests = np.array(numbers, np.uint64)
 
@@ -93,9 +98,12 @@ class Sequences:
             place: Its place among the rows of the sequence, ``[num_rows]``.
         """
         positions = self._starts[sequence] + place
+        prompt_lens = self._prompt_lens[sequence]
+        phases = (positions >= prompt_lens).astype(np.uint8)
+        phases[prompt_lens == _UNKNOWN] = PHASES.index("unknown")
         return {
             "positions": positions,
-            "phases": (positions >= self._prompt_lens[sequence]).astype(np.uint8),
+            "phases": phases,
             "requests": self._requests[sequence],
         }
 
@@ -129,4 +137,5 @@ def _joined(batches: Sequence[Batch]) -> Batch:
         batches[-1],
         rows=Rows.joined([one.rows for one in batches]),
         num_missing=sum(one.num_missing for one in batches),
+        texts={token: text for one in batches for token, text in one.texts.items()},
     )

@@ -1,7 +1,8 @@
-"""Which inputs there are: run directories, route logs, ``.npz`` and Parquet, with labels."""
+"""Which inputs there are: run directories, route logs, ``.npz``, Arrow and Parquet, with labels."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import zipfile
@@ -9,14 +10,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moescope.analyze import read_log, read_npz, read_parquet
+from moescope.analyze import read_columns, read_log, read_npz
 from moescope.analyze.batches import Batch
 from moescope.errors import CommandError, FormatError, MoescopeError
 from moescope.received import MALFORMED, shown
 from moescope.run_dir import RunDir
 
-_SUFFIXES = (".npz", ".parquet", ".jsonl")
-_EXPECTED = "a run directory, a route log (.jsonl), .npz or .parquet"
+_ARRAYS = (".npz", ".arrow", ".parquet")
+_SUFFIXES = (*_ARRAYS, ".jsonl")
+_EXPECTED = "a run directory, a route log (.jsonl), .npz, .arrow or .parquet"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +80,11 @@ def _inputs(path: Path, label: str) -> list[Input]:
     run_dir = RunDir(path)
     if run_dir.routes.exists():
         return [Input(path=run_dir.routes, label=label, run_dir=run_dir)]
-    files = [one for one in sorted(path.iterdir()) if one.suffix in {".npz", ".parquet"}]
+    files = [one for one in sorted(path.iterdir()) if one.suffix in _ARRAYS]
     if not files:
         raise CommandError(
-            f"{path} holds no {run_dir.routes.name}, .npz or .parquet: `moescope replay` writes one"
+            f"{path} holds no {run_dir.routes.name}, .npz, .arrow or .parquet: `moescope replay` "
+            "writes one"
         )
     return [Input(path=one, label=label) for one in files]
 
@@ -98,18 +101,30 @@ def read(one: Input, num_experts: int | None = None, top_k: int | None = None) -
         CommandError: It holds several models, or needs what is not installed.
         FormatError: It is broken; the message names it.
     """
-    try:
+    with named(one.path):
         if one.path.suffix == ".npz":
             yield from read_npz.read(one.path, one.label)
-        elif one.path.suffix == ".parquet":
-            yield from read_parquet.read(one.path, one.label)
+        elif one.path.suffix in _ARRAYS:
+            yield from read_columns.read(one.path, one.label)
         else:
             known = read_log.known_of(one.run_dir) if one.run_dir else {}
             yield from read_log.read(
                 one.path, one.label, known=known, num_experts=num_experts, top_k=top_k
             )
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Raise errors of reading a file as ours, with its name.
+
+    Raises:
+        CommandError: As it was raised.
+        FormatError: The file is broken.
+    """
+    try:
+        yield
     except MoescopeError as error:
-        named = str(error) if str(one.path) in str(error) else f"{one.path}: {error}"
-        raise type(error)(named) from error
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise type(error)(message) from error
     except (*MALFORMED, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise FormatError(f"{one.path}: no file of routes: {shown(error)}") from error
+        raise FormatError(f"{path}: no file of routes: {shown(error)}") from error

@@ -25,8 +25,11 @@ class Known:
     """What is known of a request besides its routes."""
 
     prompt_len: int
+    num_tokens: int
+    """Prompt and output tokens."""
     token_ids: list[int] | None
     """Prompt and output."""
+    finish_reason: str | None
 
 
 def known_of(run_dir: RunDir) -> dict[str, Known]:
@@ -43,7 +46,10 @@ def known_of(run_dir: RunDir) -> dict[str, Known]:
             has_tokens = one.prompt_token_ids is not None and one.token_ids is not None
             tokens = [*(one.prompt_token_ids or ()), *(one.token_ids or ())]
             known[one.request_id] = Known(
-                prompt_len=one.prompt_tokens, token_ids=tokens if has_tokens else None
+                prompt_len=one.prompt_tokens,
+                num_tokens=one.prompt_tokens + one.completion_tokens,
+                token_ids=tokens if has_tokens else None,
+                finish_reason=one.finish_reason,
             )
     return known
 
@@ -155,7 +161,14 @@ class _Reader:
             phases=np.array([phase for phase, _ in places], np.uint8),
             requests=np.array(numbers, np.uint64),
         )
-        return Batch(model=self._model, rows=rows, num_missing=num_missing, done=done)
+        texts = {
+            token: str(lines[0]["token"])
+            for (token, lines) in zip(
+                rows.token_ids.tolist(), (one for _, one in whole), strict=True
+            )
+            if token != NO_TOKEN and "token" in lines[0]
+        }
+        return Batch(model=self._model, rows=rows, num_missing=num_missing, done=done, texts=texts)
 
     def _place(self, request_id: str, position: int) -> tuple[int, int]:
         """Return the phase and the token id of a row."""

@@ -30,6 +30,8 @@ _MAKERS: Sequence[Callable[[Subject], Section | None]] = (
     *(of_pairs.co_activation, of_pairs.transitions, of_pairs.next_layer),
     *(of_tokens.vocabulary, of_tokens.similarity, of_tokens.effective_experts),
 )
+_MAX_TEXTS = 2**20
+"""Token ids whose text is kept: more than any vocabulary has."""
 _JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
 
@@ -79,7 +81,7 @@ def analyze(found: Sequence[Input], out: Path, options: Options, console: Consol
     """
     texts = token_texts.read(options.tokenizer) if options.tokenizer else {}
     subject = read(found, options, console)
-    subject = dataclasses.replace(subject, token_texts=texts)
+    subject = dataclasses.replace(subject, token_texts={**subject.token_texts, **texts})
     out.mkdir(parents=True, exist_ok=True)
     sections: list[Section] = []
     pictures: dict[str, bytes] = {}
@@ -111,6 +113,7 @@ def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
         FormatError: A file is broken.
     """
     profile: Profile | None = None
+    texts: dict[int, str] = {}
     reader = _Reader(found, options)
     with progress.bar(console, "rows, in percent", 100) as advance:
         shown = 0
@@ -122,6 +125,9 @@ def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
                 )
                 if batch.rows.num_rows:
                     profile.add(batch.rows, label)
+                for token in batch.texts.keys() - texts.keys():
+                    if len(texts) < _MAX_TEXTS:
+                        texts[token] = batch.texts[token]
                 while shown < int(100 * batch.done):
                     advance()
                     shown += 1
@@ -130,7 +136,9 @@ def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
             f"the inputs have no routed token ({reader.num_missing:,} rows are missing): there is "
             "nothing to analyze"
         )
-    return Subject(profile=profile, model=reader.model, num_missing=reader.num_missing)
+    return Subject(
+        profile=profile, model=reader.model, num_missing=reader.num_missing, token_texts=texts
+    )
 
 
 class _Reader:

@@ -38,7 +38,7 @@ TemperatureOption = Annotated[
 ]
 TokensOption = Annotated[
     bool,
-    typer.Option("--tokens", help="Fetch the text of every token too, into the route log."),
+    typer.Option("--tokens", help="Fetch the text of every token too."),
 ]
 ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Most requests in flight at a time.")]
 RoundsOption = Annotated[

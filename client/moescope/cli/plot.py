@@ -11,14 +11,16 @@ def plot(
     num_experts: _options.NumExpertsOption = None,
     top_k: _options.TopKOption = None,
 ) -> None:
-    """Draw how evenly the experts were used, from RUN_DIR/moe_routes.jsonl."""
+    """Draw how evenly the experts were used, from the routes in RUN_DIR."""
     from moescope import plot as plotting
-    from moescope import report, routes_log
+    from moescope import report, route_files
+    from moescope.analyze import inputs
     from moescope.run_dir import RunDir
 
     run = RunDir(run_dir)
     run.check()
-    routes = routes_log.read(run.routes, num_experts, top_k)
+    with inputs.named(run.routes):
+        routes = route_files.counted(run.routes, num_experts, top_k)
     if routes.inferred:
         print(f"inferred from the records of {run.routes}: {'; '.join(routes.inferred)}")
     plotting.draw_run(run, routes)

@@ -39,6 +39,13 @@ def replay(
         ),
     ] = True,
     tokens: _options.TokensOption = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="What the routes are stored as: jsonl, npz, arrow or parquet; jsonl by default.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -79,6 +86,7 @@ def replay(
         routes=routes,
         layers=layers,
         tokens=tokens,
+        form=form,
         kept=kept,
     )
     done = replay_stage.run(run, plan, _options.console())

@@ -22,7 +22,7 @@ def routes(
         str | None,
         typer.Option(
             help="Layers whose routes are fetched, such as 0,5-7; by default those of "
-            "RUN_DIR/moe_routes.jsonl, or all."
+            "the routes that are there, or all."
         ),
     ] = None,
     tokens: _options.TokensOption = False,

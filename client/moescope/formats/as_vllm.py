@@ -78,9 +78,9 @@ def dump_npy(
 
 def meta_line(
     *,
-    model: str,
+    model: str | None,
     versions: dict[str, str],
-    device: str,
+    device: str | None,
     seed: int | None,
     layers: Sequence[int],
     top_k: int,

@@ -1,4 +1,4 @@
-"""Reads a Parquet file of traces some rows at a time; needs the extra ``arrow``."""
+"""Reads a Parquet or Arrow file of traces some rows at a time; needs the extra ``arrow``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import numpy.typing as npt
 
 from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
 from moescope.analyze.batches import Batch, Model, Sequences, check_ids
-from moescope.errors import CommandError
-from moescope.received import parse_json
+from moescope.columns_file import columns_file
 
 _COLUMNS = ("request_id", "position", "is_prompt", "token_id", "source", "topk_ids")
 
 
 def read(path: Path, label: str) -> Iterator[Batch]:
-    """Read a file of `moescope.arrow.dump_parquet`.
+    """Read a table of `moescope.arrow.to_table`: ``.parquet``, ``.arrow``, or an Arrow stream.
 
     Args:
         path: The file.
@@ -26,28 +25,23 @@ def read(path: Path, label: str) -> Iterator[Batch]:
 
     Raises:
         CommandError: pyarrow is not installed, or the file holds several models.
+        FormatError: It is of the long form.
         Exception: It is no such file; what it is depends on where it is broken.
     """
-    try:
-        from pyarrow import parquet  # noqa: PLC0415 - the light base has no pyarrow
-    except ImportError as error:
-        raise CommandError(
-            "reading Parquet needs pyarrow, moescope's extra `arrow`: pip install pyarrow"
-        ) from error
-    with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-        shared = parse_json((file.schema_arrow.metadata or {})[b"moescope"])
-        sequences = Sequences(shared["traces"], label)
+    with columns_file(path) as file:
+        sequences = Sequences(file.shared["traces"], label)
         model = Model(
-            layers=tuple(shared["layers"]),
+            layers=tuple(file.shared["layers"]),
             num_experts=sequences.num_experts,
-            top_k=shared["top_k"],
+            top_k=file.shared["top_k"],
             name=sequences.name,
         )
-        columns = [*_COLUMNS, *(["topk_weights"] if shared["weights_dtype"] else [])]
+        columns = [*_COLUMNS, *({"topk_weights", "token"} & set(file.names))]
+        num_rows = file.num_rows or sequences.num_tokens
         num_done = 0
-        for table in file.iter_batches(model.batch_rows, columns=columns):
+        for table in file.batches(model.batch_rows, columns):
             num_done += len(table)
-            yield _batch(table, model, label, num_done / file.metadata.num_rows)
+            yield _batch(table, model, label, min(1.0, num_done / num_rows))
 
 
 def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa: ANN401
@@ -61,23 +55,38 @@ def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa:
     ids = _flat(table["topk_ids"], model)
     check_ids(ids, model.num_experts)
     has_weights = "topk_weights" in table.schema.names
-    is_prompt = table["is_prompt"].to_numpy(zero_copy_only=False)
+    tokens = table["token_id"].fill_null(NO_TOKEN).to_numpy(zero_copy_only=False)
     return Batch(
         model=model,
         rows=Rows(
             num_experts=model.num_experts,
             topk_ids=ids,
             topk_weights=_flat(table["topk_weights"], model) if has_weights else None,
-            token_ids=table["token_id"].fill_null(NO_TOKEN).to_numpy(zero_copy_only=False),
+            token_ids=tokens,
             positions=table["position"].to_numpy(zero_copy_only=False),
-            phases=np.where(is_prompt, PHASES.index("prompt"), PHASES.index("output")).astype(
-                np.uint8
-            ),
+            phases=_phases(table["is_prompt"]),
             requests=np.array(numbers, np.uint64)[names.indices.to_numpy(zero_copy_only=False)],
         ),
         num_missing=num_missing,
         done=done,
+        texts=_texts(table, tokens) if "token" in table.schema.names else {},
     )
+
+
+def _phases(is_prompt: Any) -> npt.NDArray[np.uint8]:  # noqa: ANN401
+    """Return an index into `PHASES` of each row: unknown where the column is null."""
+    prompts = is_prompt.fill_null(False).to_numpy(zero_copy_only=False)
+    phases = np.where(prompts, PHASES.index("prompt"), PHASES.index("output"))
+    known = is_prompt.is_valid().to_numpy(zero_copy_only=False)
+    return np.where(known, phases, PHASES.index("unknown")).astype(np.uint8)
+
+
+def _texts(table: Any, tokens: npt.NDArray[np.int32]) -> dict[int, str]:  # noqa: ANN401
+    """Return the text of each token id, where the rows have it."""
+    ids, first = np.unique(tokens, return_index=True)
+    texts = _text(table["token"]).take(first).to_pylist()
+    pairs = zip(ids.tolist(), texts, strict=True)
+    return {token: text for token, text in pairs if token != NO_TOKEN and text is not None}
 
 
 def _text(column: Any) -> Any:  # noqa: ANN401
