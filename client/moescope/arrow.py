@@ -155,7 +155,11 @@ def dump_arrow(
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
     """
-    table = to_table(traces, truncated=truncated, next_start=next_start)
+    return arrow_bytes(to_table(traces, truncated=truncated, next_start=next_start))
+
+
+def arrow_bytes(table: pa.Table) -> bytes:
+    """Write a table as an Arrow IPC stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -170,10 +174,27 @@ def dump_parquet(
     Raises:
         FormatError: No trace at all, or traces whose layers, top-k or weights differ.
     """
+    return parquet_bytes(to_table(traces, truncated=truncated, next_start=next_start))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Write a table as a Parquet file."""
     sink = pa.BufferOutputStream()
-    table = to_table(traces, truncated=truncated, next_start=next_start)
     parquet.write_table(table, sink)
     return bytes(sink.getvalue())
+
+
+def metadata_of(table: pa.Table, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return what the schema's metadata says, parsed.
+
+    Raises:
+        FormatError: It says nothing of traces, or too much.
+    """
+    data = (table.schema.metadata or {}).get(_METADATA)
+    shared = None if data is None else parse_json(data, max_bytes)
+    if not isinstance(shared, dict) or "traces" not in shared:
+        raise FormatError("not a table of traces in the wide form: its metadata has none")
+    return shared
 
 
 def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> list[RouteTrace]:
@@ -192,7 +213,7 @@ def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> list[RouteTrace]:
     """
     try:
         table.validate(full=True)  # offsets of damaged bytes lead anywhere
-        shared = parse_json((table.schema.metadata or {})[_METADATA], max_bytes)
+        shared = metadata_of(table, max_bytes)
         metas = shared["traces"]
         for meta in metas:  # files of before there were pages
             meta.setdefault("start", 0)

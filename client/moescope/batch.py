@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -12,6 +12,9 @@ from moescope import formats
 from moescope.errors import FormatError
 from moescope.received import MALFORMED, MAX_BYTES, check_fields, parse_json, shown
 from moescope.trace import RouteTrace
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,30 @@ def dump_npz(batch: RoutesBatch) -> bytes:
     Raises:
         FormatError: Traces whose layers, top-k or weights differ.
     """
+    traces, requests = _parts(batch)
+    return formats.dump_npz(traces, requests=np.frombuffer(orjson.dumps(requests), np.uint8))
+
+
+def to_table(batch: RoutesBatch) -> pa.Table:
+    """Return the table of all traces, each of them once; needs the extra ``arrow``.
+
+    It is that of `moescope.arrow.to_table`, whose metadata has ``requests`` as well, as in
+    `dump_npz`.
+
+    Raises:
+        FormatError: Traces whose layers, top-k or weights differ.
+        ImportError: pyarrow is not installed.
+    """
+    from moescope import arrow  # noqa: PLC0415 - the light base has no pyarrow
+
+    traces, requests = _parts(batch)
+    if not traces:
+        return arrow.empty_table(requests=requests)
+    return arrow.to_table(traces, requests=requests)
+
+
+def _parts(batch: RoutesBatch) -> tuple[list[RouteTrace], list[dict[str, Any]]]:
+    """Return each trace once, and what is said of each request."""
     numbers: dict[int, int] = {}  # by identity
     traces: list[RouteTrace] = []
     requests = []
@@ -73,7 +100,7 @@ def dump_npz(batch: RoutesBatch) -> bytes:
                 traces.append(trace)
         head = _head(batch, request_id)
         requests.append({**head, "traces": [numbers[id(trace)] for trace in own]})
-    return formats.dump_npz(traces, requests=np.frombuffer(orjson.dumps(requests), np.uint8))
+    return traces, requests
 
 
 def _head(batch: RoutesBatch, request_id: str) -> dict[str, Any]:
@@ -94,9 +121,35 @@ def load_npz(data: bytes, max_bytes: int = MAX_BYTES) -> RoutesBatch:
     """
     arrays = formats.read_npz(data, max_bytes)
     traces = formats.traces_of(arrays, max_bytes)
+    if "requests" not in arrays:
+        raise FormatError("not an .npz of requests: it has no requests")
+    return _batch(traces, parse_json(arrays["requests"].tobytes(), max_bytes))
+
+
+def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> RoutesBatch:
+    """Rebuild the batch of a table of `to_table`, exact as `moescope.arrow.from_table` is.
+
+    Args:
+        table: The table.
+        max_bytes: As of `moescope.arrow.from_table`.
+
+    Raises:
+        FormatError: It is something else, or too large.
+        ImportError: pyarrow is not installed.
+    """
+    from moescope import arrow  # noqa: PLC0415
+
+    traces = arrow.from_table(table, max_bytes)
+    requests = arrow.metadata_of(table, max_bytes).get("requests")
+    if requests is None:
+        raise FormatError("not a table of requests: its metadata has none")
+    return _batch(traces, requests)
+
+
+def _batch(traces: list[RouteTrace], requests: list[dict[str, Any]]) -> RoutesBatch:
     status, by_id, truncated, next_start = {}, {}, set(), {}
     try:
-        for values in parse_json(arrays["requests"].tobytes(), max_bytes):
+        for values in requests:
             check_fields(_Request, values)
             request = _Request(**{name: values[name] for name in _FIELDS if name in values})
             request_id = request.request_id
@@ -108,7 +161,7 @@ def load_npz(data: bytes, max_bytes: int = MAX_BYTES) -> RoutesBatch:
             elif request.truncated:
                 truncated.add(request_id)
     except MALFORMED as error:
-        raise FormatError(f"not an .npz of requests: {shown(error)}") from error
+        raise FormatError(f"not a batch of requests: {shown(error)}") from error
     return RoutesBatch(
         status=status, traces=by_id, truncated=frozenset(truncated), next_start=next_start
     )

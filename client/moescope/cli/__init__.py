@@ -13,6 +13,7 @@ from moescope import __version__
 from moescope.cli import (
     analyze,
     bench,
+    convert,
     demo,
     overhead,
     plot,
@@ -58,6 +59,7 @@ app.command()(replay.replay)
 app.command()(routes.routes)
 app.command()(plot.plot)
 app.command()(analyze.analyze)
+app.command()(convert.convert)
 app.command()(bench.bench)
 app.command()(overhead.overhead)
 app.command()(demo.demo)

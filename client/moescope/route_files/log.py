@@ -199,7 +199,7 @@ class _Sequences:
         texts = [text for one in parts for text in orjson.loads(one.texts.tobytes())]
         order = np.argsort(joined[0], kind="stable")
         text = np.frombuffer(orjson.dumps([texts[place] for place in order]), np.uint8)
-        return _Rows(*[array[order] for array in joined], text)
+        return _Rows(*[*(array[order] for array in joined), text])
 
 
 def _trace(

@@ -16,7 +16,7 @@ import orjson
 
 from moescope import formats
 from moescope.errors import FormatError
-from moescope.trace import RouteTrace
+from moescope.trace import RouteTrace, Source
 
 Array = npt.NDArray[Any]
 Server = dict[str, Any]
@@ -176,6 +176,12 @@ class Stored:
     def num_rows(self) -> int:
         """Rows of all traces."""
         return sum(one.meta["num_rows"] for one in self.entries)
+
+    @property
+    def num_missing(self) -> int:
+        """Rows of all traces that are missing."""
+        sources = (one for one in self.arrays("source") if one is not None)
+        return sum(int((one == Source.MISSING).sum()) for one in sources)
 
     @property
     def metas(self) -> list[dict[str, Any]]:

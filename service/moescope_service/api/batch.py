@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -11,7 +11,7 @@ from moescope import batch
 from moescope.trace import RouteTrace
 from moescope.version_runs import MAX_VERSION
 from moescope_service.api.auth import ReaderDep
-from moescope_service.api.bodies import PAGE_BYTES, making_bytes
+from moescope_service.api.bodies import PAGE_BYTES, making_bytes, require_arrow
 from moescope_service.api.dependencies import (
     LAYERS,
     LIMIT,
@@ -39,6 +39,8 @@ Row = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 Version = Annotated[int, Field(ge=0, le=MAX_VERSION)]
 
 MAX_REQUESTS = 1024
+_Format = Literal["json", "npz", "arrow", "parquet"]
+_FORMS: tuple[_Format, ...] = get_args(_Format)
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
 
@@ -57,8 +59,11 @@ class BatchRequest(BaseModel):
         ),
     ]
     format: Annotated[
-        Literal["json", "npz"],
-        Field(description="``npz``: as for one request, with one more member ``requests``."),
+        _Format,
+        Field(
+            description="``npz``: as for one request, with one more member ``requests``; ``arrow`` "
+            "and ``parquet``: as for one request, with ``requests`` in the schema's metadata."
+        ),
     ] = "json"
     start: Annotated[
         Row | dict[str, Row],
@@ -84,10 +89,13 @@ class BatchRequest(BaseModel):
         200: {
             "description": "The status of every request, ``finished``, ``running``, ``evicted``, "
             "``lost`` or ``unknown``, and the traces of those that finished.",
-            "content": {MEDIA_TYPES[form]: {} for form in ("json", "npz")},
+            "content": {MEDIA_TYPES[form]: {} for form in _FORMS},
         },
         422: {"description": "The body is malformed; the message says what is allowed."},
-        501: {"description": "``tokens``: the server has no tokenizer."},
+        501: {
+            "description": "``arrow`` and ``parquet``: the server has no pyarrow. ``tokens``: it "
+            "has no tokenizer."
+        },
         503: {"description": "The collector process does not answer."},
     },
 )
@@ -122,8 +130,7 @@ async def routes_batch(
     def make(reply: RoutesReply) -> MadeBody:
         traces = select(reply.traces(), layers, wanted.weights, text)
         made = _batch(ids, reply, traces)
-        content = batch.dump_json(made) if wanted.format == "json" else batch.dump_npz(made)
-        return compressed(content, wanted.format, gzip=gzip)
+        return compressed(_written(made, wanted.format), wanted.format, gzip=gzip)
 
     return await responses.respond(
         request,
@@ -132,6 +139,24 @@ async def routes_batch(
         ask=lambda: ask_for_rows(collector, query, responses, text, wanted.format, layers),
         make=make,
     )
+
+
+def _written(made: batch.RoutesBatch, form: _Format) -> bytes:
+    """Return a batch in a format.
+
+    Raises:
+        HTTPException: It needs pyarrow.
+    """
+    match form:
+        case "json":
+            return batch.dump_json(made)
+        case "npz":
+            return batch.dump_npz(made)
+        case "arrow" | "parquet":
+            arrow = require_arrow()
+            write = arrow.arrow_bytes if form == "arrow" else arrow.parquet_bytes
+            content: bytes = write(batch.to_table(made))
+            return content
 
 
 def _batch(ids: list[str], reply: RoutesReply, traces: list[RouteTrace]) -> batch.RoutesBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from fastapi import HTTPException
@@ -42,6 +43,19 @@ def making_bytes(form: Format, *, tokens: bool = False) -> int:
     """Return what making a page takes at most, with the text of tokens or without, in bytes."""
     text_bytes = _MAKING_TEXT_BYTES * TEXT_BYTES if tokens else 0
     return PAGE_BYTES[form] * _MAKING_BYTES.get(form, 3) + text_bytes
+
+
+def require_arrow() -> ModuleType:
+    """Return `moescope.arrow`.
+
+    Raises:
+        HTTPException: 501, pyarrow is not installed.
+    """
+    try:
+        from moescope import arrow
+    except ImportError as error:
+        raise HTTPException(501, str(error)) from None
+    return arrow
 
 
 class NpyOptions(NamedTuple):
@@ -104,12 +118,10 @@ class Page:
             raise HTTPException(409, str(error)) from None
 
     def _columnar(self, form: Literal["arrow", "parquet"]) -> bytes:
-        try:
-            from moescope import arrow
-        except ImportError as error:
-            raise HTTPException(501, str(error)) from None
+        arrow = require_arrow()
         dump = arrow.dump_arrow if form == "arrow" else arrow.dump_parquet
-        return dump(self.traces, **self._marks)
+        content: bytes = dump(self.traces, **self._marks)
+        return content
 
     def _jsonl(self) -> bytes:
         meta = formats.meta_line(
