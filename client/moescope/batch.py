@@ -121,9 +121,11 @@ def load_npz(data: bytes, max_bytes: int = MAX_BYTES) -> RoutesBatch:
     """
     arrays = formats.read_npz(data, max_bytes)
     traces = formats.traces_of(arrays, max_bytes)
-    if "requests" not in arrays:
-        raise FormatError("not an .npz of requests: it has no requests")
-    return _batch(traces, parse_json(arrays["requests"].tobytes(), max_bytes))
+    try:
+        requests = parse_json(arrays["requests"].tobytes(), max_bytes)
+    except MALFORMED as error:
+        raise FormatError(f"not an .npz of requests: {shown(error)}") from error
+    return _batch(traces, requests)
 
 
 def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> RoutesBatch:

@@ -9,11 +9,12 @@ import duckdb
 import numpy as np
 import pandas as pd
 import polars as pl
+import polars.testing
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from moescope import arrow
+from moescope import arrow, batch
 
 from .fake_engine import OUTPUT, PROMPT, rows_of
 
@@ -59,6 +60,63 @@ def test_a_part(get, form):
     assert "topk_weights" not in table.column_names
     (trace,) = arrow.from_table(table)
     assert (trace.index, trace.layers.tolist()) == (1, [3])
+
+
+@pytest.mark.parametrize("form", READ)
+@pytest.mark.usefixtures("get")
+def test_a_batch(deployment, client, form):
+    """One table of all traces, and what is said of each request in its metadata."""
+    asked = ["cmpl-columnar", "nobody's"]
+    for more in ({}, {"layers": "3", "weights": False}, {"start": 2, "limit": 3}):
+        body = {"request_ids": asked, "format": form, **more}
+        answer = deployment.http.post("/routes/batch", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == MEDIA_TYPES[form]
+        table = READ[form](answer.content)
+        found = batch.from_table(table)
+        assert found.status == {"cmpl-columnar": "finished", "nobody's": "unknown"}
+        npz = deployment.http.post("/routes/batch", json={**body, "format": "npz"}).content
+        expected = batch.load_npz(npz)
+        assert found.next_start == expected.next_start
+        assert len(table) == (6 if "limit" in more else 2 * NUM_TOKENS)
+        for one, other in zip(
+            found.traces["cmpl-columnar"], expected.traces["cmpl-columnar"], strict=True
+        ):
+            assert one.to_arrow().equals(other.to_arrow())
+    whole = client.routes_batch(asked).traces["cmpl-columnar"]
+    assert [trace.complete for trace in whole] == [True, True]
+
+
+@pytest.mark.parametrize("form", READ)
+def test_a_batch_without_traces(deployment, form):
+    body = {"request_ids": ["nobody's"], "format": form}
+    content = deployment.http.post("/routes/batch", json=body).content
+    assert batch.from_table(READ[form](content)).status == {"nobody's": "unknown"}
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["wide", "long"])
+def test_a_trace_in_pandas_and_polars_is_as_they_read_it_from_parquet(client, get, tmp_path, long):
+    get("parquet")
+    trace, _ = client.routes("cmpl-columnar")
+    parquet.write_table(trace.to_arrow(long=long), tmp_path / "trace.parquet")
+    pd.testing.assert_frame_equal(
+        trace.to_pandas(long=long), pd.read_parquet(tmp_path / "trace.parquet")
+    )
+    polars.testing.assert_frame_equal(
+        trace.to_polars(long=long), pl.read_parquet(tmp_path / "trace.parquet")
+    )
+
+
+def test_selections_in_polars(client, get):
+    get("parquet")
+    trace, _ = client.routes("cmpl-columnar")
+    frame = trace.to_polars(long=True)
+    counted = frame.group_by("layer", "expert").len()
+    expected = trace.counts()
+    places = {layer: place for place, layer in enumerate(trace.layers.tolist())}
+    assert sum(counted["len"]) == expected.sum()
+    for layer, expert, number in counted.iter_rows():
+        assert expected[places[layer], expert] == number
 
 
 def test_parquet_in_duckdb(get, tmp_path):
@@ -132,6 +190,10 @@ def test_without_pyarrow_the_server_says_what_to_install(deployment, monkeypatch
     monkeypatch.delitem(sys.modules, "moescope.arrow")
     monkeypatch.delattr("moescope.arrow")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    answer = deployment.http.get("/routes/cmpl-columnar", params={"format": form})
-    assert answer.status_code == 501
-    assert "pip install pyarrow" in answer.json()["error"]["message"]
+    body = {"request_ids": ["cmpl-columnar"], "format": form}
+    for answer in (
+        deployment.http.get("/routes/cmpl-columnar", params={"format": form}),
+        deployment.http.post("/routes/batch", json=body),
+    ):
+        assert answer.status_code == 501
+        assert "pip install pyarrow" in answer.json()["error"]["message"]

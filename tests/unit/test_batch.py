@@ -3,10 +3,12 @@ import io
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pytest
 from client_fakes import make_trace, same
+from pyarrow import parquet
 
-from moescope import FormatError, RoutesBatch, batch, formats
+from moescope import FormatError, RoutesBatch, arrow, batch, formats
 
 TRACES = {
     "b": [make_trace(0, num_rows=5, request_id="b"), make_trace(1, request_id="b", index=1)],
@@ -23,6 +25,50 @@ def test_npz_gives_the_batch_back():
     for name, traces in TRACES.items():
         assert all(same(a, b) for a, b in zip(traces, loaded.traces[name], strict=True))
     assert loaded.failed == {"x": "running", "y": "unknown", "z": "evicted"}
+
+
+READ = {
+    "arrow": lambda table: pa.ipc.open_stream(arrow.arrow_bytes(table)).read_all(),
+    "parquet": lambda table: parquet.read_table(io.BytesIO(arrow.parquet_bytes(table))),
+}
+
+
+@pytest.mark.parametrize("form", READ)
+def test_a_table_gives_the_batch_back(form):
+    whole = dataclasses.replace(BATCH, truncated=frozenset({"b"}), next_start={"a": 12})
+    table = READ[form](batch.to_table(whole))
+    loaded = batch.from_table(table)
+    assert [*loaded.status.items()] == [*STATUS.items()]
+    assert (loaded.truncated, loaded.next_start) == ({"b"}, {"a": 12})
+    for name, traces in TRACES.items():
+        assert all(same(a, b) for a, b in zip(traces, loaded.traces[name], strict=True))
+    assert len(arrow.from_table(table)) == 3
+
+
+@pytest.mark.parametrize("form", READ)
+def test_a_table_of_no_trace_has_the_statuses(form):
+    nothing = RoutesBatch(status={"x": "running"}, traces={})
+    table = READ[form](batch.to_table(nothing))
+    assert (len(table), arrow.from_table(table)) == (0, [])
+    assert batch.from_table(table) == nothing
+
+
+def test_a_table_has_a_trace_once_that_several_ids_find():
+    shared = RoutesBatch(
+        status={"a": "finished", "A": "finished"}, traces={"a": TRACES["a"], "A": TRACES["a"]}
+    )
+    table = batch.to_table(shared)
+    assert len(table) == TRACES["a"][0].num_tokens
+    loaded = batch.from_table(table)
+    assert loaded.traces["a"][0] is loaded.traces["A"][0]
+
+
+def test_a_table_of_traces_is_no_batch():
+    with pytest.raises(FormatError, match="no"):
+        batch.from_table(arrow.to_table(TRACES["a"]))
+    with pytest.raises(FormatError, match="trace 7 of 1"):
+        requests = [{"request_id": "a", "status": "finished", "traces": [7]}]
+        batch.from_table(arrow.to_table(TRACES["a"], requests=requests))
 
 
 def test_npz_of_a_batch_is_that_of_its_traces():
