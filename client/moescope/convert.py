@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from moescope import files, progress, route_files
 from moescope.analyze import inputs, read_log
 from moescope.analyze.inputs import Input
 from moescope.errors import CommandError
-from moescope.route_files import Spool, log
+from moescope.route_files import Kept, Server, Spool, log
 
 _TABLES = ("arrow", "parquet")
 
@@ -117,21 +117,27 @@ def _read(found: Sequence[Input], spool: Spool, options: Options, console: Conso
     with progress.bar(console, "traces, in percent", 100) as advance:
         tell = _percents(advance)
         for one in found:
-            with inputs.named(one.path):
-                server, traces = route_files.read(
-                    one.path,
-                    read_log.known_of(one.run_dir) if one.run_dir else {},
-                    num_experts=options.num_experts,
-                    top_k=options.top_k,
-                )
+            for server, kept in _kept(one, options):
                 spool.server = spool.server or server
-                for kept in traces:
-                    spool.add(kept)
-                    knows_prompts = knows_prompts and kept.knows_prompt
-                    tell((done_bytes + kept.done * one.size_bytes) / all_bytes)
+                spool.add(kept)
+                knows_prompts = knows_prompts and kept.knows_prompt
+                tell((done_bytes + kept.done * one.size_bytes) / all_bytes)
             done_bytes += one.size_bytes
         tell(1.0)
     return knows_prompts
+
+
+def _kept(one: Input, options: Options) -> Iterator[tuple[Server, Kept]]:
+    """Yield the traces of an input, each with what is known of its server."""
+    with inputs.named(one.path):
+        server, traces = route_files.read(
+            one.path,
+            read_log.known_of(one.run_dir) if one.run_dir else {},
+            num_experts=options.num_experts,
+            top_k=options.top_k,
+        )
+        for kept in traces:
+            yield server, kept
 
 
 def _percents(advance: Callable[[], None]) -> Callable[[float], None]:

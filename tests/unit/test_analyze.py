@@ -8,10 +8,11 @@ import re
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pytest
 from analysis_reference import make_trace, random_trace
 
-from moescope import analysis, formats, replay, routes_log
+from moescope import analysis, arrow, formats, replay, routes_log
 from moescope.analysis import Profile, Rows
 from moescope.analyze import inputs, read_log, run, token_texts
 from moescope.analyze.section import NAMES
@@ -53,6 +54,11 @@ def files(tmp_path):
     (tmp_path / "all.npz").write_bytes(formats.dump_npz(TRACES))
     (tmp_path / "half-1.npz").write_bytes(formats.dump_npz(TRACES[:3]))
     (tmp_path / "half-2.npz").write_bytes(formats.dump_npz(TRACES[3:]))
+    (tmp_path / "stream.arrow").write_bytes(arrow.dump_arrow(TRACES))
+    table = arrow.to_table(TRACES)
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "all.parquet").write_bytes(arrow.dump_parquet(TRACES))
     return tmp_path
 
 
@@ -76,7 +82,10 @@ def assert_same_rows(rows, *, has_tokens=True, has_weights=True):
 NUM_MISSING = sum(int((~trace.present).sum()) for trace in TRACES)
 
 
-@pytest.mark.parametrize("name", ["run", "all.npz", "half-*.npz", "routes.jsonl"])
+TABLES = ["stream.arrow", "file.arrow", "all.parquet"]
+
+
+@pytest.mark.parametrize("name", ["run", "all.npz", "half-*.npz", "routes.jsonl", *TABLES])
 @pytest.mark.parametrize("batch_rows", [2**16, 7])
 def test_every_kind_of_input_gives_the_same_rows(files, name, batch_rows, monkeypatch):
     monkeypatch.setattr("moescope.analyze.batches.Model.batch_rows", batch_rows)
@@ -140,6 +149,50 @@ def test_counts_of_a_log_do_not_depend_on_where_they_are_folded(tmp_path, monkey
     for fold in (2**16, 3):
         monkeypatch.setattr("moescope.routes_log._Tally._FOLD", fold)
         assert (routes_log.read(tmp_path / "a.jsonl").counts == expected).all()
+
+
+class TestTexts:
+    """The text of tokens, from traces that have it."""
+
+    @pytest.fixture
+    def traces(self):
+        return [
+            dataclasses.replace(one, tokens=[f"text {token}" for token in one.token_ids])
+            for one in TRACES
+        ]
+
+    @pytest.fixture
+    def files(self, files, traces):
+        log = log_of([dataclasses.replace(one, tokens=one.tokens) for one in traces])
+        (files / "run" / "moe_routes.jsonl").write_bytes(log)
+        (files / "all.npz").write_bytes(formats.dump_npz(traces))
+        (files / "all.arrow").write_bytes(arrow.dump_arrow(traces))
+        (files / "all.parquet").write_bytes(arrow.dump_parquet(traces))
+        return files
+
+    @pytest.mark.parametrize("name", ["run", "all.npz", "all.arrow", "all.parquet"])
+    @pytest.mark.parametrize("batch_rows", [2**16, 7])
+    def test_every_kind_of_input_gives_them(self, files, traces, name, batch_rows, monkeypatch):
+        monkeypatch.setattr("moescope.analyze.batches.Model.batch_rows", batch_rows)
+        *_, batches = rows_of(files / name)
+        texts = {token: text for batch in batches for token, text in batch.texts.items()}
+        ids = {
+            token for one in traces for token in one.token_ids[: one.num_rows][one.present].tolist()
+        }
+        assert texts.keys() >= ids
+        assert {token: texts[token] for token in ids} == {one: f"text {one}" for one in ids}
+
+    def test_the_vocabulary_has_them_and_a_tokenizer_goes_before(self, files):
+        assert run_command(files / "all.npz", "-o", files / "out") == 0
+        assert "text " in (files / "out" / "vocabulary.csv").read_text()
+        tokenizer = files / "tokenizer.json"
+        vocab = {f"own {token}": token for token in range(100)}
+        tokenizer.write_bytes(orjson.dumps({"model": {"vocab": vocab}}))
+        more = ("--tokenizer", tokenizer, "--force")
+        assert run_command(files / "all.npz", "-o", files / "out", *more) == 0
+        table = (files / "out" / "vocabulary.csv").read_text()
+        assert "own " in table
+        assert "text " not in table
 
 
 def run_command(*arguments):

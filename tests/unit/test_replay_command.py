@@ -11,7 +11,7 @@ import pytest
 from moe_server import ROWS, serving
 
 from moescope import replay as replaying
-from moescope import report, routes_log
+from moescope import report, route_files, routes_log
 from moescope.cli import main
 from moescope.run_dir import RunDir
 from tests.waiting import DEADLINE_S, wait_until
@@ -82,6 +82,71 @@ def test_a_replay_and_a_plot_fill_a_run_directory(server, run_dir):
         "report.md", "responses.jsonl",
     ]  # fmt: skip
     assert "expert_layers.png" in (run_dir / "report.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["npz", "arrow", "parquet"])
+class TestFormats:
+    """``--format``: what the routes of a run are stored as."""
+
+    def ids_in(self, run_dir):
+        path = RunDir(run_dir).routes
+        return [kept.trace.request_id for kept in route_files.read(path)[1]]
+
+    def test_a_run_and_what_reads_it(self, server, run_dir, form):
+        assert replay(server, run_dir, ["a", "b", "c"], "--format", form) == 0
+        assert RunDir(run_dir).routes.name == f"moe_routes.{form}"
+        assert not (run_dir / "moe_routes.jsonl").exists()
+        assert self.ids_in(run_dir) == [one.request_id for one in responses_of(run_dir)]
+        assert run("plot", "--run-dir", run_dir) == 0
+        assert "3 sequences" in (run_dir / "report.md").read_text()
+        assert "on cpu, seed" in (run_dir / "report.md").read_text()
+        assert run("analyze", run_dir, "-o", run_dir / "analysis") == 0
+        assert run("convert", run_dir, "-o", run_dir / "log.jsonl") == 0
+        logged = routes_log.read(run_dir / "log.jsonl")
+        counted = route_files.counted(RunDir(run_dir).routes)
+        assert (logged.counts == counted.counts).all()
+        assert (logged.meta, logged.rows) == (counted.meta, counted.rows)
+
+    def test_resume_goes_on_in_the_same_format(self, server, run_dir, form, capsys):
+        assert replay(server, run_dir, ["a", "b"], "--format", form) == 0
+        before = self.ids_in(run_dir)
+        assert replay(server, run_dir, ["a", "b", "c"], "--resume") == 0
+        assert self.ids_in(run_dir)[:2] == before
+        assert len(self.ids_in(run_dir)) == 3
+        files = files_of(run_dir)
+        assert replay(server, run_dir, ["a", "b", "c", "d"], "--resume", "--format", "jsonl") == 1
+        assert "continued in their own format" in capsys.readouterr().err
+        assert files_of(run_dir) == files
+
+    def test_routes_that_are_lacking_are_fetched_into_it(self, server, run_dir, form):
+        assert replay(server, run_dir, ["a", "b"], "--format", form) == 0
+        ids = self.ids_in(run_dir)
+        path = RunDir(run_dir).routes
+        with route_files.Spool(run_dir) as spool:
+            first = next(route_files.read(path)[1])
+            spool.add(first)
+            route_files.write(path, spool.stored())
+        assert self.ids_in(run_dir) == ids[:1]
+        assert fetch_routes(server, run_dir) == 0
+        assert self.ids_in(run_dir) == ids
+
+    def test_force_replaces_routes_of_another_format(self, server, run_dir, form):
+        assert replay(server, run_dir, ["a"], "--format", form) == 0
+        assert replay(server, run_dir, ["a"], "--force") == 0
+        assert RunDir(run_dir).routes.name == "moe_routes.jsonl"
+        assert not (run_dir / f"moe_routes.{form}").exists()
+
+    def test_other_layers_are_refused(self, server, run_dir, form, capsys):
+        assert replay(server, run_dir, ["a"], "--format", form) == 0
+        assert replay(server, run_dir, ["a", "b"], "--resume", "--layers", "0") == 1
+        assert "is of layers" in capsys.readouterr().err
+        assert len(self.ids_in(run_dir)) == 1
+
+
+def test_a_format_that_is_none_is_refused_before_the_first_prompt(server, run_dir, capsys):
+    assert replay(server, run_dir, ["a"], "--format", "csv") == 1
+    assert "invalid format 'csv'" in capsys.readouterr().err
+    assert not run_dir.exists()
 
 
 def test_a_replay_without_routes(server, run_dir):

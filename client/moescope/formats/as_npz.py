@@ -17,7 +17,7 @@ import orjson
 from moescope import version_runs
 from moescope.errors import FormatError
 from moescope.formats.shared import check_alike, marks, meta_of
-from moescope.received import MALFORMED, MAX_BYTES, parse_json, shown
+from moescope.received import MALFORMED, MAX_BYTES, check_fields, parse_json, shown
 from moescope.trace import RouteTrace
 
 _npy: Any = np.lib.format  # numpy gives its functions no types
@@ -127,6 +127,7 @@ def traces_of(arrays: dict[str, npt.NDArray[Any]], max_bytes: int = MAX_BYTES) -
         parts = zip(metas, row_spans, run_spans, token_spans, texts, strict=True)
         for meta, rows, versions, tokens, text in parts:
             has_tokens = meta.pop("has_token_ids")
+            check_fields(RouteTrace, meta)
             trace = RouteTrace(
                 **meta,
                 layers=arrays["layers"],

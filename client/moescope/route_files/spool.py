@@ -123,7 +123,10 @@ class Spool:
         for name in ("model", "num_experts"):
             first, this = getattr(self._first, name), getattr(trace, name)
             if first != this:
-                raise FormatError(f"traces of one file must share {name}: got {first} and {this}")
+                raise FormatError(
+                    f"traces in one file must share {name}: {trace.request_id!r} has {this}, "
+                    f"{self._first.request_id!r} has {first}"
+                )
         meta = {**formats.meta_of([trace])[0], "num_rows": trace.num_rows}
         if not kept.knows_prompt:
             meta["prompt_len"] = None
