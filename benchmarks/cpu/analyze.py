@@ -78,9 +78,9 @@ def write(folder: Path, num_rows: int, kind: str) -> int:
     return size_bytes
 
 
-def measure(folder: Path, out: Path) -> dict[str, Any]:
-    """Run the command; return what it took."""
-    command = [sys.executable, "-m", "moescope", "analyze", str(folder), "--out", str(out)]
+def measure(name: str, folder: Path, out: Path) -> dict[str, Any]:
+    """Run a command on a folder of traces; return what it took."""
+    command = [sys.executable, "-m", "moescope", name, str(folder), "--out", str(out)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started_s = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
@@ -104,7 +104,7 @@ def main() -> None:
         traces, out = Path(folder) / "traces", Path(folder) / "out"
         traces.mkdir()
         size_bytes = write(traces, args.rows, args.kind)
-        found = measure(traces, out)
+        found = measure("analyze", traces, out)
     result.write(
         args.out,
         "benchmarks.cpu.analyze",

@@ -203,6 +203,17 @@ class TestALog:
         assert not found.complete
         assert found.finish_reason == "stop"
 
+    def test_the_last_token_has_the_text_of_the_same_token_before_it(
+        self, run_dir, tmp_path, trace
+    ):
+        tokens = trace.token_ids.copy()
+        tokens[-1] = tokens[4]
+        again = dataclasses.replace(trace, token_ids=tokens)
+        replay.write_responses(run_dir / "responses.jsonl", [self.response(again)])
+        assert run(run_dir, "-o", tmp_path / "a.npz") == 0
+        (found,) = traces_of(tmp_path / "a.npz")
+        assert found.tokens == [*trace.tokens[:-1], trace.tokens[4]]
+
     def test_rows_that_it_lacks_are_missing(self, run_dir, tmp_path, trace):
         log = run_dir / "moe_routes.jsonl"
         lines = log.read_bytes().splitlines(keepends=True)

@@ -92,7 +92,9 @@ def _texts(file: NpzFile) -> dict[int, str]:
     texts: dict[int, str] = {}
     for first, text in zip(splits, parse_json(file.array("tokens").tobytes()), strict=False):
         if text is not None:
-            texts.update(zip(ids[first:], map(str, text), strict=False))
+            texts.update(
+                (token, str(one)) for token, one in zip(ids[first:], text, strict=False) if one
+            )
     return texts
 
 

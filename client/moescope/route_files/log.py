@@ -239,7 +239,7 @@ def _trace(
         if is_known
         else version_runs.unknown(),
         token_ids=None if token_ids is None else token_ids[first:],
-        tokens=_tokens(rows, first, end) if token_ids is not None else None,
+        tokens=None if token_ids is None else _tokens(rows, token_ids[first:].tolist()),
         prompt_len=known.prompt_len if known else 0,
         num_tokens=end + 1,
         cached_len=0,
@@ -253,9 +253,13 @@ def _trace(
     return trace.check_values(), known is not None
 
 
-def _tokens(rows: _Rows, first: int, end: int) -> list[str] | None:
-    """Return the text of the tokens, if every line has it; the last one has no line: ""."""
+def _tokens(rows: _Rows, token_ids: list[int]) -> list[str] | None:
+    """Return the text of the tokens, if every line has it.
+
+    The last token has no line: its text is that of the same token before it, or else empty.
+    """
     texts = orjson.loads(rows.texts.tobytes())
-    if None in texts or len(texts) != end - first:
+    if None in texts or len(texts) != len(token_ids) - 1:
         return None
-    return [*map(str, texts), ""]
+    known = dict(zip(token_ids, texts, strict=False))
+    return [*map(str, texts), str(known.get(token_ids[-1], ""))]
