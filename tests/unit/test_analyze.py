@@ -157,7 +157,9 @@ class TestTexts:
     @pytest.fixture
     def traces(self):
         return [
-            dataclasses.replace(one, tokens=[*(f"text {id}" for id in one.token_ids[:-1]), ""])
+            dataclasses.replace(
+                one, tokens=[*(f"text {token}" for token in one.token_ids[:-1]), ""]
+            )
             for one in TRACES
         ]
 
