@@ -59,7 +59,7 @@ def columns_file(path: Path) -> Iterator[ColumnsFile]:
         with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             yield _Parquet(file)
         return
-    with pa.memory_map(str(path)) as source:
+    with pa.OSFile(str(path)) as source:
         is_file = source.read(len(_ARROW_FILE)) == _ARROW_FILE
         source.seek(0)
         yield _Arrow(pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source), is_file)
@@ -88,7 +88,9 @@ class _Parquet(ColumnsFile):
         self._file = file
 
     def batches(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
-        yield from self._file.iter_batches(num_rows, columns=columns)
+        for batch in self._file.iter_batches(num_rows, columns=columns):
+            batch.validate(full=True)
+            yield batch
 
 
 class _Arrow(ColumnsFile):
@@ -100,6 +102,7 @@ class _Arrow(ColumnsFile):
         reader = self._reader
         whole = map(reader.get_batch, range(reader.num_record_batches)) if self._is_file else reader
         for batch in whole:
+            batch.validate(full=True)  # offsets of damaged bytes lead anywhere
             some = batch if columns is None else batch.select(list(columns))
             for start in range(0, len(some), num_rows):
                 yield some.slice(start, num_rows)

@@ -149,7 +149,10 @@ def test_a_request_may_be_called_batch(deployment, client):
         ({}, ["request_ids: ", "required"]),
         ({"request_ids": ["x"], "wait": 1}, ["wait: ", "not permitted"]),
         ({"request_ids": ["x"], "wait_s": 61}, ["wait_s: ", "60", "61"]),
-        ({"request_ids": ["x"], "format": "jsonl"}, ["format: ", "'json' or 'npz'", "'jsonl'"]),
+        (
+            {"request_ids": ["x"], "format": "jsonl"},
+            ["format: ", "'arrow' or 'parquet'", "'jsonl'"],
+        ),
         ({"request_ids": ["x"], "layers": "x"}, ["invalid layers 'x'", "0,5-7"]),
         ({"request_ids": ["x"], "layers": "0-9999,1"}, ["invalid layers", "at most 10,000"]),
         ({"request_ids": ["x"], "layers": "1," * 10**5}, ["invalid layers", "at most 1000"]),

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import io
 import itertools
 import socket
 import threading
@@ -19,10 +20,12 @@ import httpx
 import numpy as np
 import orjson
 import psutil
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from vllm.v1.engine import FinishReason
 
-from moescope import Client, RouteTrace, Source, formats
+from moescope import Client, RouteTrace, Source, batch, formats
 from moescope_service.api import sharing
 from moescope_service.api.bodies import PAGE_BYTES, making_bytes
 from moescope_service.collector.core import Collector
@@ -135,6 +138,12 @@ def size_of(deployment, form, start):
     return size, None if next_start is None else int(next_start)
 
 
+TABLES = {
+    "arrow": lambda content: pa.ipc.open_stream(content).read_all(),
+    "parquet": lambda content: parquet.read_table(io.BytesIO(content)),
+}
+
+
 def settled(deployment):
     """Wait until the app holds nothing of any response."""
     responses = deployment.app.state.moescope_responses
@@ -172,7 +181,7 @@ class TestOneLongTrace:
         assert trace.token_ids.tolist() == [*range(NUM_TOKENS - 1), 7]
         settled(big)
 
-    @pytest.mark.parametrize("form", ["json", "npz"])
+    @pytest.mark.parametrize("form", ["json", "npz", "arrow", "parquet"])
     def test_a_batch_has_it_once_whatever_ids_find_it(self, big, form):
         """Before: 4 GB of JSON for 800 ids, 17.6 s without an answer to anyone, 10.3 GB."""
         names = [f"alias-{number}" for number in range(800)]
@@ -185,8 +194,12 @@ class TestOneLongTrace:
             assert [one["request_id"] for one in results] == names
             assert ["traces" in one for one in results] == [True] + [False] * 799
             assert {one.get("same_as") for one in results[1:]} == {"alias-0"}
-        else:
+        elif form == "npz":
             assert len(formats.load_npz(answer.content)) == 1
+        else:
+            found = batch.from_table(TABLES[form](answer.content))
+            assert len({id(found.traces[name][0]) for name in names}) == 1
+            assert set(found.next_start.values()) == {found.traces["alias-0"][0].num_rows}
         settled(big)
 
     @pytest.mark.parametrize("form", ["json", "jsonl", "npz", "parquet"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -16,6 +17,7 @@ from pyarrow import parquet
 from moescope import arrow, convert, formats, replay, route_files, version_runs
 from moescope.analyze import inputs
 from moescope.cli import main
+from moescope.errors import MoescopeError
 from moescope.trace import Source
 
 FORMATS = route_files.FORMATS
@@ -273,6 +275,21 @@ class TestALog:
         assert run(tmp_path / "a.jsonl", "-o", tmp_path / "b.npz", "--num-experts", 9) == 0
         (kept,) = route_files.read(tmp_path / "b.npz")[1]
         assert kept.trace.num_experts == 9
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_files_are_read_or_refused(tmp_path, form, seed):
+    path = wrote(tmp_path / f"a.{form}", TRACES)
+    random, data = np.random.default_rng(seed), bytearray(path.read_bytes())
+    for place in random.integers(0, len(data), 1 + seed % 3):
+        data[place] = random.integers(0, 256)
+    path.write_bytes(data[: len(data) // 2] if seed % 8 == 0 else data)
+    with contextlib.suppress(MoescopeError), inputs.named(path):
+        assert len(traces_of(path)) <= 2 * len(TRACES)
+    (one,) = inputs.find([str(path)])
+    with contextlib.suppress(MoescopeError):
+        assert [*inputs.read(one)]
 
 
 class TestRefusals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,11 @@ from moescope.run_dir import RunDir
 
 _ARRAYS = (".npz", ".arrow", ".parquet")
 _SUFFIXES = (*_ARRAYS, ".jsonl")
+_BROKEN = (
+    *(*MALFORMED, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(MemoryError, RuntimeError),  # NotImplementedError: of a compression that is none
+)
+"""What numpy, zipfile and pyarrow raise of damaged bytes."""
 _EXPECTED = "a run directory, a route log (.jsonl), .npz, .arrow or .parquet"
 
 
@@ -126,5 +132,5 @@ def named(path: Path) -> Iterator[None]:
     except MoescopeError as error:
         message = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise type(error)(message) from error
-    except (*MALFORMED, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except _BROKEN as error:
         raise FormatError(f"{path}: no file of routes: {shown(error)}") from error

@@ -44,7 +44,7 @@ def write(path: Path, stored: Stored, *, long: bool = False, missing: bool = Fal
     Args:
         path: The file.
         stored: The traces.
-        long: Whether a table has one row a selection (`moescope.long_table`), not one a token.
+        long: Whether a table has one row a selection (`moescope.arrow.long`), not one a token.
         missing: Whether that form has missing rows.
 
     Raises:

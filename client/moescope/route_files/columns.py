@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from moescope import arrow, long_table
+from moescope import arrow
+from moescope.arrow.long import METADATA
+from moescope.arrow.long import of as long_of
 from moescope.columns_file import columns_file
 from moescope.received import MAX_BYTES
 from moescope.route_files.spool import Kept, Server, Stored
@@ -45,14 +47,14 @@ def write(path: Path, stored: Stored, *, long: bool = False, missing: bool = Fal
         "traces": stored.metas,
         "server": stored.server,
     }
-    metadata = None if long else {long_table.METADATA: orjson.dumps(shared)}
+    metadata = None if long else {METADATA: orjson.dumps(shared)}
     dictionaries = _dictionaries(stored)
     with contextlib.ExitStack() as stack:
         writer = None
         for table in _groups(stored):
             group = _encoded(table, dictionaries)
             if long:
-                group = _encoded(long_table.of(table, missing=missing), dictionaries)
+                group = _encoded(long_of(table, missing=missing), dictionaries)
             elif metadata:
                 group = group.replace_schema_metadata(metadata)
             writer = writer or stack.enter_context(_writer(path, group.schema))
@@ -160,7 +162,7 @@ def _whole(
 ) -> Iterator[Kept]:
     known = [meta["prompt_len"] is not None for meta in metas]
     metas = [{**meta, "prompt_len": meta["prompt_len"] or 0} for meta in metas]
-    of_these = {long_table.METADATA: orjson.dumps({**shared, "traces": metas})}
+    of_these = {METADATA: orjson.dumps({**shared, "traces": metas})}
     traces = arrow.from_table(table.replace_schema_metadata(of_these), _MAX_SEQUENCE_BYTES)
     for trace, knows_prompt in zip(traces, known, strict=True):
         yield Kept(trace, knows_prompt, done)

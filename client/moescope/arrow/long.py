@@ -1,7 +1,7 @@
 """The long form of a table of traces: one row a selection, which is a token, a layer and a rank.
 
 ===================  ========================================================================
-``request_id``       as in the wide form (`moescope.arrow`), and so are the next ones
+``request_id``       as in the wide form (`moescope.arrow.wide`), and so are the next ones
 ``index``
 ``position``
 ``is_prompt``
