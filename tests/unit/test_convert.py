@@ -260,6 +260,15 @@ class TestALog:
             assert one.topk_ids.tolist() == expected.topk_ids.tolist()
             assert np.array_equal(one.present, expected.present)
 
+    def test_positions_far_apart_are_refused(self, tmp_path, capsys):
+        lines = [
+            {"type": "route", "req_id": "a", "token_idx": one, "layer": 0, "topk_ids": [1]}
+            for one in (0, 2**30)
+        ]
+        (tmp_path / "a.jsonl").write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in lines))
+        assert run(tmp_path / "a.jsonl", "-o", tmp_path / "b.npz") == 1
+        assert "'a' has lines of 2 of 1073741825 tokens" in capsys.readouterr().err
+
     def test_a_log_without_weights_and_versions(self, tmp_path, trace):
         bare = dataclasses.replace(
             trace, topk_weights=None, weights_versions=version_runs.unknown(), tokens=None

@@ -25,6 +25,8 @@ UNSAID = (
 )
 _FLUSH_CELLS = 2**22
 _MAX_OPEN_ROWS = 200_000
+_MAX_LACKING_ROWS = 2**20
+_VERSIONS = ("vllm", "torch")
 _NO_VERSION = version_runs.MIXED - 1
 
 
@@ -209,21 +211,13 @@ def _trace(
     first, end = int(rows.positions[0]), int(rows.positions[-1]) + 1
     if known:
         end = max(end, known.num_tokens - 1)
-    shape = (end - first, *rows.ids.shape[1:])
-    places = rows.positions - first
-    source = np.full(end - first, Source.MISSING, np.uint8)
-    source[places[rows.present]] = Source.COMPUTED
-    ids, weights = np.zeros(shape, rows.ids.dtype), np.zeros(shape, np.float32)
-    ids[places], weights[places] = rows.ids, np.nan_to_num(rows.weights)
-    has_weights = bool(~np.isnan(rows.weights[rows.present]).any()) or not rows.present.any()
-    versions = np.full(end - first, _NO_VERSION)
-    versions[places] = rows.versions
-    present = source != Source.MISSING
-    is_known = bool((versions[present] != _NO_VERSION).all())
+    if end - first > len(rows.positions) + _MAX_LACKING_ROWS:
+        raise FormatError(f"{name[0]!r} has lines of {len(rows.positions)} of {end - first} tokens")
+    arrays = _arrays(rows, first, end - first)
     token_ids = np.array(known.token_ids, np.int32) if known and known.token_ids else None
     if token_ids is not None and len(token_ids) != end + 1:
         token_ids = None
-    meta = logged.meta
+    meta, has_all = logged.meta, bool((arrays["source"] != Source.MISSING).all())
     trace = RouteTrace(
         request_id=name[0],
         index=name[1],
@@ -232,25 +226,39 @@ def _trace(
         num_hidden_layers=max(logged.layers) + 1,
         layers=np.array(logged.layers, np.int32),
         start=first,
-        topk_ids=ids,
-        topk_weights=weights if has_weights else None,
-        source=source,
-        weights_versions=version_runs.runs_of(versions, present, first)
-        if is_known
-        else version_runs.unknown(),
+        **arrays,
         token_ids=None if token_ids is None else token_ids[first:],
         tokens=None if token_ids is None else _tokens(rows, token_ids[first:].tolist()),
         prompt_len=known.prompt_len if known else 0,
         num_tokens=end + 1,
         cached_len=0,
         finish_reason=known.finish_reason if known else None,
-        complete=known is not None and first == 0 and bool(present.all()),
+        complete=known is not None and first == 0 and has_all,
         created_s=0.0,
-        versions={
-            name: meta[f"{name}_version"] for name in ("vllm", "torch") if meta[f"{name}_version"]
-        },
+        versions={one: meta[f"{one}_version"] for one in _VERSIONS if meta[f"{one}_version"]},
     )
     return trace.check_values(), known is not None
+
+
+def _arrays(rows: _Rows, first: int, num_rows: int) -> dict[str, Any]:
+    """Return the arrays of a trace's rows, from row ``first`` on."""
+    shape, places = (num_rows, *rows.ids.shape[1:]), rows.positions - first
+    source = np.full(num_rows, Source.MISSING, np.uint8)
+    source[places[rows.present]] = Source.COMPUTED
+    ids, weights = np.zeros(shape, rows.ids.dtype), np.zeros(shape, np.float32)
+    ids[places], weights[places] = rows.ids, np.nan_to_num(rows.weights)
+    versions = np.full(num_rows, _NO_VERSION)
+    versions[places] = rows.versions
+    has_weights = not np.isnan(rows.weights[rows.present]).any()
+    has_versions = (rows.versions[rows.present] != _NO_VERSION).all()
+    return {
+        "topk_ids": ids,
+        "topk_weights": weights if has_weights else None,
+        "source": source,
+        "weights_versions": version_runs.runs_of(versions, source != Source.MISSING, first)
+        if has_versions
+        else version_runs.unknown(),
+    }
 
 
 def _tokens(rows: _Rows, token_ids: list[int]) -> list[str] | None:
