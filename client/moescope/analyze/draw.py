@@ -119,8 +119,8 @@ def level(axes: Axes, value: float, text: str) -> None:
 
 
 def legend(axes: Axes, **options: Any) -> None:  # noqa: ANN401 - matplotlib's
-    """Draw the legend."""
-    axes.legend(frameon=False, fontsize=9, **options)
+    """Draw the legend, over the lines that there is no room beside."""
+    axes.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize=9, **options)
 
 
 def some_places(num: int) -> list[int]:
