@@ -125,7 +125,7 @@ def load_npz(data: bytes, max_bytes: int = MAX_BYTES) -> RoutesBatch:
         requests = parse_json(arrays["requests"].tobytes(), max_bytes)
     except MALFORMED as error:
         raise FormatError(f"not an .npz of requests: {shown(error)}") from error
-    return _batch(traces, requests)
+    return _batch(traces, requests, "an .npz")
 
 
 def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> RoutesBatch:
@@ -145,10 +145,10 @@ def from_table(table: pa.Table, max_bytes: int = MAX_BYTES) -> RoutesBatch:
     requests = arrow.metadata_of(table, max_bytes).get("requests")
     if requests is None:
         raise FormatError("not a table of requests: its metadata has none")
-    return _batch(traces, requests)
+    return _batch(traces, requests, "a table")
 
 
-def _batch(traces: list[RouteTrace], requests: list[dict[str, Any]]) -> RoutesBatch:
+def _batch(traces: list[RouteTrace], requests: list[dict[str, Any]], what: str) -> RoutesBatch:
     status, by_id, truncated, next_start = {}, {}, set(), {}
     try:
         for values in requests:
@@ -163,7 +163,7 @@ def _batch(traces: list[RouteTrace], requests: list[dict[str, Any]]) -> RoutesBa
             elif request.truncated:
                 truncated.add(request_id)
     except MALFORMED as error:
-        raise FormatError(f"not a batch of requests: {shown(error)}") from error
+        raise FormatError(f"not {what} of requests: {shown(error)}") from error
     return RoutesBatch(
         status=status, traces=by_id, truncated=frozenset(truncated), next_start=next_start
     )

@@ -166,7 +166,8 @@ def _unsaid(
     if not knows_prompts and form != "jsonl":
         said.append(
             "a route log without its run directory does not say where prompts end, nor the token "
-            "ids: both are null, and traces cannot be made of the file"
+            "ids: both are null, the text of tokens is left out, and traces cannot be made of the "
+            "file"
         )
     if form == "jsonl":
         said.append(f"a route log has no {log.UNSAID}: converted back, they are not there")
