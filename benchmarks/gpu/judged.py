@@ -72,13 +72,32 @@ def rows(completions: Sequence[RoutedCompletion]) -> dict[str, int]:
 
 
 def against_vllm(completions: Sequence[RoutedCompletion]) -> dict[str, int]:
-    """Compare the experts of all rows with those of vLLM's own capture, which has all layers."""
-    equal = []
+    """Compare the experts of all rows with those of vLLM's own capture, which has all layers.
+
+    vLLM 0.32.0 keeps rows by the hash of a block's tokens, the first that come
+    (``distributed/aux_output_connector``). Where a request computes a cached block once more, as
+    with MTP, it answers with the first ones, and near-ties may have become others: such rows are
+    looked for in the traces of requests that begin with the same tokens (``equal_elsewhere``).
+    """
+    rows = equal = elsewhere = 0
     for one in completions:
         own = np.load(io.BytesIO(one.vllm_npy or b""))[:, one.trace.layers]
-        equal.append((own == one.trace.topk_ids).all((1, 2)))
-    rows = np.concatenate(equal)
-    return {"requests": len(equal), "rows": len(rows), "equal_rows": int(rows.sum())}
+        is_equal = (own == one.trace.topk_ids).all((1, 2))
+        rows += len(own)
+        equal += int(is_equal.sum())
+        for row in np.flatnonzero(~is_equal).tolist():
+            begun = one.token_ids[: row + 1]
+            elsewhere += any(
+                np.array_equal(other.token_ids[: row + 1], begun)
+                and np.array_equal(other.trace.topk_ids[row], own[row])
+                for other in completions
+            )
+    return {
+        "requests": len(completions),
+        "rows": rows,
+        "equal_rows": equal,
+        "equal_elsewhere": elsewhere,
+    }
 
 
 def counter(metrics: str, name: str) -> float:
