@@ -20,6 +20,8 @@ from moescope_service.verify.completions import RoutedCompletion
 from moescope_service.verify.reference import Reference
 
 OWN_CAPTURE = "--enable-return-routed-experts"
+CONTROLS = 8
+"""Sequences that are compared with other rows than their own; each such pair takes long."""
 _OWN_TOKENS = (1, 60)
 _START_TIMEOUT_S = 900.0
 
@@ -116,13 +118,13 @@ def judge(completions: Sequence[RoutedCompletion], reference: Reference) -> dict
     tolerance = Tolerance.of(expected, reference.eps)
     total, control = Counts(), Counts()
     by_source = {source: Counts() for source in Source if source != Source.MISSING}
-    for one, want in zip(completions, expected, strict=True):
+    for number, (one, want) in enumerate(zip(completions, expected, strict=True)):
         for source, counts in by_source.items():
             kept = np.where(one.trace.source == source, source, Source.MISSING).astype(np.uint8)
             trace = dataclasses.replace(one.trace, source=kept)
             counts.add(compare(trace, want, tolerance, reference.route))
-        # Each row against the next one's: it must fail.
-        control.add(compare(one.trace, want, tolerance, reference.route, shift=1))
+        if number < CONTROLS:  # each row against the next one's: it must fail
+            control.add(compare(one.trace, want, tolerance, reference.route, shift=1))
     for counts in by_source.values():
         total.add(counts)
     judged = {source.name.lower(): _shown(counts) for source, counts in by_source.items()}
