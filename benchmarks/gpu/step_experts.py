@@ -22,9 +22,12 @@ from typing import Any
 import httpx
 import numpy as np
 import orjson
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from benchmarks import result
 from benchmarks.gpu import judged, tap
+from moescope._style import BAR, DPI, GRID, SOFT, STYLE, TOP
 from moescope.overhead import engine
 from moescope.servers import end_servers_on_signals
 
@@ -116,13 +119,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def draw(measured: dict[str, Any], out: Path) -> None:
-    """Draw distinct experts and the step's time by batch size, as a PNG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from moescope._style import BAR, DPI, GRID, SOFT, STYLE, TOP
-
+def draw(measured: dict[str, Any]) -> Figure:
+    """Draw distinct experts and the step's time by batch size: medians, and all that was seen."""
     experts, top_k = measured["num_experts"], measured["top_k"]
     panels = {
         "distinct_experts": f"distinct experts a layer and step, of {experts}",
@@ -145,7 +143,7 @@ def draw(measured: dict[str, Any], out: Path) -> None:
             axis.set_ylim(bottom=0)
             axis.grid(axis="y", color=GRID)
             axis.legend(frameon=False)
-        figure.savefig(out, dpi=DPI)
+    return figure
 
 
 def parse() -> argparse.Namespace:
@@ -169,7 +167,7 @@ def main() -> None:
     """Do what the command line says."""
     args = parse()
     if args.draw:
-        draw(orjson.loads(args.draw.read_bytes()), args.out)
+        draw(orjson.loads(args.draw.read_bytes())).savefig(args.out, dpi=DPI)
         return
     end_servers_on_signals()
     args.out.parent.mkdir(parents=True, exist_ok=True)
