@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results/"
-ALL_BYTES, RESULTS_BYTES, RESULT_BYTES, PICTURE_BYTES = 4_500_000, 400_000, 64 * 1024, 200_000
+ALL_BYTES, RESULTS_BYTES, RESULT_BYTES, PICTURE_BYTES = 4_500_000, 500_000, 64 * 1024, 200_000
 LEFT_OUT = ("service/moescope_service/bundled_model/checkpoint/",)
 
 
