@@ -40,12 +40,31 @@ class Model:
         return int(np.clip(_BATCH_IDS // max(len(self.layers) * self.top_k, 1), 256, _BATCH_ROWS))
 
 
+Key = tuple[str, int]
+"""A sequence: the id of its request, and its choice."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Text:
+    """What is known of a sequence, or of a part of it, besides its routes."""
+
+    prompt_len: int
+    token_ids: Sequence[int] | npt.NDArray[np.integer] | None
+    """Prompt and output; None where they are not known."""
+    start: int = 0
+    """The position of the first of them."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     """Some rows of an input."""
 
     model: Model
     rows: Rows
+    keys: Sequence[Key]
+    """Sequences, those of the rows among them."""
+    places: npt.NDArray[np.integer]
+    """The place of each row's sequence among them, ``[num_rows]``."""
     num_missing: int
     """Rows that were not captured, and are not among them."""
     done: float
@@ -75,7 +94,8 @@ class Sequences:
         self.num_experts = sizes.pop() if sizes else 0
         self._starts = np.array([meta["start"] for meta in metas], np.int64)
         self._prompt_lens = np.array([meta["prompt_len"] for meta in metas], np.int64)
-        numbers = [request_number(str(meta["request_id"]), label) for meta in metas]
+        self.keys: list[Key] = [(str(meta["request_id"]), int(meta["index"])) for meta in metas]
+        numbers = [request_number(request_id, label) for request_id, _ in self.keys]
         self._requests = np.array(numbers, np.uint64)
 
     @property
@@ -125,8 +145,11 @@ def gathered(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
+    firsts = np.cumsum([0, *(len(one.keys) for one in batches[:-1])])
     return dataclasses.replace(
         batches[-1],
         rows=Rows.joined([one.rows for one in batches]),
+        keys=[key for one in batches for key in one.keys],
+        places=np.concatenate([one.places + at for one, at in zip(batches, firsts, strict=True)]),
         num_missing=sum(one.num_missing for one in batches),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,14 @@ import orjson
 
 from moescope import replay, routes_log
 from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
-from moescope.analyze.batches import Batch, Model
+from moescope.analyze.batches import Batch, Key, Model, Text
 from moescope.errors import FormatError
 from moescope.run_dir import RunDir
 
 _MAX_OPEN_ROWS = 200_000
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """What is known of a request besides its routes."""
-
-    prompt_len: int
-    token_ids: list[int] | None
-    """Prompt and output."""
-
-
-def known_of(run_dir: RunDir) -> dict[str, Known]:
+def known_of(run_dir: RunDir) -> dict[str, Text]:
     """Return what a run directory's answers say of its requests, by their id.
 
     Raises:
@@ -42,7 +32,7 @@ def known_of(run_dir: RunDir) -> dict[str, Known]:
         if one.request_id is not None and one.error is None:
             has_tokens = one.prompt_token_ids is not None and one.token_ids is not None
             tokens = [*(one.prompt_token_ids or ()), *(one.token_ids or ())]
-            known[one.request_id] = Known(
+            known[one.request_id] = Text(
                 prompt_len=one.prompt_tokens, token_ids=tokens if has_tokens else None
             )
     return known
@@ -52,7 +42,7 @@ def read(
     path: Path,
     label: str,
     *,
-    known: Mapping[str, Known] | None = None,
+    known: Mapping[str, Text] | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
 ) -> Iterator[Batch]:
@@ -104,7 +94,7 @@ class _Reader:
         known: What is known of its requests.
     """
 
-    def __init__(self, model: Model, label: str, known: Mapping[str, Known]) -> None:
+    def __init__(self, model: Model, label: str, known: Mapping[str, Text]) -> None:
         self._model, self._label, self._known = model, label, known
         self._columns = {layer: column for column, layer in enumerate(model.layers)}
         self._open: dict[tuple[str, int, int], list[Any]] = {}
@@ -155,7 +145,18 @@ class _Reader:
             phases=np.array([phase for phase, _ in places], np.uint8),
             requests=np.array(numbers, np.uint64),
         )
-        return Batch(model=self._model, rows=rows, num_missing=num_missing, done=done)
+        keys: dict[Key, int] = {}
+        for (request_id, index, _), _ in whole:
+            keys.setdefault((request_id, index), len(keys))
+        sequence = [keys[request_id, index] for (request_id, index, _), _ in whole]
+        return Batch(
+            model=self._model,
+            rows=rows,
+            keys=list(keys),
+            places=np.array(sequence, np.intp),
+            num_missing=num_missing,
+            done=done,
+        )
 
     def _place(self, request_id: str, position: int) -> tuple[int, int]:
         """Return the phase and the token id of a row."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.analysis import NO_TOKEN, Rows
-from moescope.analyze.batches import Batch, Model, Sequences, check_ids
+from moescope.analyze.batches import Batch, Key, Model, Sequences, Text, check_ids
 from moescope.received import parse_json
 from moescope.trace import Source
 
@@ -66,9 +66,34 @@ def read(path: Path, label: str) -> Iterator[Batch]:
                         token_ids=tokens[start:end][present],
                         **sequences.columns(sequence, place - splits[sequence]),
                     ),
+                    keys=sequences.keys,
+                    places=sequence,
                     num_missing=int((~present).sum()),
                     done=end / ids.shape[0],
                 )
+
+
+def texts(path: Path) -> Iterator[tuple[Key, Text]]:
+    """Read the tokens of the sequences, or pages of sequences, of an ``.npz``.
+
+    Args:
+        path: The file.
+
+    Raises:
+        Exception: As `read` does.
+    """
+    with zipfile.ZipFile(path) as archive:
+        metas = parse_json(_array(archive, "meta").tobytes())
+        tokens, splits = _array(archive, "token_ids"), _array(archive, "token_splits")
+    for meta, (first, last) in zip(metas, itertools.pairwise(splits.tolist()), strict=True):
+        yield (
+            (str(meta["request_id"]), int(meta["index"])),
+            Text(
+                prompt_len=int(meta["prompt_len"]),
+                token_ids=tokens[first:last] if meta["has_token_ids"] else None,
+                start=int(meta["start"]),
+            ),
+        )
 
 
 class _Member:

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
-from moescope.analyze.batches import Batch, Model, Sequences, check_ids
+from moescope.analyze.batches import Batch, Key, Model, Sequences, Text, check_ids
 from moescope.errors import CommandError
 from moescope.received import parse_json
 
-_COLUMNS = ("request_id", "position", "is_prompt", "token_id", "source", "topk_ids")
+_COLUMNS = ("request_id", "index", "position", "is_prompt", "token_id", "source", "topk_ids")
 
 
 def read(path: Path, label: str) -> Iterator[Batch]:
@@ -28,13 +28,7 @@ def read(path: Path, label: str) -> Iterator[Batch]:
         CommandError: pyarrow is not installed, or the file holds several models.
         Exception: It is no such file; what it is depends on where it is broken.
     """
-    try:
-        from pyarrow import parquet  # noqa: PLC0415 - the light base has no pyarrow
-    except ImportError as error:
-        raise CommandError(
-            "reading Parquet needs pyarrow, moescope's extra `arrow`: pip install pyarrow"
-        ) from error
-    with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+    with _open(path) as file:
         shared = parse_json((file.schema_arrow.metadata or {})[b"moescope"])
         sequences = Sequences(shared["traces"], label)
         model = Model(
@@ -50,6 +44,46 @@ def read(path: Path, label: str) -> Iterator[Batch]:
             yield _batch(table, model, label, num_done / file.metadata.num_rows)
 
 
+def texts(path: Path) -> Iterator[tuple[Key, Text]]:
+    """Read the tokens of the sequences of a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CommandError: pyarrow is not installed.
+        Exception: As `read` does.
+    """
+    with _open(path) as file:
+        shared = parse_json((file.schema_arrow.metadata or {})[b"moescope"])
+        tokens = file.read(columns=["token_id"])["token_id"].fill_null(NO_TOKEN).to_numpy()
+    first = 0
+    for meta in shared["traces"]:
+        is_last = meta["start"] + meta["num_rows"] >= meta["num_tokens"] - 1
+        last = first + meta["num_rows"] + is_last
+        yield (
+            (str(meta["request_id"]), int(meta["index"])),
+            Text(
+                prompt_len=int(meta["prompt_len"]),
+                token_ids=tokens[first:last] if meta["has_token_ids"] else None,
+                start=int(meta["start"]),
+            ),
+        )
+        first = last
+    if first != len(tokens):
+        raise ValueError(f"it has {len(tokens):,} tokens, and its traces {first:,}")
+
+
+def _open(path: Path) -> Any:  # noqa: ANN401
+    try:
+        from pyarrow import parquet  # noqa: PLC0415 - the light base has no pyarrow
+    except ImportError as error:
+        raise CommandError(
+            "reading Parquet needs pyarrow, moescope's extra `arrow`: pip install pyarrow"
+        ) from error
+    return parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+
+
 def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa: ANN401
     import pyarrow.compute as pc  # noqa: PLC0415
 
@@ -57,24 +91,29 @@ def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa:
     num_missing = int(pc.sum(pc.equal(_text(table["source"]), "missing")).as_py() or 0)
     table = table.filter(present)
     names = _text(table["request_id"]).dictionary_encode()
-    numbers = [request_number(one, label) for one in names.dictionary.to_pylist()]
-    ids = _flat(table["topk_ids"], model)
-    check_ids(ids, model.num_experts)
+    ids, number = names.dictionary.to_pylist(), names.indices.to_numpy(zero_copy_only=False)
+    choice = table["index"].to_numpy(zero_copy_only=False)
+    pairs, places = np.unique(np.stack((number, choice)), axis=1, return_inverse=True)
+    numbers = [request_number(one, label) for one in ids]
+    topk_ids = _flat(table["topk_ids"], model)
+    check_ids(topk_ids, model.num_experts)
     has_weights = "topk_weights" in table.schema.names
     is_prompt = table["is_prompt"].to_numpy(zero_copy_only=False)
     return Batch(
         model=model,
         rows=Rows(
             num_experts=model.num_experts,
-            topk_ids=ids,
+            topk_ids=topk_ids,
             topk_weights=_flat(table["topk_weights"], model) if has_weights else None,
             token_ids=table["token_id"].fill_null(NO_TOKEN).to_numpy(zero_copy_only=False),
             positions=table["position"].to_numpy(zero_copy_only=False),
             phases=np.where(is_prompt, PHASES.index("prompt"), PHASES.index("output")).astype(
                 np.uint8
             ),
-            requests=np.array(numbers, np.uint64)[names.indices.to_numpy(zero_copy_only=False)],
+            requests=np.array(numbers, np.uint64)[number],
         ),
+        keys=[(ids[one], index) for one, index in pairs.T.tolist()],
+        places=places.reshape(-1),
         num_missing=num_missing,
         done=done,
     )

@@ -14,6 +14,7 @@ from moescope.cli import (
     analyze,
     bench,
     demo,
+    diff,
     overhead,
     plot,
     prompts,
@@ -58,6 +59,7 @@ app.command()(replay.replay)
 app.command()(routes.routes)
 app.command()(plot.plot)
 app.command()(analyze.analyze)
+app.command()(diff.diff)
 app.command()(bench.bench)
 app.command()(overhead.overhead)
 app.command()(demo.demo)
