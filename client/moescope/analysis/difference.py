@@ -163,12 +163,12 @@ class Differences:
         found, differing = _compared(rows, others, self._near_tie)
         if rows.num_rows:
             self._resample(rows, found)
-        others = dataclasses.replace(others, requests=rows.requests)
-        for side, load, replicates in zip(
-            (rows, others), self.loads, self._load_replicates, strict=True
-        ):
-            load.add(side)
-            replicates.add(side)
+            sides = (rows, dataclasses.replace(others, requests=rows.requests))
+            for side, load, replicates in zip(
+                sides, self.loads, self._load_replicates, strict=True
+            ):
+                load.add(side)
+                replicates.add(side)
         return differing
 
     def _resample(self, rows: Rows, found: Floats) -> None:

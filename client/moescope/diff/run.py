@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,14 +72,17 @@ def diff(sources: Sequence[Source], out: Path, options: Options, console: Consol
     names = [source.name for source in sources]
     labels = [*names, *(f"{names[0]} | {name}" for name in names[1:])]
     labels = [f"{place}. {label}, in percent" for place, label in enumerate(labels, start=1)]
-    with progress.parts(console, labels) as tells:
+    with contextlib.ExitStack() as stack, progress.parts(console, labels) as tells:
         sides = [
             side.read(
-                source.inputs, folder, num_experts=options.num_experts, top_k=options.top_k,
+                source.inputs,
+                [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(2)],
+                num_experts=options.num_experts,
+                top_k=options.top_k,
                 tell=tell,
             )
             for source, tell in zip(sources, tells, strict=False)
-        ]  # fmt: skip
+        ]
         for name, other in zip(names[1:], sides[1:], strict=True):
             comparing.check_fit(sides[0], other, (names[0], name))
         comparisons = [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import mmap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -55,7 +54,7 @@ class TokenSequence:
 
 
 class Side:
-    """Rows of one model, in files without a name that are gone with the process; `read` makes it.
+    """Rows of one model, as `read` makes it.
 
     About 30 bytes a row are in memory, and the token ids.
 
@@ -65,13 +64,11 @@ class Side:
         sequence: The place of each row's sequence among them, ``[num_rows]``.
         position: The position of each row's token, ``[num_rows]``.
         num_missing: Rows that were not captured.
-        has_weights: Whether every row has its weights.
     """
 
     def __init__(self, model: Model, num_missing: int, draft: _Draft) -> None:
         self.model, self.num_missing = model, num_missing
         self.sequences: Sequence[TokenSequence] = draft.sequences
-        self.has_weights = draft.has_weights
         self.sequence = _joined(draft.columns["sequence"], np.int32)
         self.position = _joined(draft.columns["position"], np.int32)
         self._phases = _joined(draft.columns["phase"], np.uint8)
@@ -81,11 +78,8 @@ class Side:
         keys = _keys(self.sequence, self.position)
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
-        shape = (len(keys), len(model.layers), model.top_k)
-        self._ids = np.memmap(draft.ids, draft.id_dtype, "r", shape=shape)
-        self._weights = (
-            np.memmap(draft.weights, np.float32, "r", shape=shape) if self.has_weights else None
-        )
+        self._ids = draft.ids
+        self._weights = draft.weights if draft.has_weights else None
         self._check_once()
 
     def _check_once(self) -> None:
@@ -120,8 +114,8 @@ class Side:
         """Return rows by their numbers, without the ids of their tokens."""
         return Rows(
             num_experts=self.model.num_experts,
-            topk_ids=self._ids[numbers],
-            topk_weights=None if self._weights is None else self._weights[numbers],
+            topk_ids=self._ids.rows(numbers),
+            topk_weights=None if self._weights is None else self._weights.rows(numbers),
             token_ids=np.full(len(numbers), NO_TOKEN, np.int32),
             positions=self.position[numbers],
             phases=self._phases[numbers],
@@ -129,13 +123,46 @@ class Side:
         )
 
 
-class _Draft:
-    """A side while it is read."""
+class _OnDisk:
+    """An array ``[num_rows, num_layers, top_k]`` in a file without a name.
 
-    def __init__(self, folder: Path, num_experts: int) -> None:
-        self.id_dtype = formats.id_dtype(num_experts)
-        self.ids: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - of the memmap
-        self.weights: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    Args:
+        file: The file.
+        shape: Of a row.
+        dtype: The dtype.
+    """
+
+    def __init__(self, file: IO[bytes], shape: tuple[int, int], dtype: npt.DTypeLike) -> None:
+        self._file, self._shape, self._dtype = file, shape, np.dtype(dtype)
+        self._map: mmap.mmap | None = None
+
+    def add(self, rows: npt.NDArray[Any]) -> None:
+        """Write the next rows."""
+        self._file.write(np.ascontiguousarray(rows, self._dtype).data)
+
+    def rows(self, numbers: npt.NDArray[np.integer]) -> npt.NDArray[Any]:
+        """Return rows by their numbers; none is written afterwards."""
+        if self._map is None:
+            self._file.flush()
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        every = np.frombuffer(self._map, self._dtype).reshape(-1, *self._shape)
+        rows: npt.NDArray[Any] = every[numbers]
+        self._map.madvise(mmap.MADV_DONTNEED)  # the file's pages are not this process's memory
+        return rows
+
+
+class _Draft:
+    """A side while it is read.
+
+    Args:
+        model: What its rows are of.
+        files: For expert ids and for weights.
+    """
+
+    def __init__(self, model: Model, files: Sequence[IO[bytes]]) -> None:
+        shape = (len(model.layers), model.top_k)
+        self.ids = _OnDisk(files[0], shape, formats.id_dtype(model.num_experts))
+        self.weights = _OnDisk(files[1], shape, np.float32)
         self.has_weights = True
         self.sequences: list[TokenSequence] = []
         self.columns: dict[str, list[npt.NDArray[Any]]] = {
@@ -153,10 +180,10 @@ class _Draft:
         self.columns["sequence"].append(np.array(numbers, np.int32)[place.reshape(-1)])
         self.columns["position"].append(rows.positions.astype(np.int32))
         self.columns["phase"].append(rows.phases)
-        np.ascontiguousarray(rows.topk_ids, self.id_dtype).tofile(self.ids)
+        self.ids.add(rows.topk_ids)
         self.has_weights &= rows.topk_weights is not None
-        if self.has_weights:
-            np.ascontiguousarray(rows.topk_weights, np.float32).tofile(self.weights)
+        if rows.topk_weights is not None and self.has_weights:
+            self.weights.add(rows.topk_weights)
 
     def _place(self, key: Key) -> int:
         if key not in self._places:
@@ -172,7 +199,7 @@ class _Draft:
 
 def read(
     found: Sequence[Input],
-    folder: Path,
+    files: Sequence[IO[bytes]],
     *,
     num_experts: int | None = None,
     top_k: int | None = None,
@@ -182,7 +209,7 @@ def read(
 
     Args:
         found: The inputs, of one model.
-        folder: Where its files lie.
+        files: Two empty files, open as long as the side is used.
         num_experts: As `inputs.read` takes it.
         top_k: As `inputs.read` takes it.
         tell: Is told which part is read, 0 to 1.
@@ -195,7 +222,7 @@ def read(
     reader = inputs.Reader(found, num_experts, top_k)
     draft: _Draft | None = None
     for batch in reader.batches(""):
-        draft = draft or _Draft(folder, batch.model.num_experts)
+        draft = draft or _Draft(batch.model, files)
         if batch.rows.num_rows:
             draft.add(batch)
         tell(batch.done)
