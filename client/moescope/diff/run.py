@@ -69,9 +69,9 @@ def diff(sources: Sequence[Source], out: Path, options: Options, console: Consol
         OSError: There is no room for the rows.
     """
     folder = next(one for one in (out, *out.absolute().parents) if one.is_dir())
-    names = [source.name for source in sources]
-    labels = [*names, *(f"{names[0]} | {name}" for name in names[1:])]
-    labels = [f"{place}. {label}, in percent" for place, label in enumerate(labels, start=1)]
+    names = ("A", "B", "A again")[: len(sources)]
+    labels = [*names, *(f"A | {name}" for name in names[1:])]
+    labels = [f"{label}: rows, in percent" for label in labels]
     with contextlib.ExitStack() as stack, progress.parts(console, labels) as tells:
         sides = [
             side.read(
@@ -83,8 +83,8 @@ def diff(sources: Sequence[Source], out: Path, options: Options, console: Consol
             )
             for source, tell in zip(sources, tells, strict=False)
         ]
-        for name, other in zip(names[1:], sides[1:], strict=True):
-            comparing.check_fit(sides[0], other, (names[0], name))
+        for source, other in zip(sources[1:], sides[1:], strict=True):
+            comparing.check_fit(sides[0], other, (sources[0].name, source.name))
         comparisons = [
             comparing.compare(
                 sides[0], other, near_tie=options.near_tie, seed=options.seed, tell=tell

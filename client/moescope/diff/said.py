@@ -67,7 +67,7 @@ def _change(finding: Finding, layers: tuple[int, ...]) -> str:
 def table(result: Result) -> Table:
     """Return the figures of the layers where they are largest, beside the noise."""
     made = Table(box=box.SIMPLE)
-    made.add_column("where it is largest")
+    made.add_column("where it is largest", no_wrap=True)
     for head in ("A | B", "95% interval", "layer", "A | A again"):
         made.add_column(head, justify="right", no_wrap=True)
     for name, words in WORDS.items():
@@ -89,4 +89,4 @@ def table(result: Result) -> Table:
 
 def shown(name: str, value: float) -> str:
     """Return the value of a figure in few characters."""
-    return f"{100 * value:.2f}%" if name in _SHARES else f"{value:.3g}"
+    return f"{100 * value:.2f}%" if name in _SHARES else f"{value:.2g}"
