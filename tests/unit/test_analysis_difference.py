@@ -85,6 +85,13 @@ def test_the_figures_are_those_of_plain_loops():
         assert 0.05 < expected["rows"] < 0.4
         for name, values in found.values.items():
             assert values[layer] == pytest.approx(expected[name], rel=1e-6), name
+        gaps = [
+            row_difference(*(one[what][layer] for one in pair for what in ("ids", "weights")))[
+                "gap"
+            ]
+            for pair in zip(TOKENS, OTHER_TOKENS, strict=True)
+        ]
+        assert found.largest_gap[layer] == pytest.approx(max(gaps))
 
 
 def test_a_replicate_is_the_figure_of_requests_by_their_weights():
@@ -108,6 +115,7 @@ def test_parts_add_up():
     at_once.add(*(Rows.joined([Rows.of(one) for one in side]) for side in (TRACES, OTHERS)))
     for other in (parts, at_once):
         assert other.requests == whole.requests
+        assert other.largest_gap.tolist() == whole.largest_gap.tolist()
         assert len(other.requests) == len(TRACES)
         for name in analysis.FIGURES:
             assert other.values[name] == pytest.approx(whole.values[name])
@@ -154,6 +162,7 @@ def test_which_rows_differ_is_said():
     assert found.sets.tolist() == [[True, True]]
     # In layer 0 the lowest of both was exchanged, in layer 1 one half again as heavy.
     assert found.near_ties.tolist() == [[True, False]]
+    assert found.gaps == pytest.approx(np.array([[0.41 / 0.4 - 1, 0.5]]))
 
 
 def test_functions_by_hand():

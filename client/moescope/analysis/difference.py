@@ -104,12 +104,14 @@ def exchange_gap(ids: Ids, weights: Weights, others: Ids, other_weights: Weights
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Differing:
-    """Which of the rows that were compared differ, ``[num_rows, num_layers]`` both."""
+    """Which of the rows that were compared differ, ``[num_rows, num_layers]`` each."""
 
     sets: Flags
     """Whether the experts are others."""
     near_ties: Flags
     """Whether they are, and by no more than a near-tie."""
+    gaps: Floats
+    """The `exchange_gap`; infinite where the experts are others and weights are not known."""
 
 
 class Differences:
@@ -117,6 +119,7 @@ class Differences:
 
     Attributes:
         loads: The selections of each side.
+        largest_gap: The largest `exchange_gap` of any row, ``[num_layers]``.
         requests: The numbers of the requests.
 
     Args:
@@ -139,6 +142,7 @@ class Differences:
         self._near_tie, self._seed = near_tie, seed
         self._sums: Floats = np.zeros((len(_QUANTITIES), num_layers))
         self._resampled: Floats = np.zeros((num_replicates, len(_QUANTITIES), num_layers))
+        self.largest_gap: Floats = np.zeros(num_layers)
         self.loads = tuple(Loads(num_layers, num_experts) for _ in range(2))
         self._load_replicates = tuple(
             LoadReplicates(num_layers, num_experts, num_replicates=num_replicates, seed=seed)
@@ -163,6 +167,7 @@ class Differences:
         found, differing = _compared(rows, others, self._near_tie)
         if rows.num_rows:
             self._resample(rows, found)
+            np.maximum(self.largest_gap, differing.gaps.max(axis=0), out=self.largest_gap)
             sides = (rows, dataclasses.replace(others, requests=rows.requests))
             for side, load, replicates in zip(
                 sides, self.loads, self._load_replicates, strict=True
@@ -197,6 +202,7 @@ class Differences:
         )  # fmt: skip
         result._sums = self._sums + other._sums
         result._resampled = self._resampled + other._resampled
+        result.largest_gap = np.maximum(self.largest_gap, other.largest_gap)
         result.requests = self.requests | other.requests
         for name in ("loads", "_load_replicates"):
             pairs = zip(getattr(self, name), getattr(other, name), strict=True)
@@ -235,10 +241,10 @@ def _compared(rows: Rows, others: Rows, near_tie: float) -> tuple[Floats, Differ
     slots = slots_in(rows.topk_ids, others.topk_ids)
     sets: Flags = np.any(slots < 0, axis=-1)
     in_order = (slots == np.arange(slots.shape[-1])).all(axis=-1)
-    near_ties = np.zeros_like(sets)
+    gaps = np.where(sets, np.inf, 0.0)
     weights = num_weights = np.zeros(sets.shape)
     if rows.topk_weights is not None and others.topk_weights is not None:
-        near_ties[sets] = near_tie >= exchange_gap(
+        gaps[sets] = exchange_gap(
             rows.topk_ids[sets], rows.topk_weights[sets],
             others.topk_ids[sets], others.topk_weights[sets],
         )  # fmt: skip
@@ -246,13 +252,14 @@ def _compared(rows: Rows, others: Rows, near_tie: float) -> tuple[Floats, Differ
             _weight_differences(slots, rows.topk_weights, others.topk_weights), axis=-1
         )
         num_weights = (slots >= 0).sum(axis=-1).astype(np.float64)
+    near_ties = sets & (gaps <= near_tie)
     found = np.stack(
         (
             *(np.ones(sets.shape), sets & ~near_ties, near_ties, ~sets & ~in_order),
             *(sets & (np.cumsum(sets, axis=1) == 1), _jaccard(slots), weights, num_weights),
         )
     ).astype(np.float64)
-    return found, Differing(sets=sets, near_ties=near_ties)
+    return found, Differing(sets=sets, near_ties=near_ties, gaps=gaps)
 
 
 def _figures(

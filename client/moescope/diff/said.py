@@ -68,7 +68,7 @@ def table(result: Result) -> Table:
     """Return the figures of the layers where they are largest, beside the noise."""
     made = Table(box=box.SIMPLE)
     made.add_column("where it is largest", no_wrap=True)
-    for head in ("A | B", "95% interval", "layer", "A | A again"):
+    for head in ("A | B", "95% interval", "layer", "noise"):
         made.add_column(head, justify="right", no_wrap=True)
     for name, words in WORDS.items():
         one = result.found[name]

@@ -27,6 +27,7 @@ def by_layer(result: Result) -> Table:
             columns[f"{name}_noise"] = one.noise
         if one.changed is not None:
             columns[f"{name}_changed"] = one.changed.astype(int)
+    columns["largest_gap"] = result.comparison.differences.largest_gap
     return list(columns), ([*line] for line in zip(*columns.values(), strict=True))
 
 
@@ -89,6 +90,7 @@ def values(result: Result) -> dict[str, Any]:
             name: findings.first_changed(result.found[name], result.layers)
             for name in findings.CHANGES
         },
+        "largest_gap": result.comparison.differences.largest_gap,
         "by_layer": {name: one.as_json() for name, one in result.found.items()},
     }
 
