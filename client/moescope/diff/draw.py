@@ -33,7 +33,7 @@ def picture(result: Result) -> Figure:
     with rc_context(STYLE):
         figure = draw.titled(7.6, title, subtitle)
         cells = figure.add_gridspec(
-            2, 2, left=0.065, right=0.965, top=0.845, bottom=0.075, wspace=0.2, hspace=0.38
+            2, 2, left=0.075, right=0.965, top=0.845, bottom=0.075, wspace=0.2, hspace=0.38
         )
         rows, weights, loads, sequences = (
             figure.add_subplot(cells[place]) for place in np.ndindex(2, 2)
