@@ -336,10 +336,10 @@ def bare(trace):
 @pytest.mark.parametrize(
     ("a", "b", "words"),
     [
-        (A[:2], SAME[2:4], "paired by request id, or by the token ids of the prompt"),
+        (A[:2], SAME[2:4], "b.npz have no request in common: they are paired"),
         (A[:2], [bare(one) for one in SAME[:2]], "paired by request id, or by the token ids"),
         (A[:1], [make_trace("b", [[[0, 1]] * 4], missing=[0])], "b.npz has no routed token (1 "),
-        (A[:1] * 2, SAME[:1], "position 0 of request a-0, choice 0, is there twice"),
+        (A[:1] * 2, SAME[:1], "a.npz has position 0 of request a-0, choice 0, twice"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_said(tmp_path, capsys, a, b, words):
@@ -356,7 +356,10 @@ def test_texts_that_differ_at_once_are_said(tmp_path, capsys):
         write_npz(tmp_path / "a.npz", [A[0].page(0, 1)]), write_npz(tmp_path / "b.npz", [other])
     ]  # fmt: skip
     assert run_command(*paths, "-o", tmp_path / "out") == 1
-    assert "no row has the same tokens before it on both sides" in capsys.readouterr().err
+    assert (
+        "1 sequences in common, and no row with the same tokens before it"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_same_run_is_no_second_run(tmp_path, capsys):
@@ -400,6 +403,16 @@ def test_bounds(tmp_path, capsys, bound, status, words):
     assert run_command(a, b, "-o", tmp_path / "out", "--fail-above", bound) == status
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split()) + "\n"
     assert (tmp_path / "out" / "diff.json").exists() == (status < 2)
+
+
+def test_weights_that_one_side_lacks_are_not_known(compared, capsys):
+    for again in (None, AGAIN):
+        bare = [dataclasses.replace(one, topk_weights=None) for one in CHANGED]
+        values, *_ = compared(A, bare, "--force", again=again)
+        assert values["totals"]["weights"] is None
+        told = capsys.readouterr().out
+        assert "weights: not known" in told
+        assert "weights, mean difference" not in told
 
 
 def test_what_is_not_known_is_above_every_bound():

@@ -38,12 +38,8 @@ class Comparison:
         return self.differences.num_rows
 
 
-def check_fit(a: Side, b: Side, names: tuple[str, str]) -> None:
-    """Check that sides have the same layers, experts and top-k; their names may differ.
-
-    Raises:
-        CommandError: They have not.
-    """
+def _check_fit(a: Side, b: Side) -> None:
+    """Check that sides have the same layers, experts and top-k; their models' names may differ."""
     for what, values in (
         ("layers", [list(one.model.layers) for one in (a, b)]),
         ("experts a layer", [one.model.num_experts for one in (a, b)]),
@@ -51,7 +47,7 @@ def check_fit(a: Side, b: Side, names: tuple[str, str]) -> None:
     ):
         if values[0] != values[1]:
             raise CommandError(
-                f"{names[0]} and {names[1]} cannot be compared: {what} are {values[0]} and "
+                f"{a.name} and {b.name} cannot be compared: {what} are {values[0]} and "
                 f"{values[1]}; diff compares servers of one architecture"
             )
 
@@ -69,17 +65,24 @@ def compare(
         tell: Is told which part is done, 0 to 1.
 
     Raises:
-        CommandError: They have no request, or no row in common.
+        CommandError: They are of two architectures, or have no request or row in common.
     """
+    _check_fit(a, b)
     pairs = pair(a.sequences, b.sequences)
+    if not len(pairs):
+        raise CommandError(
+            f"{a.name} and {b.name} have no request in common: they are paired by request id, or "
+            "by the token ids of the prompt, which run directories of `moescope replay`, .npz and "
+            ".parquet have and a bare route log has not"
+        )
     pair_of, is_before = _where(a, pairs.a, pairs.divergence)
     rows = np.flatnonzero(is_before)
     found = b.find(pairs.b[pair_of[rows]], a.position[rows])
     rows, found = rows[found >= 0], found[found >= 0]
     if not len(rows):
         raise CommandError(
-            f"{len(pairs):,} sequences have a partner, but no row has the same tokens before it on "
-            "both sides: their texts differ from the first tokens on"
+            f"{a.name} and {b.name} have {len(pairs):,} sequences in common, and no row with the "
+            "same tokens before it: the texts differ from the first tokens on, or rows are missing"
         )
     differences = Differences(
         len(a.model.layers), a.model.num_experts, near_tie=near_tie, seed=seed

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from moescope.analysis import NO_TOKEN
 from moescope.diff.side import Tokens, TokenSequence
-from moescope.errors import CommandError
 
 NEVER = 2**31
 """The position where texts diverge that do not: beyond all tokens."""
@@ -46,19 +45,10 @@ def pair(a: Sequence[TokenSequence], b: Sequence[TokenSequence]) -> Pairs:
 
     The same id with another prompt is another request. Of equal prompts the first of one side goes
     with the first of the other, and so on.
-
-    Raises:
-        CommandError: None of one side is on the other.
     """
     partner = _by_id(a, b)
     num_by_id = len(partner)
     partner |= _by_prompt(a, b, partner)
-    if not partner:
-        raise CommandError(
-            f"no request of {len(a):,} sequences on one side and {len(b):,} on the other is the "
-            "same: they are paired by request id, or by the token ids of the prompt, which run "
-            "directories of `moescope replay`, .npz and .parquet have and a bare route log has not"
-        )
     places = sorted(partner)
     others = [partner[one] for one in places]
     texts = [(a[one].tokens, b[other].tokens) for one, other in zip(places, others, strict=True)]

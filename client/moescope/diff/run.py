@@ -39,8 +39,9 @@ def check(sources: Sequence[Source], out: Path, *, force: bool) -> None:
         CommandError: They are no runs of their own, or the directory cannot be written to or holds
             another comparison.
     """
-    for one in (one for source in sources for one in source.inputs if one.label):
-        raise CommandError(f"{one.path} has the label {one.label}: diff takes none")
+    labeled = [one for source in sources for one in source.inputs if one.label]
+    if labeled:
+        raise CommandError(f"{labeled[0].path} has the label {labeled[0].label}: diff takes none")
     first, *others = ({one.path.resolve() for one in source.inputs} for source in sources)
     for source, paths in zip(sources[1:], others, strict=True):
         if first & paths:
@@ -75,6 +76,7 @@ def diff(sources: Sequence[Source], out: Path, options: Options, console: Consol
     with contextlib.ExitStack() as stack, progress.parts(console, labels) as tells:
         sides = [
             side.read(
+                source.name,
                 source.inputs,
                 [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(2)],
                 num_experts=options.num_experts,
@@ -83,8 +85,6 @@ def diff(sources: Sequence[Source], out: Path, options: Options, console: Consol
             )
             for source, tell in zip(sources, tells, strict=False)
         ]
-        for source, other in zip(sources[1:], sides[1:], strict=True):
-            comparing.check_fit(sides[0], other, (sources[0].name, source.name))
         comparisons = [
             comparing.compare(
                 sides[0], other, near_tie=options.near_tie, seed=options.seed, tell=tell

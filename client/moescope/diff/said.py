@@ -50,10 +50,10 @@ def _texts(comparison: Comparison) -> str:
 
 def _change(finding: Finding, layers: tuple[int, ...]) -> str:
     changed = finding.changed
-    if np.isnan(finding.values).all():
-        return "not known"
-    if changed is None:
+    if finding.beyond is None or changed is None:
         return f"fewer than {MIN_REQUESTS} requests: too few to tell a change from chance"
+    if np.isnan(finding.beyond).all():
+        return "not known"
     has_noise = finding.noise is not None
     layer = first_changed(finding, layers)
     if layer is None:

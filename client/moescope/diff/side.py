@@ -59,6 +59,7 @@ class Side:
     About 30 bytes a row are in memory, and the token ids.
 
     Attributes:
+        name: What it is called in messages.
         model: What the rows are of.
         sequences: Those that have a row.
         sequence: The place of each row's sequence among them, ``[num_rows]``.
@@ -66,7 +67,8 @@ class Side:
         num_missing: Rows that were not captured.
     """
 
-    def __init__(self, model: Model, num_missing: int, draft: _Draft) -> None:
+    def __init__(self, name: str, model: Model, num_missing: int, draft: _Draft) -> None:
+        self.name = name
         self.model, self.num_missing = model, num_missing
         self.sequences: Sequence[TokenSequence] = draft.sequences
         self.sequence = _joined(draft.columns["sequence"], np.int32)
@@ -86,10 +88,10 @@ class Side:
         again = np.flatnonzero(np.diff(self._keys) == 0)
         if len(again):
             row = self._order[again[0]]
-            name = self.sequences[self.sequence[row]]
+            one = self.sequences[self.sequence[row]]
             raise CommandError(
-                f"position {self.position[row]} of request {name.request_id}, choice {name.index}, "
-                "is there twice: give every request once"
+                f"{self.name} has position {self.position[row]} of request {one.request_id}, "
+                f"choice {one.index}, twice: give every request once"
             )
 
     @property
@@ -198,6 +200,7 @@ class _Draft:
 
 
 def read(
+    name: str,
     found: Sequence[Input],
     files: Sequence[IO[bytes]],
     *,
@@ -208,6 +211,7 @@ def read(
     """Read the inputs of a side.
 
     Args:
+        name: What it is called in messages.
         found: The inputs, of one model.
         files: Two empty files, open as long as the side is used.
         num_experts: As `inputs.read` takes it.
@@ -228,13 +232,13 @@ def read(
         tell(batch.done)
     if draft is None or reader.model is None or not draft.sequences:
         raise CommandError(
-            f"{found[0].path} has no routed token ({reader.num_missing:,} rows are missing): there "
+            f"{name} has no routed token ({reader.num_missing:,} rows are missing): there "
             "is nothing to compare"
         )
     for one in found:
         for key, text in inputs.texts(one):
             draft.add_text(key, text)
-    return Side(reader.model, reader.num_missing, draft)
+    return Side(name, reader.model, reader.num_missing, draft)
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
