@@ -49,6 +49,7 @@ ALIASES = {
     ("analyze", "-o"),
     ("bench", "--max-concurrency"),
     ("bench", "--num-prompts"),
+    ("diff", "-o"),
     ("verify", "--url"),
 }
 

@@ -218,14 +218,22 @@ def test_missing_rows_are_counted_and_the_others_compared(compared):
     assert (values["compared"]["rows_of_a_alone"], values["b"]["missing_rows"]) == (2, 2)
 
 
+def write_parquet(path, traces):
+    arrow = pytest.importorskip("moescope.arrow")
+    path.write_bytes(arrow.dump_parquet(traces))
+    return path
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(write_run, ""), (write_parquet, ".parquet")])
 @pytest.mark.parametrize("batch_rows", [2**16, 28])
-def test_every_kind_of_input_says_the_same(compared, tmp_path, batch_rows, monkeypatch):
+def test_every_kind_of_input_says_the_same(compared, write, suffix, batch_rows, monkeypatch):
     monkeypatch.setattr("moescope.analyze.batches.Model.batch_rows", batch_rows)
-    values, by_layer, sequences = compared(A, CHANGED)
-    others = compared(A, CHANGED, "--force", write=write_run, suffix="")
-    assert others[0]["compared"] == values["compared"]
-    assert others[2] == sequences
-    for line, other in zip(by_layer, others[1], strict=True):
+    others = [with_other_tokens(one, 8) if n < 4 else one for n, one in enumerate(CHANGED)]
+    values, by_layer, sequences = compared(A, others)
+    again = compared(A, others, "--force", write=write, suffix=suffix)
+    assert again[0]["compared"] == values["compared"]
+    assert again[2] == sequences
+    for line, other in zip(by_layer, again[1], strict=True):
         assert {name: float(value) for name, value in other.items()} == pytest.approx(
             {name: float(value) for name, value in line.items()}, abs=1e-6
         )
