@@ -207,3 +207,22 @@ def test_bounds_of_many_figures_hold_all_at_once():
     assert np.isnan(low[2])
     assert low[3] == 1.0  # never another value
     assert np.isnan(analysis.lower_bounds(values, np.full((9, 4), np.nan))).all()
+
+
+def test_of_equal_servers_few_have_a_layer_that_changed():
+    """Requests are noisy, each in its own measure, and no layer is another one."""
+    random = np.random.default_rng(0)
+    num_servers, num_requests, num_layers = 100, 100, 94
+    at_once = one_by_one = 0
+    for _ in range(num_servers):
+        num_rows = random.integers(20, 120, num_requests)[:, None]
+        chance = random.beta(2, 400, (num_requests, 1))
+        ours, noise = (random.binomial(num_rows, chance, (num_requests, num_layers)) for _ in "ab")
+        numbers = random.integers(0, 2**63, num_requests).astype(np.uint64)
+        weights = analysis.request_weights(numbers).astype(np.float64)
+        replicates = (weights.T @ (ours - noise)) / (weights.T @ num_rows)
+        values = (ours - noise).sum(axis=0) / num_rows.sum()
+        at_once += bool((analysis.lower_bounds(values, replicates) > 0).any())
+        one_by_one += bool((analysis.interval(replicates)[0] > 0).any())
+    assert at_once <= 0.1 * num_servers
+    assert one_by_one >= 0.8 * num_servers, "the bounds are tried on too little noise"
