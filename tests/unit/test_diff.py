@@ -1,116 +1,37 @@
-"""``moescope diff``: what it pairs, what it compares, what it writes and what it says."""
+"""``moescope diff``: what it says, what it writes and what it refuses."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import functools
 
 import numpy as np
-import orjson
 import pytest
-from analysis_reference import make_trace, random_trace
+from analysis_reference import make_trace
+from diff_runs import (
+    AGAIN,
+    CHANGED,
+    NUM,
+    SAME,
+    A,
+    compare,
+    run_command,
+    with_other_experts,
+    with_other_tokens,
+    write_npz,
+    write_parquet,
+    write_run,
+)
 
-from moescope import formats, replay
 from moescope.analyze import inputs
-from moescope.cli import main
 from moescope.diff import bounds
 from moescope.errors import FormatError
-
-NUM = 12
-PROMPTS = [[number, number + 1, 5] for number in range(NUM)]
-SHAPE = (20, 4, 2)
-LAYERS = [0, 2, 4, 6]
-
-
-def served(number, *, server="a", **changes):
-    """The trace of a prompt: the same on all servers, under another id."""
-    trace = random_trace(number, *SHAPE)
-    tokens = [*PROMPTS[number], *range(100, 100 + trace.num_tokens - 3)]
-    fields = {
-        "request_id": f"{server}-{number}",
-        "prompt_len": 3,
-        "token_ids": np.array(tokens, np.int32),
-        "source": np.zeros(trace.num_rows, np.uint8),
-    }
-    return dataclasses.replace(trace, **(fields | changes))
-
-
-def with_other_experts(trace, layer, rows):
-    """Other experts from a layer on, in some rows; none of them a near-tie."""
-    ids, weights = trace.topk_ids.copy(), trace.topk_weights.copy()
-    column = LAYERS.index(layer)
-    ids[rows, column:] = (ids[rows, column:] + 2) % trace.num_experts
-    weights[rows, column:, 0], weights[rows, column:, 1] = 0.9, 0.1
-    return dataclasses.replace(trace, topk_ids=ids, topk_weights=weights)
-
-
-def with_other_tokens(trace, position):
-    """Another token from a position on, and other experts from there on."""
-    tokens = trace.token_ids.copy()
-    tokens[position:] += 1000
-    return dataclasses.replace(
-        with_other_experts(trace, 0, slice(position, None)), token_ids=tokens
-    )
-
-
-A = [served(number) for number in range(NUM)]
-AGAIN = [served(number, server="again") for number in range(NUM)]
-SAME = [served(number, server="b") for number in range(NUM)]
-CHANGED = [with_other_experts(one, 4, [3, 9, 11]) for one in SAME]
-
-
-def write_npz(path, traces):
-    path.write_bytes(formats.dump_npz(traces))
-    return path
-
-
-def write_run(path, traces):
-    """A run directory."""
-    path.mkdir()
-    head = formats.meta_line(
-        model="tiny", versions={}, device="cpu", seed=0, layers=LAYERS, top_k=2, num_experts=7
-    )
-    lines = b"".join(line for one in traces for line in formats.route_lines(one))
-    (path / "moe_routes.jsonl").write_bytes(head + lines)
-    replay.write_responses(path / "responses.jsonl", [
-        replay.Response(
-            index=index, prompt="?", request_id=one.request_id, text="", finish_reason="stop",
-            prompt_tokens=one.prompt_len, completion_tokens=one.num_tokens - one.prompt_len,
-            prompt_token_ids=one.token_ids[: one.prompt_len].tolist(),
-            token_ids=one.token_ids[one.prompt_len :].tolist(), started_s=0.0, latency_s=1.0,
-        )
-        for index, one in enumerate(traces)
-    ])  # fmt: skip
-    return path
 
 
 @pytest.fixture
 def compared(tmp_path):
     """Return a function that compares traces: (diff.json, the tables)."""
-
-    def compare(a, b, *options, again=None, write=write_npz, suffix=".npz"):
-        paths = [write(tmp_path / f"a{suffix}", a), write(tmp_path / f"b{suffix}", b)]
-        if again is not None:
-            paths += ["--again", write(tmp_path / f"again{suffix}", again)]
-        out = tmp_path / "out"
-        assert run_command(*paths, *options, "-o", out) == 0
-        names = ("diff.csv", "sequences.csv")
-        return orjson.loads((out / "diff.json").read_bytes()), *(table(out / one) for one in names)
-
-    return compare
-
-
-def run_command(*arguments):
-    """The exit status of ``moescope diff``."""
-    try:
-        return main(["diff", *map(str, arguments)])
-    except SystemExit as error:
-        return error.code or 0
-
-
-def table(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return functools.partial(compare, tmp_path)
 
 
 def test_the_first_changed_layer_is_named(compared, tmp_path, capsys):
@@ -171,59 +92,6 @@ def test_of_few_requests_nothing_is_claimed(compared, capsys):
     assert "experts: fewer than 8 requests: too few to tell" in capsys.readouterr().out
 
 
-def test_rows_after_a_divergence_of_texts_are_not_compared(compared, capsys):
-    others = [with_other_tokens(one, 8) if n < 4 else one for n, one in enumerate(SAME)]
-    values, _, sequences = compared(A, others)
-    found = values["compared"]
-    assert (found["texts_diverged"], found["rows_after_divergence"]) == (4, 4 * 12)
-    assert found["rows"] == NUM * 20 - 4 * 12
-    assert values["by_layer"]["jaccard"]["values"] == [1, 1, 1, 1]
-    assert [one["text_position"] for one in sequences] == ["8"] * 4 + [""] * 8
-    assert values["totals"]["texts"] == pytest.approx(4 / 12)
-    told = capsys.readouterr().out
-    assert "texts: 4 of 12 diverge, the first at token 8, half of them up to 8" in told
-
-
-def test_the_last_token_has_no_row_but_can_be_another(compared):
-    """A text that ends early ends with a token that the other one does not have."""
-    ended = [
-        dataclasses.replace(
-            one.page(0, 10), num_tokens=11, token_ids=np.array([*one.token_ids[:10], 2], np.int32)
-        )
-        for one in SAME
-    ]
-    values, _, sequences = compared(A, ended)
-    assert {one["text_position"] for one in sequences} == {"10"}
-    assert values["compared"]["rows"] == 10 * NUM
-    assert values["compared"]["rows_after_divergence"] == 10 * NUM
-
-
-def test_a_text_that_is_only_shorter_does_not_diverge(compared):
-    shorter = [
-        dataclasses.replace(one.page(0, 10), num_tokens=11, token_ids=one.token_ids[:11])
-        for one in SAME
-    ]
-    values, *_ = compared(A, shorter)
-    found = values["compared"]
-    assert (found["texts_diverged"], found["rows"], found["rows_of_a_alone"]) == (0, 120, 120)
-    assert (found["rows_of_b_alone"], found["rows_after_divergence"]) == (0, 0)
-
-
-def test_missing_rows_are_counted_and_the_others_compared(compared):
-    trace = make_trace("a-0", [[[0, 1]] * 4] * 5, weights=[[[0.6, 0.4]] * 4] * 5,
-                       tokens=[1, 2, 3, 4, 5, 6], missing=[1, 2])  # fmt: skip
-    whole = dataclasses.replace(trace, source=np.zeros(5, np.uint8), complete=True)
-    values, *_ = compared([whole], [trace])
-    assert values["compared"]["rows"] == 3
-    assert (values["compared"]["rows_of_a_alone"], values["b"]["missing_rows"]) == (2, 2)
-
-
-def write_parquet(path, traces):
-    arrow = pytest.importorskip("moescope.arrow")
-    path.write_bytes(arrow.dump_parquet(traces))
-    return path
-
-
 @pytest.mark.parametrize(("write", "suffix"), [(write_run, ""), (write_parquet, ".parquet")])
 @pytest.mark.parametrize("batch_rows", [2**16, 28])
 def test_every_kind_of_input_says_the_same(compared, write, suffix, batch_rows, monkeypatch):
@@ -237,62 +105,6 @@ def test_every_kind_of_input_says_the_same(compared, write, suffix, batch_rows, 
         assert {name: float(value) for name, value in other.items()} == pytest.approx(
             {name: float(value) for name, value in line.items()}, abs=1e-6
         )
-
-
-def test_requests_are_paired_by_id_before_their_prompt(compared):
-    """Prompt 0 is asked twice: each goes with its own, whatever the order."""
-    a = [served(0, request_id="x"), served(0, request_id="y"), served(1)]
-    b = [with_other_experts(a[1], 0, [0]), a[0], served(1, server="b"), served(2, server="b")]
-    values, _, sequences = compared(a, b)
-    assert [(one["request_id_a"], one["request_id_b"]) for one in sequences] == [
-        ("x", "x"), ("y", "y"), ("a-1", "b-1")
-    ]  # fmt: skip
-    assert [one["experts_position"] for one in sequences] == ["", "0", ""]
-    assert values["compared"]["paired_by_id"] == 2
-    assert (values["a"]["sequences"], values["b"]["sequences"]) == (3, 4)
-
-
-def test_the_same_id_with_another_prompt_is_another_request(compared):
-    a = [served(0, request_id="0"), served(1, request_id="1")]
-    b = [served(1, request_id="0"), served(0, request_id="1")]
-    values, _, sequences = compared(a, b)
-    assert values["compared"]["paired_by_id"] == 0
-    assert [(one["request_id_a"], one["request_id_b"]) for one in sequences] == [
-        ("0", "1"), ("1", "0")
-    ]  # fmt: skip
-
-
-def test_requests_of_one_prompt_are_paired_in_their_order(compared):
-    a, b = ([served(0, request_id=f"{side}{n}") for n in range(3)] for side in "xy")
-    _, _, sequences = compared(a, b)
-    assert [one["request_id_a"] + one["request_id_b"] for one in sequences] == [
-        "x0y0", "x1y1", "x2y2"
-    ]  # fmt: skip
-
-
-def test_pages_of_a_sequence_are_one(compared):
-    pages = [page for one in SAME for page in (one.page(0, 8), one.page(8, 99))]
-    values, _, sequences = compared(A, pages)
-    assert (values["b"]["sequences"], values["compared"]["rows"]) == (NUM, 20 * NUM)
-    assert {one["text_position"] for one in sequences} == {""}
-
-
-def test_choices_are_sequences_of_their_own(compared):
-    a = [served(0, request_id="x", index=index) for index in (0, 1)]
-    b = [with_other_experts(one, 2, [5]) if one.index else one for one in a]
-    _, _, sequences = compared(a, b)
-    assert [(one["index"], one["experts_position"]) for one in sequences] == [("0", ""), ("1", "5")]
-
-
-def test_bare_logs_are_paired_by_id_alone(tmp_path, capsys):
-    paths = []
-    for name, traces in (("a", A), ("b", [dataclasses.replace(one, request_id=f"a-{number}")
-                                          for number, one in enumerate(CHANGED)])):  # fmt: skip
-        paths.append(write_run(tmp_path / name, traces) / "moe_routes.jsonl")
-    assert run_command(*paths, "-o", tmp_path / "out") == 0
-    told = capsys.readouterr().out
-    assert "the token ids of 12 are not known" in told
-    assert "experts: differ from layer 4 on" in told
 
 
 def test_near_ties_are_apart(compared):
