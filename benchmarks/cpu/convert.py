@@ -26,7 +26,7 @@ def main() -> None:
         size_bytes = write(traces, args.rows, "npz")
         for form in args.to:
             path = out.with_suffix(f".{form}")
-            found[form] = measure("convert", traces, path) | {"file_bytes": path.stat().st_size}
+            found[form] = measure("convert", [traces], path) | {"file_bytes": path.stat().st_size}
             path.unlink()
     result.write(
         args.out,

@@ -20,6 +20,8 @@ from moescope_service.verify.completions import RoutedCompletion
 from moescope_service.verify.reference import Reference
 
 OWN_CAPTURE = "--enable-return-routed-experts"
+CONTROLS = 8
+"""Sequences that are compared with other rows than their own; each such pair takes long."""
 _OWN_TOKENS = (1, 60)
 _START_TIMEOUT_S = 900.0
 
@@ -72,13 +74,32 @@ def rows(completions: Sequence[RoutedCompletion]) -> dict[str, int]:
 
 
 def against_vllm(completions: Sequence[RoutedCompletion]) -> dict[str, int]:
-    """Compare the experts of all rows with those of vLLM's own capture, which has all layers."""
-    equal = []
+    """Compare the experts of all rows with those of vLLM's own capture, which has all layers.
+
+    vLLM 0.32.0 keeps rows by the hash of a block's tokens, the first that come
+    (``distributed/aux_output_connector``). Where a request computes a cached block once more, as
+    with MTP, it answers with the first ones, and near-ties may have become others: such rows are
+    looked for in the traces of requests that begin with the same tokens (``equal_elsewhere``).
+    """
+    rows = equal = elsewhere = 0
     for one in completions:
         own = np.load(io.BytesIO(one.vllm_npy or b""))[:, one.trace.layers]
-        equal.append((own == one.trace.topk_ids).all((1, 2)))
-    rows = np.concatenate(equal)
-    return {"requests": len(equal), "rows": len(rows), "equal_rows": int(rows.sum())}
+        is_equal = (own == one.trace.topk_ids).all((1, 2))
+        rows += len(own)
+        equal += int(is_equal.sum())
+        for row in np.flatnonzero(~is_equal).tolist():
+            begun = one.token_ids[: row + 1]
+            elsewhere += any(
+                np.array_equal(other.token_ids[: row + 1], begun)
+                and np.array_equal(other.trace.topk_ids[row], own[row])
+                for other in completions
+            )
+    return {
+        "requests": len(completions),
+        "rows": rows,
+        "equal_rows": equal,
+        "equal_elsewhere": elsewhere,
+    }
 
 
 def counter(metrics: str, name: str) -> float:
@@ -97,13 +118,13 @@ def judge(completions: Sequence[RoutedCompletion], reference: Reference) -> dict
     tolerance = Tolerance.of(expected, reference.eps)
     total, control = Counts(), Counts()
     by_source = {source: Counts() for source in Source if source != Source.MISSING}
-    for one, want in zip(completions, expected, strict=True):
+    for number, (one, want) in enumerate(zip(completions, expected, strict=True)):
         for source, counts in by_source.items():
             kept = np.where(one.trace.source == source, source, Source.MISSING).astype(np.uint8)
             trace = dataclasses.replace(one.trace, source=kept)
             counts.add(compare(trace, want, tolerance, reference.route))
-        # Each row against the next one's: it must fail.
-        control.add(compare(one.trace, want, tolerance, reference.route, shift=1))
+        if number < CONTROLS:  # each row against the next one's: it must fail
+            control.add(compare(one.trace, want, tolerance, reference.route, shift=1))
     for counts in by_source.values():
         total.add(counts)
     judged = {source.name.lower(): _shown(counts) for source, counts in by_source.items()}

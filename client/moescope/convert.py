@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -114,8 +114,7 @@ def _read(found: Sequence[Input], spool: Spool, options: Options, console: Conso
     """Put the traces of inputs into a spool; return whether all prompts are known."""
     all_bytes = max(1, sum(one.size_bytes for one in found))
     done_bytes, knows_prompts = 0, True
-    with progress.bar(console, "traces, in percent", 100) as advance:
-        tell = _percents(advance)
+    with progress.parts(console, ["traces, in percent"]) as (tell,):
         for one in found:
             for server, kept in _kept(one, options):
                 spool.server = spool.server or server
@@ -138,19 +137,6 @@ def _kept(one: Input, options: Options) -> Iterator[tuple[Server, Kept]]:
         )
         for kept in traces:
             yield server, kept
-
-
-def _percents(advance: Callable[[], None]) -> Callable[[float], None]:
-    """Return a function that is told the part that is done, and moves a bar of 100 steps."""
-    shown = 0
-
-    def tell(done: float) -> None:
-        nonlocal shown
-        while shown < int(100 * done):
-            advance()
-            shown += 1
-
-    return tell
 
 
 def _unsaid(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import transformers
 
 from benchmarks.gpu import shapes
 from benchmarks.gpu.fidelity import Agreement
-from benchmarks.gpu.judged import make_prompts
+from benchmarks.gpu.judged import against_vllm, make_prompts
 from moescope import RouteTrace
 from moescope_service import bundled_model
+from moescope_service.verify.completions import RoutedCompletion
 from moescope_service.verify.schemes import Scheme, scheme_of
 
 EPS = {dtype: float(torch.finfo(dtype).eps) for dtype in (torch.bfloat16, torch.float32)}
@@ -47,19 +49,27 @@ def served(scheme: Scheme, logits: np.ndarray, dtype: torch.dtype) -> RouteTrace
     """A trace of what follows from logits, its weights rounded to a dtype."""
     exact = torch.from_numpy(logits.astype(np.float64))
     ids, weights = scheme.route(exact, torch.zeros(()), None)
+    return traced(
+        ids.numpy().astype(np.uint8), weights.to(dtype).float().numpy().astype(np.float16)
+    )
+
+
+def traced(ids: np.ndarray, weights: np.ndarray | None = None) -> RouteTrace:
+    """A whole trace of ids and weights, ``[num_rows, num_layers, top_k]``."""
+    num_rows, num_layers, _ = ids.shape
     return RouteTrace(
         request_id="r",
         index=0,
         model="m",
         num_experts=EXPERTS,
-        num_hidden_layers=2,
-        layers=np.arange(2, dtype=np.int32),
-        topk_ids=ids.numpy().astype(np.uint8),
-        topk_weights=weights.to(dtype).float().numpy().astype(np.float16),
-        source=np.ones(ROWS, np.uint8),
+        num_hidden_layers=num_layers,
+        layers=np.arange(num_layers, dtype=np.int32),
+        topk_ids=ids,
+        topk_weights=weights,
+        source=np.ones(num_rows, np.uint8),
         token_ids=None,
-        num_tokens=ROWS + 1,
-        prompt_len=ROWS,
+        num_tokens=num_rows + 1,
+        prompt_len=num_rows,
         cached_len=0,
         finish_reason="length",
         created_s=0.0,
@@ -94,3 +104,19 @@ def test_prompts_beside_a_connector_begin_alike() -> None:
     assert len({tuple(prompt[:64]) for prompt in prompts}) == 5
     assert len({tuple(prompt) for prompt in prompts}) == 200
     assert {len(prompt) >= 65 for prompt in prompts} == {True}
+
+
+def answered(tokens: list[int], ids: list[int], own: list[int]) -> RoutedCompletion:
+    """A request of one layer and one expert a row, and what vLLM's capture says of it."""
+    trace = traced(np.array(ids, np.uint8)[:, None, None])
+    file = io.BytesIO()
+    np.save(file, np.array(own, np.uint8)[:, None, None])
+    return RoutedCompletion("r", np.array(tokens, np.int32), trace, file.getvalue())
+
+
+def test_rows_that_vllm_kept_of_another_request_are_told_from_wrong_ones() -> None:
+    first = answered([5, 6, 7], [1, 2, 3], [1, 2, 3])
+    again = answered([5, 6, 8], [1, 9, 4], [1, 2, 4])  # the second row is the first request's
+    other = answered([4, 6, 8], [1, 2, 7], [1, 2, 3])  # the third row is nobody's
+    found = against_vllm([first, again, other])
+    assert found == {"requests": 3, "rows": 9, "equal_rows": 7, "equal_elsewhere": 1}

@@ -131,3 +131,32 @@ def hit_rates(
             hits.append(len(actual & set(best)) / top_k)
             usual_hits.append(len(actual & set(usual)) / top_k)
     return sum(hits) / len(hits), sum(usual_hits) / len(usual_hits)
+
+
+def row_difference(
+    ids: list[int], weights: list[float], others: list[int], other_weights: list[float]
+) -> dict[str, Any]:
+    """What `moescope.analysis.Differences` counts of a row in a layer."""
+    mine, theirs = (
+        dict(zip(ids, weights, strict=True)),
+        dict(zip(others, other_weights, strict=True)),
+    )
+    both = mine.keys() & theirs.keys()
+    cut = min(*weights, *other_weights)
+    exchanged = [mine[e] for e in mine.keys() - both] + [theirs[e] for e in theirs.keys() - both]
+    return {
+        "differs": mine.keys() != theirs.keys(),
+        "gap": max(exchanged) / cut - 1 if exchanged else 0.0,
+        "order": mine.keys() == theirs.keys() and ids != others,
+        "jaccard": len(both) / len(mine.keys() | theirs.keys()),
+        "weights": [abs(mine[e] - theirs[e]) for e in both],
+    }
+
+
+def jensen_shannon(p: list[float], q: list[float]) -> float:
+    """The divergence in bits, as the entropy of the mean less the mean entropy."""
+
+    def entropy(shares: list[float]) -> float:
+        return -sum(one * math.log2(one) for one in shares if one > 0)
+
+    return entropy([(a + b) / 2 for a, b in zip(p, q, strict=True)]) - (entropy(p) + entropy(q)) / 2

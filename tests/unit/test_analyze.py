@@ -177,7 +177,7 @@ class TestTexts:
     def test_every_kind_of_input_gives_them(self, files, traces, name, batch_rows, monkeypatch):
         monkeypatch.setattr("moescope.analyze.batches.Model.batch_rows", batch_rows)
         *_, batches = rows_of(files / name)
-        texts = {token: text for batch in batches for token, text in batch.texts.items()}
+        texts = {token: text for batch in batches for token, text in batch.token_texts.items()}
         ids = {
             token for one in traces for token in one.token_ids[: one.num_rows][one.present].tolist()
         }

@@ -50,6 +50,7 @@ ALIASES = {
     ("bench", "--max-concurrency"),
     ("bench", "--num-prompts"),
     ("convert", "-o"),
+    ("diff", "-o"),
     ("verify", "--url"),
 }
 

@@ -13,8 +13,10 @@ fit in memory. A figure is a function of the counts.
 `Vocabulary`         selections by token id: `vocabulary_specialization`, `most_specialized`,
                      `mean_specialization`, `expert_similarity`
 `EffectiveExperts`   the weights' spread: `effective_experts`
-`LoadReplicates`     the load in resampled requests: `interval`
-`Profile`            all of them
+`LoadReplicates`     the load in resampled requests: `interval`, `lower_bounds`
+`Differences`        the same tokens on two servers: `jaccard`, `weight_differences`,
+                     `exchange_gap`, `jensen_shannon_bits`
+`Profile`            all of one server
 ===================  ===========================================================================
 
 The functions of the load take counts ``[..., num_experts]`` and work along the last axis; an axis
@@ -30,6 +32,7 @@ from moescope.analysis.balance import (
     coverage,
     entropy,
     entropy_bits,
+    jensen_shannon_bits,
     max_entropy_bits,
     max_violation,
     normalized_entropy,
@@ -37,7 +40,16 @@ from moescope.analysis.balance import (
     top_experts,
     total_variation,
 )
-from moescope.analysis.bootstrap import LoadReplicates, interval, request_weights
+from moescope.analysis.bootstrap import LoadReplicates, interval, lower_bounds, request_weights
+from moescope.analysis.difference import (
+    FIGURES,
+    Differences,
+    Differing,
+    exchange_gap,
+    jaccard,
+    slots_in,
+    weight_differences,
+)
 from moescope.analysis.effective import EffectiveExperts, effective_experts
 from moescope.analysis.loads import (
     NUM_BINS,
@@ -68,12 +80,15 @@ from moescope.analysis.vocabulary import (
 )
 
 __all__ = [
+    "FIGURES",
     "NO_TOKEN",
     "NUM_BINS",
     "PHASES",
     "Balance",
     "CoActivation",
     "Counts",
+    "Differences",
+    "Differing",
     "EffectiveExperts",
     "Floats",
     "LoadReplicates",
@@ -95,8 +110,12 @@ __all__ = [
     "effective_experts",
     "entropy",
     "entropy_bits",
+    "exchange_gap",
     "expert_similarity",
     "interval",
+    "jaccard",
+    "jensen_shannon_bits",
+    "lower_bounds",
     "max_entropy_bits",
     "max_violation",
     "mean_specialization",
@@ -108,9 +127,11 @@ __all__ = [
     "request_number",
     "request_weights",
     "shares",
+    "slots_in",
     "top_experts",
     "total_variation",
     "transition",
     "uniform_share",
     "vocabulary_specialization",
+    "weight_differences",
 ]

@@ -98,6 +98,28 @@ def total_variation(counts: Counts, others: Counts) -> Floats:
     return result
 
 
+def jensen_shannon_bits(counts: Counts, others: Counts) -> Floats:
+    """Return the Jensen-Shannon divergence of two loads in bits, ``[...]``.
+
+    With ``p`` and ``q`` the experts' shares and ``m = (p + q) / 2``:
+    ``sum(p * log2(p / m) + q * log2(q / m)) / 2``. 0 is the same load, 1 one without a common
+    expert. Few selections differ by chance.
+
+    Args:
+        counts: Selections, ``[..., num_experts]``.
+        others: Selections of a shape that fits.
+
+    Source: Lin 1991, "Divergence Measures Based on the Shannon Entropy", section IV.
+    """
+    p, q = shares(counts), shares(others)
+    middle = (p + q) / 2
+    total: Floats = np.zeros(middle.shape[:-1])
+    for one in (p, q):
+        ratio = np.divide(one, middle, out=np.ones_like(middle), where=one != 0)  # NaN stays
+        total = total + (one * np.log2(ratio)).sum(axis=-1) / 2
+    return np.maximum(total, 0.0)  # equal loads round to less
+
+
 def top_experts(counts: Counts, k: int = 3) -> list[tuple[int, int, float]]:
     """Return the k busiest experts of one layer.
 

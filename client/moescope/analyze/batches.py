@@ -41,17 +41,36 @@ class Model:
         return int(np.clip(_BATCH_IDS // max(len(self.layers) * self.top_k, 1), 256, _BATCH_ROWS))
 
 
+Key = tuple[str, int]
+"""A sequence: the id of its request, and its choice."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Text:
+    """What is known of a sequence, or of a part of it, besides its routes."""
+
+    prompt_len: int
+    token_ids: Sequence[int] | npt.NDArray[np.integer] | None
+    """Prompt and output; None where they are not known."""
+    start: int = 0
+    """The position of the first of them."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     """Some rows of an input."""
 
     model: Model
     rows: Rows
+    keys: Sequence[Key]
+    """Sequences, those of the rows among them."""
+    places: npt.NDArray[np.integer]
+    """The place of each row's sequence among them, ``[num_rows]``."""
     num_missing: int
     """Rows that were not captured, and are not among them."""
     done: float
     """The part of the input that is read with them, 0 to 1."""
-    texts: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    token_texts: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """The text of token ids, where the input has it: of those that are new, or of all."""
 
 
@@ -80,7 +99,8 @@ class Sequences:
         self._starts = np.array([meta["start"] for meta in metas], np.int64)
         prompts = [_UNKNOWN if meta["prompt_len"] is None else meta["prompt_len"] for meta in metas]
         self._prompt_lens = np.array(prompts, np.int64)
-        numbers = [request_number(str(meta["request_id"]), label) for meta in metas]
+        self.keys: list[Key] = [(str(meta["request_id"]), int(meta["index"])) for meta in metas]
+        numbers = [request_number(request_id, label) for request_id, _ in self.keys]
         self._requests = np.array(numbers, np.uint64)
 
     @property
@@ -133,9 +153,12 @@ def gathered(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
+    firsts = np.cumsum([0, *(len(one.keys) for one in batches[:-1])])
     return dataclasses.replace(
         batches[-1],
         rows=Rows.joined([one.rows for one in batches]),
+        keys=[key for one in batches for key in one.keys],
+        places=np.concatenate([one.places + at for one, at in zip(batches, firsts, strict=True)]),
         num_missing=sum(one.num_missing for one in batches),
-        texts={token: text for one in batches for token, text in one.texts.items()},
+        token_texts={token: text for one in batches for token, text in one.token_texts.items()},
     )

@@ -21,8 +21,9 @@ COLORS = (BAR, TOP, "#54a24b", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#ff9
 def titled(height_in: float, title: str, subtitle: str) -> Figure:
     """Return an empty figure with its titles."""
     figure = Figure(figsize=(WIDTH_IN, height_in))
-    figure.text(0.02, 1 - 0.3 / height_in, title, fontsize=15, weight="bold", va="center")
-    figure.text(0.02, 1 - 0.58 / height_in, subtitle, fontsize=10, color=SOFT, va="center")
+    options: Any = {"va": "center", "parse_math": False}  # names may have dollar signs
+    figure.text(0.02, 1 - 0.3 / height_in, title, fontsize=15, weight="bold", **options)
+    figure.text(0.02, 1 - 0.58 / height_in, subtitle, fontsize=10, color=SOFT, **options)
     return figure
 
 

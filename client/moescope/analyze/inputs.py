@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moescope.analyze import read_columns, read_log, read_npz
-from moescope.analyze.batches import Batch
+from moescope.analyze.batches import Batch, Key, Model, Text
 from moescope.errors import CommandError, FormatError, MoescopeError
 from moescope.received import MALFORMED, shown
 from moescope.run_dir import RunDir
@@ -119,6 +119,26 @@ def read(one: Input, num_experts: int | None = None, top_k: int | None = None) -
             )
 
 
+def texts(one: Input) -> Iterator[tuple[Key, Text]]:
+    """Read what an input knows of its sequences besides their routes; a bare log knows nothing.
+
+    Args:
+        one: The input.
+
+    Raises:
+        CommandError: It needs what is not installed.
+        FormatError: It is broken; the message names it.
+    """
+    with named(one.path):
+        if one.path.suffix == ".npz":
+            yield from read_npz.texts(one.path)
+        elif one.path.suffix in _ARRAYS:
+            yield from read_columns.texts(one.path)
+        elif one.run_dir:
+            for request_id, text in read_log.known_of(one.run_dir).items():
+                yield (request_id, 0), text
+
+
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
     """Raise errors of reading a file as ours, with its name.
@@ -134,3 +154,58 @@ def named(path: Path) -> Iterator[None]:
         raise type(error)(message) from error
     except _BROKEN as error:
         raise FormatError(f"{path}: no file of routes: {shown(error)}") from error
+
+
+class Reader:
+    """Reads inputs one after the other, and holds them to one model.
+
+    Attributes:
+        model: That of the inputs; None before the first batch.
+        num_missing: Rows that were not captured, of what was read.
+
+    Args:
+        found: The inputs.
+        num_experts: As of `read`.
+        top_k: As of `read`.
+    """
+
+    def __init__(
+        self, found: Sequence[Input], num_experts: int | None = None, top_k: int | None = None
+    ) -> None:
+        self._found, self._num_experts, self._top_k = found, num_experts, top_k
+        self._first: Input | None = None
+        self._done_bytes = 0
+        self._all_bytes = max(1, sum(one.size_bytes for one in found))
+        self.model: Model | None = None
+        self.num_missing = 0
+
+    def batches(self, label: str) -> Iterator[Batch]:
+        """Read the inputs of a label; ``done`` is the part of all inputs.
+
+        Raises:
+            CommandError: As `read` does; or they are of several models.
+            FormatError: As `read` does.
+        """
+        for one in self._found:
+            if one.label == label:
+                for batch in read(one, self._num_experts, self._top_k):
+                    self._check(one, batch.model)
+                    self.num_missing += batch.num_missing
+                    done = self._done_bytes + batch.done * one.size_bytes
+                    yield dataclasses.replace(batch, done=done / self._all_bytes)
+                self._done_bytes += one.size_bytes
+
+    def _check(self, one: Input, model: Model) -> None:
+        if self.model is None or self._first is None:
+            self.model, self._first = model, one
+            return
+        name = self.model.name or model.name
+        first, this = (dataclasses.replace(each, name=each.name or name)
+                       for each in (self.model, model))  # fmt: skip
+        if first != this:
+            what = f"layers {list(first.layers)} and {list(this.layers)}; "
+            raise CommandError(
+                f"{self._first.path} and {one.path} are not of one model ({first}; {this}; "
+                f"{what if first.layers != this.layers else ''}analyze takes one at a time)"
+            )
+        self.model = first

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
-from moescope.analyze.batches import Batch, Model, Sequences, check_ids
+from moescope.analyze.batches import Batch, Key, Model, Sequences, Text, check_ids
 from moescope.columns_file import columns_file
 
-_COLUMNS = ("request_id", "position", "is_prompt", "token_id", "source", "topk_ids")
+_COLUMNS = ("request_id", "index", "position", "is_prompt", "token_id", "source", "topk_ids")
 
 
 def read(path: Path, label: str) -> Iterator[Batch]:
@@ -44,6 +44,39 @@ def read(path: Path, label: str) -> Iterator[Batch]:
             yield _batch(table, model, label, min(1.0, num_done / num_rows))
 
 
+def texts(path: Path) -> Iterator[tuple[Key, Text]]:
+    """Read the tokens of the sequences of a file, of those whose prompt is known.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CommandError: pyarrow is not installed.
+        Exception: As `read` does.
+    """
+    with columns_file(path) as file:
+        metas = file.shared["traces"]
+        columns = [one["token_id"] for one in file.batches(2**20, ["token_id"])]
+    parts = [one.fill_null(NO_TOKEN).to_numpy(zero_copy_only=False) for one in columns]
+    tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    first = 0
+    for meta in metas:
+        is_last = meta["start"] + meta["num_rows"] >= meta["num_tokens"] - 1
+        last = first + meta["num_rows"] + is_last
+        if meta["prompt_len"] is not None:
+            yield (
+                (str(meta["request_id"]), int(meta["index"])),
+                Text(
+                    prompt_len=int(meta["prompt_len"]),
+                    token_ids=tokens[first:last] if meta["has_token_ids"] else None,
+                    start=int(meta["start"]),
+                ),
+            )
+        first = last
+    if first != len(tokens):
+        raise ValueError(f"it has {len(tokens):,} tokens, and its traces {first:,}")
+
+
 def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa: ANN401
     import pyarrow.compute as pc  # noqa: PLC0415
 
@@ -51,25 +84,30 @@ def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa:
     num_missing = int(pc.sum(pc.equal(_text(table["source"]), "missing")).as_py() or 0)
     table = table.filter(present)
     names = _text(table["request_id"]).dictionary_encode()
-    numbers = [request_number(one, label) for one in names.dictionary.to_pylist()]
-    ids = _flat(table["topk_ids"], model)
-    check_ids(ids, model.num_experts)
+    ids, number = names.dictionary.to_pylist(), names.indices.to_numpy(zero_copy_only=False)
+    choice = table["index"].to_numpy(zero_copy_only=False)
+    pairs, places = np.unique(np.stack((number, choice)), axis=1, return_inverse=True)
+    numbers = [request_number(one, label) for one in ids]
+    topk_ids = _flat(table["topk_ids"], model)
+    check_ids(topk_ids, model.num_experts)
     has_weights = "topk_weights" in table.schema.names
     tokens = table["token_id"].fill_null(NO_TOKEN).to_numpy(zero_copy_only=False)
     return Batch(
         model=model,
         rows=Rows(
             num_experts=model.num_experts,
-            topk_ids=ids,
+            topk_ids=topk_ids,
             topk_weights=_flat(table["topk_weights"], model) if has_weights else None,
             token_ids=tokens,
             positions=table["position"].to_numpy(zero_copy_only=False),
             phases=_phases(table["is_prompt"]),
-            requests=np.array(numbers, np.uint64)[names.indices.to_numpy(zero_copy_only=False)],
+            requests=np.array(numbers, np.uint64)[number],
         ),
+        keys=[(ids[one], index) for one, index in pairs.T.tolist()],
+        places=places.reshape(-1),
         num_missing=num_missing,
         done=done,
-        texts=_texts(table, tokens) if "token" in table.schema.names else {},
+        token_texts=_token_texts(table, tokens) if "token" in table.schema.names else {},
     )
 
 
@@ -81,7 +119,7 @@ def _phases(is_prompt: Any) -> npt.NDArray[np.uint8]:  # noqa: ANN401
     return np.where(known, phases, PHASES.index("unknown")).astype(np.uint8)
 
 
-def _texts(table: Any, tokens: npt.NDArray[np.int32]) -> dict[int, str]:  # noqa: ANN401
+def _token_texts(table: Any, tokens: npt.NDArray[np.int32]) -> dict[int, str]:  # noqa: ANN401
     """Return the text of each token id, where the rows have it."""
     ids, first = np.unique(tokens, return_index=True)
     texts = _text(table["token"]).take(first).to_pylist()

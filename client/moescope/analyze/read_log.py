@@ -13,22 +13,19 @@ import orjson
 
 from moescope import replay, routes_log
 from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
-from moescope.analyze.batches import Batch, Model
+from moescope.analyze.batches import Batch, Key, Model, Text
 from moescope.errors import FormatError
 from moescope.run_dir import RunDir
 
 _MAX_OPEN_ROWS = 200_000
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Known(Text):
     """What is known of a request besides its routes."""
 
-    prompt_len: int
     num_tokens: int
     """Prompt and output tokens."""
-    token_ids: list[int] | None
-    """Prompt and output."""
     finish_reason: str | None
 
 
@@ -58,7 +55,7 @@ def read(
     path: Path,
     label: str,
     *,
-    known: Mapping[str, Known] | None = None,
+    known: Mapping[str, Text] | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
 ) -> Iterator[Batch]:
@@ -110,7 +107,7 @@ class _Reader:
         known: What is known of its requests.
     """
 
-    def __init__(self, model: Model, label: str, known: Mapping[str, Known]) -> None:
+    def __init__(self, model: Model, label: str, known: Mapping[str, Text]) -> None:
         self._model, self._label, self._known = model, label, known
         self._columns = {layer: column for column, layer in enumerate(model.layers)}
         self._open: dict[tuple[str, int, int], list[Any]] = {}
@@ -168,7 +165,19 @@ class _Reader:
             )
             if token != NO_TOKEN and "token" in lines[0]
         }
-        return Batch(model=self._model, rows=rows, num_missing=num_missing, done=done, texts=texts)
+        keys: dict[Key, int] = {}
+        for (request_id, index, _), _ in whole:
+            keys.setdefault((request_id, index), len(keys))
+        sequence = [keys[request_id, index] for (request_id, index, _), _ in whole]
+        return Batch(
+            model=self._model,
+            rows=rows,
+            keys=list(keys),
+            places=np.array(sequence, np.intp),
+            num_missing=num_missing,
+            done=done,
+            token_texts=texts,
+        )
 
     def _place(self, request_id: str, position: int) -> tuple[int, int]:
         """Return the phase and the token id of a row."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moescope.analysis import NO_TOKEN, Rows
-from moescope.analyze.batches import Batch, Model, Sequences, check_ids
+from moescope.analyze.batches import Batch, Key, Model, Sequences, Text, check_ids
 from moescope.npz_file import ArrayRows, NpzFile
 from moescope.received import parse_json
 from moescope.trace import Source
@@ -36,7 +36,7 @@ def read(path: Path, label: str) -> Iterator[Batch]:
         metas = parse_json(file.array("meta").tobytes())
         sequences = Sequences(metas, label)
         splits, source = file.array("row_splits"), file.array("source")
-        tokens, texts = _tokens(file, metas, splits), _texts(file)
+        tokens, token_texts = _tokens(file, metas, splits), _token_texts(file)
         ids = stack.enter_context(file.rows("topk_ids"))
         weights = None
         if "topk_weights" in file:
@@ -66,9 +66,35 @@ def read(path: Path, label: str) -> Iterator[Batch]:
                 ),
                 num_missing=int((~present).sum()),
                 done=end / ids.shape[0],
-                texts=texts,
+                keys=sequences.keys,
+                places=sequence,
+                token_texts=token_texts,
             )
-            texts = {}
+            token_texts = {}
+
+
+def texts(path: Path) -> Iterator[tuple[Key, Text]]:
+    """Read the tokens of the sequences, or pages of them, of those whose prompt is known.
+
+    Args:
+        path: The file.
+
+    Raises:
+        Exception: As `read` does.
+    """
+    with NpzFile(path) as file:
+        metas = parse_json(file.array("meta").tobytes())
+        tokens, splits = file.array("token_ids"), file.array("token_splits")
+    for meta, (first, last) in zip(metas, itertools.pairwise(splits.tolist()), strict=True):
+        if meta["prompt_len"] is not None:
+            yield (
+                (str(meta["request_id"]), int(meta["index"])),
+                Text(
+                    prompt_len=int(meta["prompt_len"]),
+                    token_ids=tokens[first:last] if meta["has_token_ids"] else None,
+                    start=int(meta["start"]),
+                ),
+            )
 
 
 def _tokens(
@@ -84,7 +110,7 @@ def _tokens(
     return found
 
 
-def _texts(file: NpzFile) -> dict[int, str]:
+def _token_texts(file: NpzFile) -> dict[int, str]:
     """Return the text of each token id, where the traces have it."""
     if "tokens" not in file or file.size_bytes("tokens") > _MAX_TEXT_BYTES:
         return {}

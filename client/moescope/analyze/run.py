@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import orjson
 from rich.console import Console
 
 from moescope import files, progress
-from moescope._style import DPI
 from moescope._version import __version__
 from moescope.analysis import Profile
-from moescope.analyze import inputs, of_groups, of_load, of_pairs, of_tokens, page, token_texts
-from moescope.analyze.batches import Batch, Model, gathered
+from moescope.analyze import (
+    inputs,
+    of_groups,
+    of_load,
+    of_pairs,
+    of_tokens,
+    page,
+    token_texts,
+    written,
+)
+from moescope.analyze.batches import gathered
 from moescope.analyze.inputs import Input
 from moescope.analyze.section import NAMES, Section, Subject
 from moescope.errors import CommandError
@@ -32,7 +36,6 @@ _MAKERS: Sequence[Callable[[Subject], Section | None]] = (
 )
 _MAX_TEXTS = 2**20
 """Token ids whose text is kept: more than any vocabulary has."""
-_JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +88,14 @@ def analyze(found: Sequence[Input], out: Path, options: Options, console: Consol
     out.mkdir(parents=True, exist_ok=True)
     sections: list[Section] = []
     pictures: dict[str, bytes] = {}
-    written: list[Path] = []
+    paths: list[Path] = []
     with progress.bar(console, "figures", len(_MAKERS)) as advance:
         for make in _MAKERS:
             section = make(subject)
             if section:
                 sections.append(section)
-                pictures[section.name] = _png(section)
-                written += _write(out, section, pictures[section.name])
+                pictures[section.name] = written.png(section.picture)
+                paths += _write(out, section, pictures[section.name])
             advance()
     for name in set(NAMES) - pictures.keys():  # of an earlier analysis
         for suffix in (".png", ".csv"):
@@ -101,8 +104,8 @@ def analyze(found: Sequence[Input], out: Path, options: Options, console: Consol
     report = page.render("Routes of " + str(subject.model), facts, sections, pictures)
     files.write(out / "report.html", report.encode("utf-8", "replace"))
     numbers = {**_values(subject, found), **{one.name: one.numbers for one in sections}}
-    files.write(out / "analysis.json", orjson.dumps(_plain(numbers), option=_JSON))
-    return [out / "report.html", out / "analysis.json", *written]
+    files.write(out / "analysis.json", written.json(numbers))
+    return [out / "report.html", out / "analysis.json", *paths]
 
 
 def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
@@ -114,9 +117,8 @@ def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
     """
     profile: Profile | None = None
     texts: dict[int, str] = {}
-    reader = _Reader(found, options)
-    with progress.bar(console, "rows, in percent", 100) as advance:
-        shown = 0
+    reader = inputs.Reader(found, options.num_experts, options.top_k)
+    with progress.parts(console, ["rows, in percent"]) as (tell,):
         for label in dict.fromkeys(one.label for one in found):
             for batch in gathered(reader.batches(label)):
                 model = batch.model
@@ -125,12 +127,10 @@ def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
                 )
                 if batch.rows.num_rows:
                     profile.add(batch.rows, label)
-                for token in batch.texts.keys() - texts.keys():
+                for token in batch.token_texts.keys() - texts.keys():
                     if len(texts) < _MAX_TEXTS:
-                        texts[token] = batch.texts[token]
-                while shown < int(100 * batch.done):
-                    advance()
-                    shown += 1
+                        texts[token] = batch.token_texts[token]
+                tell(batch.done)
     if profile is None or reader.model is None or not profile.loads:
         raise CommandError(
             f"the inputs have no routed token ({reader.num_missing:,} rows are missing): there is "
@@ -141,57 +141,10 @@ def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
     )
 
 
-class _Reader:
-    """Reads inputs one after the other, and holds them to one model."""
-
-    def __init__(self, found: Sequence[Input], options: Options) -> None:
-        self._found, self._options = found, options
-        self._first: Input | None = None
-        self._done_bytes = 0
-        self._all_bytes = max(1, sum(one.size_bytes for one in found))
-        self.model: Model | None = None
-        self.num_missing = 0
-
-    def batches(self, label: str) -> Iterator[Batch]:
-        """Read the inputs of a label; ``done`` is the part of all inputs."""
-        for one in self._found:
-            if one.label == label:
-                for batch in inputs.read(one, self._options.num_experts, self._options.top_k):
-                    self._check(one, batch.model)
-                    self.num_missing += batch.num_missing
-                    done = self._done_bytes + batch.done * one.size_bytes
-                    yield dataclasses.replace(batch, done=done / self._all_bytes)
-                self._done_bytes += one.size_bytes
-
-    def _check(self, one: Input, model: Model) -> None:
-        if self.model is None or self._first is None:
-            self.model, self._first = model, one
-            return
-        name = self.model.name or model.name
-        first, this = (dataclasses.replace(each, name=each.name or name)
-                       for each in (self.model, model))  # fmt: skip
-        if first != this:
-            what = f"layers {list(first.layers)} and {list(this.layers)}; "
-            raise CommandError(
-                f"{self._first.path} and {one.path} are not of one model ({first}; {this}; "
-                f"{what if first.layers != this.layers else ''}analyze takes one at a time)"
-            )
-        self.model = first
-
-
-def _png(section: Section) -> bytes:
-    buffer = io.BytesIO()
-    section.picture.savefig(buffer, dpi=DPI, format="png")
-    return buffer.getvalue()
-
-
 def _write(out: Path, section: Section, picture: bytes) -> list[Path]:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(section.header)
-    writer.writerows(section.lines)
     paths = [out / f"{section.name}.png", out / f"{section.name}.csv"]
-    for path, data in zip(paths, (picture, text.getvalue().encode()), strict=True):
+    table = written.table(section.header, section.lines)
+    for path, data in zip(paths, (picture, table), strict=True):
         files.write(path, data)
     return paths
 
@@ -223,16 +176,3 @@ def _values(subject: Subject, found: Sequence[Input]) -> dict[str, Any]:
         "seed": subject.profile.seed,
         "inputs": [{"path": str(one.path), "label": one.label} for one in found],
     }
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Return what orjson takes: contiguous arrays, and text without lone surrogates."""
-    if isinstance(value, dict):
-        return {_plain(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value)
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    return value

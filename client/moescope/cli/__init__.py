@@ -15,6 +15,7 @@ from moescope.cli import (
     bench,
     convert,
     demo,
+    diff,
     overhead,
     plot,
     prompts,
@@ -60,6 +61,7 @@ app.command()(routes.routes)
 app.command()(plot.plot)
 app.command()(analyze.analyze)
 app.command()(convert.convert)
+app.command()(diff.diff)
 app.command()(bench.bench)
 app.command()(overhead.overhead)
 app.command()(demo.demo)

@@ -62,7 +62,7 @@ class Reference:
         self._layers = tuple(layers)
         self._exact = _Follower(exact, self.scheme, self._layers, torch.float64)
         self._rough = _Follower(rough, self.scheme, self._layers, None)
-        self._biases = [bias.cpu() for bias in self._exact.biases]
+        self._biases = [bias.to(device) for bias in self._exact.biases]
 
     def follow(self, token_ids: npt.NDArray[np.int32], trace: RouteTrace) -> Expected:
         """Compute the logits of a sequence whose experts are those of a trace.
@@ -94,9 +94,10 @@ class Reference:
 
     def route(self, column: int, logits: Floats, ids: Ids | None) -> tuple[Ids, Floats]:
         """Apply the model's formula: a `moescope_service.verify.comparison.Route`."""
-        given = None if ids is None else torch.from_numpy(ids)
-        found, weights = self.scheme.route(torch.from_numpy(logits), self._biases[column], given)
-        return found.numpy(), weights.numpy()
+        given = None if ids is None else torch.from_numpy(ids).to(self._device)
+        seen = torch.from_numpy(logits).to(self._device)
+        found, weights = self.scheme.route(seen, self._biases[column], given)
+        return found.cpu().numpy(), weights.cpu().numpy()
 
     def _check(self, token_ids: npt.NDArray[np.int32], trace: RouteTrace) -> None:
         served = (trace.layers.tolist(), trace.top_k, trace.num_experts)

@@ -124,6 +124,7 @@ def pack_rows(
     position = tl.load(positions + row, mask=row_mask, other=0)
     position = tl.where(num_wrong == 0, position, -1)
     tl.store(to_positions + slot, position.to(tl.int32), mask=row_mask)
+    tl.debug_barrier()  # other threads store than load: all must have loaded
     tl.store(topk_ids + source, tl.full(source.shape, -1, topk_ids.dtype.element_ty), mask=mask)
 
 
@@ -178,6 +179,7 @@ def count_rows(
     behind = tl.full(row.shape, 2 * num_layers, tl.int64) * num_experts
     missed = tl.full(row.shape, 1, tl.int64)
     tl.atomic_add(counts + behind, missed, mask=row_mask & (num_wrong > 0), sem="relaxed")
+    tl.debug_barrier()  # other threads store than load: all must have loaded
     tl.store(topk_ids + source, tl.full(source.shape, -1, topk_ids.dtype.element_ty), mask=mask)
 
 

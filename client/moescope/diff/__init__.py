@@ -1,0 +1,1 @@
+"""``moescope diff``: the same prompts on two servers, compared row by row."""
