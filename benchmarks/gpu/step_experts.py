@@ -22,12 +22,10 @@ from typing import Any
 import httpx
 import numpy as np
 import orjson
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks import result
 from benchmarks.gpu import judged, tap
-from moescope._style import BAR, DPI, GRID, SOFT, STYLE, TOP
 from moescope.overhead import engine
 from moescope.servers import end_servers_on_signals
 
@@ -126,23 +124,22 @@ def draw(measured: dict[str, Any]) -> Figure:
         "distinct_experts": f"distinct experts a layer and step, of {experts}",
         "step_ms": "time of a step, ms",
     }
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        for axis, (metric, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-            for color, (load, batches) in zip((BAR, TOP), measured["loads"].items(), strict=True):
-                sizes = [int(one) for one in batches]
-                values = np.array([one[metric] for one in batches.values()])
-                axis.plot(sizes, np.median(values, 1), "o-", color=color, markersize=4, label=load)
-                axis.fill_between(sizes, values.min(1), values.max(1), color=color, alpha=0.2)
-            if metric == "distinct_experts":
-                uniform = [experts * (1 - (1 - top_k / experts) ** size) for size in sizes]
-                axis.plot(sizes, uniform, "--", color=SOFT, linewidth=1, label="uniform routing")
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(sizes, [str(size) for size in sizes])
-            axis.set(xlabel="sequences in a decode step", title=title)
-            axis.set_ylim(bottom=0)
-            axis.grid(axis="y", color=GRID)
-            axis.legend(frameon=False)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axis, (metric, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for color, (load, batches) in zip(("C0", "C3"), measured["loads"].items(), strict=True):
+            sizes = [int(one) for one in batches]
+            values = np.array([one[metric] for one in batches.values()])
+            axis.plot(sizes, np.median(values, 1), "o-", color=color, markersize=4, label=load)
+            axis.fill_between(sizes, values.min(1), values.max(1), color=color, alpha=0.2)
+        if metric == "distinct_experts":
+            uniform = [experts * (1 - (1 - top_k / experts) ** size) for size in sizes]
+            axis.plot(sizes, uniform, "--", color="gray", linewidth=1, label="uniform routing")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set(xlabel="sequences in a decode step", title=title)
+        axis.set_ylim(bottom=0)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(frameon=False)
     return figure
 
 
@@ -167,7 +164,7 @@ def main() -> None:
     """Do what the command line says."""
     args = parse()
     if args.draw:
-        draw(orjson.loads(args.draw.read_bytes())).savefig(args.out, dpi=DPI)
+        draw(orjson.loads(args.draw.read_bytes())).savefig(args.out, dpi=150)
         return
     end_servers_on_signals()
     args.out.parent.mkdir(parents=True, exist_ok=True)
