@@ -27,6 +27,7 @@ class Known:
     prompt_len: int
     token_ids: list[int] | None
     """Prompt and output."""
+    finish_reason: str | None = None
 
 
 def known_of(run_dir: RunDir) -> dict[str, Known]:
@@ -43,7 +44,9 @@ def known_of(run_dir: RunDir) -> dict[str, Known]:
             has_tokens = one.prompt_token_ids is not None and one.token_ids is not None
             tokens = [*(one.prompt_token_ids or ()), *(one.token_ids or ())]
             known[one.request_id] = Known(
-                prompt_len=one.prompt_tokens, token_ids=tokens if has_tokens else None
+                prompt_len=one.prompt_tokens,
+                token_ids=tokens if has_tokens else None,
+                finish_reason=one.finish_reason,
             )
     return known
 

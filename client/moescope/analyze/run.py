@@ -159,16 +159,7 @@ class _Reader:
         if self.model is None or self._first is None:
             self.model, self._first = model, one
             return
-        name = self.model.name or model.name
-        first, this = (dataclasses.replace(each, name=each.name or name)
-                       for each in (self.model, model))  # fmt: skip
-        if first != this:
-            what = f"layers {list(first.layers)} and {list(this.layers)}; "
-            raise CommandError(
-                f"{self._first.path} and {one.path} are not of one model ({first}; {this}; "
-                f"{what if first.layers != this.layers else ''}analyze takes one at a time)"
-            )
-        self.model = first
+        self.model = self.model.joined(model, f"{self._first.path} and {one.path}", "analyze")
 
 
 def _png(section: Section) -> bytes:
