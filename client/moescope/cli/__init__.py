@@ -21,6 +21,7 @@ from moescope.cli import (
     routes,
     serve,
     verify,
+    view,
 )
 from moescope.errors import MoescopeError, StoppedError
 from moescope.received import escaped
@@ -58,6 +59,7 @@ app.command()(replay.replay)
 app.command()(routes.routes)
 app.command()(plot.plot)
 app.command()(analyze.analyze)
+app.command()(view.view)
 app.command()(bench.bench)
 app.command()(overhead.overhead)
 app.command()(demo.demo)

@@ -1,18 +1,26 @@
 // Starts the page: the views and which one is seen, the key, and what is wrong with the server.
+// In a file of `moescope view` the traces are within, and what needs a server is left out.
 
 import { Api } from "./api.js";
 import { Compare } from "./compare.js";
 import { setText } from "./dom.js";
+import { embedded } from "./embedded.js";
 import { Live } from "./live.js";
 import { Polling } from "./polling.js";
 import { RequestView } from "./request.js";
 import { Requests } from "./requests.js";
 import { State } from "./state.js";
 import { fetchTraces } from "./trace.js";
+import { Whole } from "./whole.js";
 
 const RUNNING_MS = 1000;
 const find = (id) => document.getElementById(id);
-const api = new Api();
+const saved = await embedded();
+const api = saved ?? new Api();
+if (saved) {
+  for (const one of document.querySelectorAll("[data-needs=server]")) one.remove();
+  setText(document.querySelector('nav [href="#live"]'), "Experts");
+}
 
 /** What to tell of an error, by the server's status. */
 const ADVICE = {
@@ -32,7 +40,7 @@ function report(error) {
   setText(find("problem"), [message, advice].filter(Boolean).join(" "));
   find("problem").hidden = !error;
   find("status").dataset.state = state;
-  setText(find("status"), { ok: "connected", away: "no answer", locked: "key wanted", waiting: "collector away",
+  setText(find("status"), { ok: saved?.told ?? "connected", away: "no answer", locked: "key wanted", waiting: "collector away",
     refused: "refused", failed: "failed" }[state]);
   if (state === "ok") tellModel();
 }
@@ -88,7 +96,7 @@ class Opened {
 const request = new RequestView(find("request"), api, report);
 const compare = new Compare(find("compare"));
 const VIEWS = {
-  live: new Live(find("live"), api, report),
+  live: saved ? new Whole(find("live"), api) : new Live(find("live"), api, report),
   requests: new Requests(find("requests"), api, report, (ids) => compare.offer(ids)),
   request: new Opened((ids, found) => {
     report(null);
@@ -98,7 +106,7 @@ const VIEWS = {
     report(null);
     compare.show(ids, found.length === 2 ? found.map(([first]) => first) : null);
   }),
-  state: new State(find("state"), api, report),
+  ...(saved ? {} : { state: new State(find("state"), api, report) }),
 };
 
 function decoded(part) {
@@ -129,11 +137,12 @@ function turn() {
   else VIEWS[chosen].start();
 }
 
-find("key-form").addEventListener("submit", (event) => {
+find("key-form")?.addEventListener("submit", (event) => {
   event.preventDefault();
   api.key = find("key").value;
   isModelTold = false;
   Object.values(VIEWS).forEach((view) => view.restart());
 });
 window.addEventListener("hashchange", turn);
+if (saved) report(null);
 turn();

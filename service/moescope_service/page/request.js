@@ -153,12 +153,12 @@ export class RequestView {
 function factsOf({ name, facts, promptLen, numTokens }) {
   const versions = [...new Set(facts.weights_versions.map(([, version]) => version))].join(", ");
   const told = [
-    `${count(promptLen)} + ${count(numTokens - promptLen)} tokens`,
-    `ended by ${facts.finish_reason}`,
+    promptLen === null ? `${count(numTokens)} tokens` : `${count(promptLen)} + ${count(numTokens - promptLen)} tokens`,
+    facts.finish_reason ? `ended by ${facts.finish_reason}` : null,
     `${percent(facts.coverage)} of rows`,
     facts.lora ? `adapter ${facts.lora}` : null,
     versions ? `weights ${versions}` : null,
-    time(facts.created_s),
+    facts.created_s === null ? null : time(facts.created_s),
   ].filter(Boolean).join(" · ");
   const compare = element("a", { href: link("compare", name), textContent: "compare with another" });
   return [element("strong", { textContent: name }), ` ${told} · `, compare];

@@ -23,7 +23,7 @@ export class Requests {
       const { sequences } = await this.#api.json("routes", { limit: LIMIT }, signal);
       this.#show(sequences);
       onList([...new Set(sequences.map((one) => one.request_id))]);
-    }, POLL_MS, report);
+    }, api.told ? null : POLL_MS, report);
     const search = section.querySelector("#search");
     search.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -45,7 +45,7 @@ export class Requests {
   }
 
   #show(sequences) {
-    setText(this.#note, sequences.length
+    setText(this.#note, this.#api.told ? `${this.#api.told}.` : sequences.length
       ? `The newest ${sequences.length}.`
       : "No request has been recorded yet. Send one to /v1/completions or /v1/chat/completions.");
     const focused = document.activeElement?.dataset.request;
@@ -75,7 +75,7 @@ function row(one) {
   const cells = [
     open,
     time(one.created_s),
-    one.num_tokens === null ? `${count(one.prompt_len)} + …`
+    one.prompt_len === null ? count(one.num_tokens) : one.num_tokens === null ? `${count(one.prompt_len)} + …`
       : `${count(one.prompt_len)} + ${count(one.num_tokens - one.prompt_len)}`,
     one.status === "running" ? "running" : one.finish_reason ?? "–",
     one.coverage === null ? "–" : percent(one.coverage),

@@ -1,0 +1,28 @@
+// The heatmap of all that a file holds: what Live is for a server.
+
+import { setText } from "./dom.js";
+import { Heatmap } from "./heatmap.js";
+import { count } from "./numbers.js";
+
+export class Whole {
+  #api;
+  #heatmap;
+  #phase;
+  #covered;
+
+  constructor(section, api) {
+    this.#api = api;
+    this.#phase = section.querySelector("#phase");
+    this.#covered = section.querySelector("#covered");
+    this.#heatmap = new Heatmap(section.querySelector("#heatmap"));
+    this.#phase.addEventListener("change", () => this.start());
+  }
+
+  async start() {
+    const answer = await this.#api.json("experts", { phase: this.#phase.value });
+    this.#heatmap.show(answer.layers, answer.num_experts, answer.counts);
+    setText(this.#covered, `${count(answer.num_rows)} tokens`);
+  }
+
+  stop() {}
+}
