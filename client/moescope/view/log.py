@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from moescope import formats, routes_log
+from moescope import formats, routes_log, version_runs
 from moescope.analyze.batches import Model
 from moescope.analyze.read_log import Known
 from moescope.trace import RouteTrace, Source
@@ -78,6 +78,7 @@ class _Draft:
         self._weights: npt.NDArray[np.float32] | None = np.zeros(shape, np.float32)
         self._here = np.zeros(shape[:2], np.bool_)
         self._texts: dict[int, str] = {}
+        self._versions: dict[int, int] = {}
         self.num_rows = 0
 
     @property
@@ -94,6 +95,8 @@ class _Draft:
         self._grow(row + 1)
         if record.get("token") is not None:
             self._texts[row] = str(record["token"])
+        if record.get("weights_version") is not None:
+            self._versions[row] = record["weights_version"]
         if record["topk_ids"] is None:
             return
         self._ids[row, column] = record["topk_ids"]
@@ -125,6 +128,7 @@ class _Draft:
         self._grow(num_tokens - 1)
         rows = slice(self.num_rows)
         is_whole = self._here[rows].all(axis=1)
+        versions = [self._versions.get(row) for row in range(self.num_rows)]
         trace = RouteTrace(
             request_id=request_id,
             index=index,
@@ -135,6 +139,11 @@ class _Draft:
             topk_ids=self._ids[rows],
             topk_weights=None if self._weights is None else self._weights[rows],
             source=np.where(is_whole, Source.COMPUTED, Source.MISSING).astype(np.uint8),
+            weights_versions=version_runs.runs_of(
+                np.array([one or 0 for one in versions], np.int64),
+                is_whole & np.array([one is not None for one in versions], np.bool_),
+                0,
+            ),
             token_ids=np.array(token_ids, np.int32) if token_ids else None,
             prompt_len=prompt_len,
             num_tokens=num_tokens,

@@ -60,9 +60,13 @@ def _facts(one: Shown, texts: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _tokens(one: Shown, texts: Mapping[int, str]) -> Sequence[str | None] | None:
-    if one.tokens is not None or one.trace.token_ids is None or not texts:
+    """Return the text of each token: that of the trace, or else that of its id."""
+    token_ids = one.trace.token_ids
+    if token_ids is None or not texts:
         return one.tokens
-    return [texts.get(token) for token in one.trace.token_ids.tolist()]
+    own = one.tokens or [None] * len(token_ids)
+    pairs = zip(own, token_ids.tolist(), strict=True)
+    return [texts.get(token) if text is None else text for text, token in pairs]
 
 
 def _arrays(one: Shown) -> tuple[npt.NDArray[Any] | None, ...]:

@@ -15,7 +15,11 @@ import { Whole } from "./whole.js";
 
 const RUNNING_MS = 1000;
 const find = (id) => document.getElementById(id);
-const saved = await embedded();
+const saved = await embedded().catch((error) => {
+  setText(find("problem"), `This browser cannot read the traces in this file: ${error.message}`);
+  find("problem").hidden = false;
+  throw error;
+});
 const api = saved ?? new Api();
 if (saved) {
   for (const one of document.querySelectorAll("[data-needs=server]")) one.remove();

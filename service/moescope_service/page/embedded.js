@@ -89,22 +89,24 @@ export class Embedded {
     };
   }
 
-  /** Count the selections of a phase; rows whose phase is unknown are in `all` alone. */
+  /** Count the selections of a phase; rows of requests whose prompt's end is unknown are in `all` alone. */
   #experts(phase) {
     const { layers, num_experts: numExperts, top_k: topK } = this.#header;
     const counts = new Float64Array(layers.length * numExperts);
-    let numRows = 0;
+    const size = layers.length * topK;
+    let [numRows, numUnknown] = [0, 0];
     for (const { facts, rows, ids, source } of this.#traces) {
       for (let row = 0; row < rows; row += 1) {
-        const known = phase === "all" || facts.prompt_len !== null;
-        if (!known || SOURCES[source[row]] === "missing" || !PHASES[phase](row, facts.prompt_len)) continue;
-        numRows += 1;
-        for (let i = 0; i < layers.length * topK; i += 1) {
-          counts[Math.floor(i / topK) * numExperts + ids[row * layers.length * topK + i]] += 1;
+        if (SOURCES[source[row]] === "missing") continue;
+        if (phase !== "all" && facts.prompt_len === null) {
+          numUnknown += 1;
+        } else if (PHASES[phase](row, facts.prompt_len)) {
+          numRows += 1;
+          for (let i = 0; i < size; i += 1) counts[Math.floor(i / topK) * numExperts + ids[row * size + i]] += 1;
         }
       }
     }
-    return { layers, num_experts: numExperts, num_rows: numRows, counts };
+    return { layers, num_experts: numExperts, num_rows: numRows, num_unknown: numUnknown, counts };
   }
 }
 

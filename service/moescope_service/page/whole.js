@@ -21,7 +21,8 @@ export class Whole {
   async start() {
     const answer = await this.#api.json("experts", { phase: this.#phase.value });
     this.#heatmap.show(answer.layers, answer.num_experts, answer.counts);
-    setText(this.#covered, `${count(answer.num_rows)} tokens`);
+    const unknown = answer.num_unknown ? `; of ${count(answer.num_unknown)} more the phase is unknown` : "";
+    setText(this.#covered, `${count(answer.num_rows)} tokens${unknown}`);
   }
 
   stop() {}
