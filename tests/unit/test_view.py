@@ -360,3 +360,13 @@ def test_an_index_that_is_not_as_expected_is_refused():
     page["index.html"] = page["index.html"].replace("app.js", "main.js")
     with pytest.raises(CommandError, match=r"has 0 of .*app\.js"):
         html.render(page, b"")
+
+
+@pytest.mark.parametrize("name", ["all.npz", "all.parquet"])
+def test_a_file_that_is_too_large_is_not_read(files, name, monkeypatch, capsys):
+    size = (files / name).stat().st_size if name == "all.npz" else 4 * 4 * 40 * 3 * 2
+    monkeypatch.setattr("moescope.view.read.MAX_BYTES", size - 1)
+    monkeypatch.setattr("moescope.formats.load_npz", None)
+    monkeypatch.setattr("moescope.arrow.from_table", None)
+    assert view(files / name, "-o", files / "page.html") == 1
+    assert "view reads" in capsys.readouterr().err

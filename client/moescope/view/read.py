@@ -54,9 +54,7 @@ def read(
 
 
 def _traces(path: Path) -> list[RouteTrace]:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise CommandError(f"it has {size:,} bytes: more than {MAX_BYTES:,}, which view reads")
+    _check_bytes(path.stat().st_size)
     if path.suffix == ".npz":
         return formats.load_npz(path.read_bytes())
     try:
@@ -68,12 +66,19 @@ def _traces(path: Path) -> list[RouteTrace]:
             "reading Parquet needs pyarrow, moescope's extra `arrow`: pip install pyarrow"
         ) from error
     with parquet.ParquetFile(path) as file:
-        columns = range(file.metadata.num_columns)
         groups = [file.metadata.row_group(at) for at in range(file.metadata.num_row_groups)]
-        unpacked = sum(one.column(at).total_uncompressed_size for one in groups for at in columns)
-        if unpacked > MAX_BYTES:
-            raise CommandError(f"unpacked it has {unpacked:,} bytes: more than {MAX_BYTES:,}")
+        columns = [one.column(at) for one in groups for at in range(one.num_columns)]
+        # Few bytes may stand for many equal values.
+        _check_bytes(sum(max(one.total_uncompressed_size, 4 * one.num_values) for one in columns))
         return arrow.from_table(file.read())
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_BYTES:
+        raise CommandError(
+            f"its traces have {size:,} bytes, and view reads {MAX_BYTES:,} of a file at most: "
+            "give it files of fewer requests"
+        )
 
 
 def _add(path: Path, traces: Iterable[RouteTrace], selection: Selection) -> None:
