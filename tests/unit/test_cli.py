@@ -42,7 +42,7 @@ WORDS = {
     "--api-key": {"bench", "overhead", "replay", "routes", "verify"},
     "--ca-cert": {"bench", "replay", "routes", "verify"},
     "--concurrency": {"bench", "overhead", "replay"},
-    "--limit": {"bench", "demo", "prompts", "verify"},
+    "--limit": {"bench", "demo", "prompts", "verify", "view"},
 }
 """Options that mean the same everywhere, and the commands that have them."""
 ALIASES = {
@@ -50,6 +50,7 @@ ALIASES = {
     ("bench", "--max-concurrency"),
     ("bench", "--num-prompts"),
     ("verify", "--url"),
+    ("view", "-o"),
 }
 
 
