@@ -4,7 +4,7 @@
 import { Api } from "./api.js";
 import { Compare } from "./compare.js";
 import { setText } from "./dom.js";
-import { embedded } from "./embedded.js";
+import { Embedded } from "./embedded.js";
 import { Live } from "./live.js";
 import { Polling } from "./polling.js";
 import { RequestView } from "./request.js";
@@ -15,15 +15,22 @@ import { Whole } from "./whole.js";
 
 const RUNNING_MS = 1000;
 const find = (id) => document.getElementById(id);
-const saved = await embedded().catch((error) => {
-  setText(find("problem"), `This browser cannot read the traces in this file: ${error.message}`);
-  find("problem").hidden = false;
-  throw error;
-});
-const api = saved ?? new Api();
-if (saved) {
+const isFile = find("saved") !== null;
+if (isFile) {
   for (const one of document.querySelectorAll("[data-needs=server]")) one.remove();
   setText(document.querySelector('nav [href="#live"]'), "Experts");
+}
+const api = isFile ? await opened(find("saved").textContent) : new Api();
+
+/** Return what answers from the traces in this file, or say why it cannot be read. */
+async function opened(saved) {
+  try {
+    return await Embedded.unpack(saved);
+  } catch (error) {
+    setText(find("problem"), `This browser cannot read the traces in this file: ${error.message}`);
+    find("problem").hidden = false;
+    throw error;
+  }
 }
 
 /** What to tell of an error, by the server's status. */
@@ -44,7 +51,7 @@ function report(error) {
   setText(find("problem"), [message, advice].filter(Boolean).join(" "));
   find("problem").hidden = !error;
   find("status").dataset.state = state;
-  setText(find("status"), { ok: saved?.told ?? "connected", away: "no answer", locked: "key wanted", waiting: "collector away",
+  setText(find("status"), { ok: api.told ?? "connected", away: "no answer", locked: "key wanted", waiting: "collector away",
     refused: "refused", failed: "failed" }[state]);
   if (state === "ok") tellModel();
 }
@@ -100,7 +107,7 @@ class Opened {
 const request = new RequestView(find("request"), api, report);
 const compare = new Compare(find("compare"));
 const VIEWS = {
-  live: saved ? new Whole(find("live"), api) : new Live(find("live"), api, report),
+  live: isFile ? new Whole(find("live"), api) : new Live(find("live"), api, report),
   requests: new Requests(find("requests"), api, report, (ids) => compare.offer(ids)),
   request: new Opened((ids, found) => {
     report(null);
@@ -110,7 +117,7 @@ const VIEWS = {
     report(null);
     compare.show(ids, found.length === 2 ? found.map(([first]) => first) : null);
   }),
-  ...(saved ? {} : { state: new State(find("state"), api, report) }),
+  ...(isFile ? {} : { state: new State(find("state"), api, report) }),
 };
 
 function decoded(part) {
@@ -148,5 +155,5 @@ find("key-form")?.addEventListener("submit", (event) => {
   Object.values(VIEWS).forEach((view) => view.restart());
 });
 window.addEventListener("hashchange", turn);
-if (saved) report(null);
+if (isFile) report(null);
 turn();

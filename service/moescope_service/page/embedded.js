@@ -9,12 +9,6 @@ const SOURCES = ["computed", "cached", "missing", "recalled"];
 const PHASES = { prefill: (row, length) => row < length, decode: (row, length) => row >= length,
   all: () => true };
 
-/** Return the traces of this file as a source of data; null where it has none: a server's page. */
-export async function embedded() {
-  const block = document.getElementById("saved");
-  return block && Embedded.unpack(block.textContent);
-}
-
 /** A source of data, as `Api` is. What it answers never changes. */
 export class Embedded {
   #header;
