@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -118,7 +120,7 @@ def test_the_heatmap_and_the_balance_are_those_of_the_traces(opened, phase):
 def test_what_needs_a_server_is_not_there(opened):
     assert opened.js("document.querySelectorAll('[data-needs=server]').length") == 0
     tabs = "[...document.querySelectorAll('nav a')].map((one) => one.textContent)"
-    assert opened.js(tabs) == ["Experts", "Requests", "Request", "Compare"]
+    assert opened.js(tabs) == ["Experts", "Expert", "Requests", "Request", "Compare"]
     assert opened.js("document.querySelector('#key, #window, #state')") is None
     assert text(opened, "#status") == "3 saved requests"
     assert text(opened, "#model") == "<b>tiny</b>: 3 layers, 12 experts, top-2"
@@ -178,6 +180,35 @@ def test_text_of_a_prompt_is_shown_as_itself(opened):
     assert opened.js("document.querySelectorAll('main img, main script, header b').length") == 0
 
 
+def test_the_tokens_of_an_expert_are_those_of_all_traces(opened):
+    opened.js("document.querySelector('#heatmap canvas').focus()")
+    for key in ("ArrowRight", *["ArrowRight"] * 11, "ArrowDown", "Enter"):
+        opened.press(key)
+    opened.wait("document.querySelectorAll('#expert tbody tr').length")
+    assert opened.js("location.hash") == "#expert/3/11"
+    here, everywhere = Counter(), Counter()
+    for trace in TRACES:
+        for row in np.flatnonzero(trace.present):
+            token = int(trace.token_ids[row])
+            everywhere[token] += 1
+            here[token] += 11 in trace.topk_ids[row, 1]
+    expected = sorted((-count, token) for token, count in here.items() if count)
+    shown = data(opened, "#expert tbody tr")
+    assert [(-int(one["count"]), int(one["token"])) for one in shown] == expected
+    assert [int(one["total"]) for one in shown] == [everywhere[token] for _, token in expected]
+    (facts,) = data(opened, "#expert .facts")
+    assert (int(facts["rows"]), int(facts["selected"])) == (everywhere.total(), here.total())
+    assert "of the 87 tokens of the 3 requests" in text(opened, "#expert .facts")
+    opened.js("document.querySelector('#expert tbody a').click()")
+    opened.wait("document.querySelectorAll('#request .token').length")
+    chosen = "document.querySelector('#request .token[tabindex=\"0\"]').dataset.position"
+    position = int(opened.js(chosen))
+    name = text(opened, "#request .facts strong")
+    trace = TRACES[NAMES.index(name)]
+    assert trace.token_ids[position] == expected[0][1]
+    assert 11 in trace.topk_ids[position, 1]
+
+
 def test_two_requests_side_by_side(opened):
     opened.js(f"location.hash = '#compare/{NAMES[0]}/{NAMES[1]}'")
     opened.wait("document.querySelectorAll('#compare .pair').length")
@@ -201,7 +232,8 @@ def test_long_requests_are_shown_in_parts(page, tmp_path):
     }  # fmt: skip
     page.open(f"{write(tmp_path, [RouteTrace(**values)])}#request/{NAMES[0]}")
     page.wait("document.querySelectorAll('#request .token').length === 1024")
-    page.js("document.querySelector('#request button').click()")
+    buttons = "[...document.querySelectorAll('#request button')]"
+    page.js(f"{buttons}.find((one) => one.textContent === 'Show more tokens').click()")
     page.wait(f"document.querySelectorAll('#request .token').length === {rows + 1}")
     shown = page.js(
         "[...document.querySelectorAll('#request .token bdi')].map((one) => one.textContent)"

@@ -5,6 +5,7 @@ import { Api } from "./api.js";
 import { Compare } from "./compare.js";
 import { setText } from "./dom.js";
 import { Embedded } from "./embedded.js";
+import { ExpertView } from "./expert.js";
 import { Live } from "./live.js";
 import { Polling } from "./polling.js";
 import { RequestView } from "./request.js";
@@ -53,19 +54,16 @@ function report(error) {
   find("status").dataset.state = state;
   setText(find("status"), { ok: api.told ?? "connected", away: "no answer", locked: "key wanted", waiting: "collector away",
     refused: "refused", failed: "failed" }[state]);
+  if (state === "away") api.forget(); // who answers next may serve another model
   if (state === "ok") tellModel();
 }
 
-let isModelTold = false;
-
 async function tellModel() {
-  if (isModelTold) return;
-  isModelTold = true;
   try {
-    const { model, layers, num_experts: experts, top_k: topK } = await api.json("moescope/info");
+    const { model, layers, num_experts: experts, top_k: topK } = await api.info();
     setText(find("model"), `${model}: ${layers.length} layers, ${experts} experts, top-${topK}`);
   } catch {
-    isModelTold = false;
+    // Whoever asks next reports it.
   }
 }
 
@@ -73,9 +71,11 @@ async function tellModel() {
 class Opened {
   #poll;
 
+  /** `draw(ids, traces, place)` is called with what the address names. */
   constructor(draw) {
     let opened = null;
     this.ids = [];
+    this.place = {};
     this.#poll = new Polling(async (signal) => {
       const wanted = this.ids;
       if (opened === wanted) return;
@@ -86,12 +86,14 @@ class Opened {
         return;
       }
       opened = wanted;
-      draw(wanted, found);
+      draw(wanted, found, this.place);
     }, RUNNING_MS, (error) => error && report(error));
   }
 
-  open(ids) {
-    if (String(ids) !== String(this.ids)) this.ids = ids;
+  open(ids, place) {
+    const isOther = JSON.stringify([ids, place]) !== JSON.stringify([this.ids, this.place]);
+    if (isOther) [this.ids, this.place] = [ids, place];
+    if (isOther) this.#poll.restart();
     this.#poll.start();
   }
 
@@ -109,9 +111,10 @@ const compare = new Compare(find("compare"));
 const VIEWS = {
   live: isFile ? new Whole(find("live"), api) : new Live(find("live"), api, report),
   requests: new Requests(find("requests"), api, report, (ids) => compare.offer(ids)),
-  request: new Opened((ids, found) => {
+  expert: new ExpertView(find("expert"), api, report),
+  request: new Opened((ids, [traces = null, others = null], place) => {
     report(null);
-    request.show(found[0] ?? null);
+    request.show(traces, others, place);
   }),
   compare: new Opened((ids, found) => {
     report(null);
@@ -128,9 +131,10 @@ function decoded(part) {
   }
 }
 
-/** Show the view that the address names, such as #request/ID. */
+/** Show the view that the address names, such as #request/ID, at a place such as ?layer=2&position=5. */
 function turn() {
-  const [name, ...ids] = window.location.hash.slice(1).split("/").map(decoded);
+  const [address, place] = window.location.hash.slice(1).split("?");
+  const [name, ...ids] = address.split("/").map(decoded);
   const chosen = Object.hasOwn(VIEWS, name) ? name : "live";
   find("problem").hidden = true;
   for (const [view, shown] of Object.entries(VIEWS)) {
@@ -138,20 +142,20 @@ function turn() {
     if (view !== chosen) shown.stop();
   }
   for (const tab of document.querySelectorAll("nav a")) {
-    const isChosen = tab.getAttribute("href").split("/")[0] === `#${chosen}`;
+    const isChosen = tab.getAttribute("href").split(/[/?]/)[0] === `#${chosen}`;
     if (isChosen) {
       tab.setAttribute("aria-current", "page");
       tab.href = window.location.hash || "#live"; // so that the tab leads back to it
     } else tab.removeAttribute("aria-current");
   }
-  if (VIEWS[chosen] instanceof Opened) VIEWS[chosen].open(ids);
-  else VIEWS[chosen].start();
+  const view = VIEWS[chosen];
+  if (view.open) view.open(ids, Object.fromEntries(new URLSearchParams(place)));
+  else view.start();
 }
 
 find("key-form")?.addEventListener("submit", (event) => {
   event.preventDefault();
   api.key = find("key").value;
-  isModelTold = false;
   Object.values(VIEWS).forEach((view) => view.restart());
 });
 window.addEventListener("hashchange", turn);

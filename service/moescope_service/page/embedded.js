@@ -48,12 +48,23 @@ export class Embedded {
     return `${shown} saved ${shown === 1 ? "request" : "requests"}${others ? `, the first of ${shown + others}` : ""}`;
   }
 
+  /** Return what `/moescope/info` answers; texts are there for those who ask. */
+  async info() {
+    return { ...this.#header, tokenizer: true };
+  }
+
+  /** Yield nothing: no request ends any more. */
+  async *ended(signal) {
+    await new Promise((resolve) => { signal.addEventListener("abort", resolve); });
+  }
+
   /** Return the JSON that a path answers. */
   async json(path, parameters = {}) {
-    if (path === "moescope/info") return this.#header;
+    const [, layer, expert] = path.match(/^experts\/(\d+)\/(\d+)\/tokens$/) ?? [];
+    if (layer !== undefined) return this.#expert(Number(layer), Number(expert), parameters.limit);
     if (path === "routes") return { sequences: this.#traces.map((one) => one.facts) };
     if (path === "experts") return this.#experts(parameters.phase ?? "all");
-    throw new ApiError(404, `This file does not have ${path}.`);
+    throw new ApiError(404, `This file does not have ${decodeURIComponent(path)}.`);
   }
 
   /** Return a page of a request's traces. */
@@ -102,6 +113,45 @@ export class Embedded {
     }
     return { layers, num_experts: numExperts, num_rows: numRows, num_unknown: numUnknown, counts };
   }
+  /** Count the tokens that went to an expert in a layer; the requests without token ids are left out. */
+  #expert(layer, expert, limit) {
+    const { layers, num_experts: numExperts, top_k: topK } = this.#header;
+    const at = layers.indexOf(layer);
+    if (at < 0 || expert >= numExperts) {
+      throw new ApiError(404, `This file does not have expert ${expert} of layer ${layer}.`);
+    }
+    const known = this.#traces.filter((one) => one.tokens);
+    if (!known.length) throw new ApiError(404, "The requests in this file have no token ids.");
+    const found = new Map();
+    const sums = { rows: 0, rows_missing: 0, rows_selected: 0 };
+    for (const trace of known) {
+      for (let position = 0; position < trace.rows; position += 1) {
+        const first = (position * layers.length + at) * topK;
+        const isMissing = SOURCES[trace.source[position]] === "missing";
+        const isHere = !isMissing && trace.ids.subarray(first, first + topK).includes(expert);
+        sums[isMissing ? "rows_missing" : "rows"] += 1;
+        sums.rows_selected += isHere;
+        if (!isMissing) tally(found, trace, position, isHere);
+      }
+    }
+    const tokens = [...found.values()].filter((one) => one.count)
+      .sort((a, b) => b.count - a.count || a.token_id - b.token_id).slice(0, limit)
+      .map((one) => ({ ...one, share: one.count / one.total }));
+    const requests = new Set(known.map((one) => one.facts.request_id)).size;
+    return { layer, expert, requests, ...sums, tokens };
+  }
+}
+
+/** Count a row's token among those found so far; the first that went to the expert says where it is. */
+function tally(found, { facts, texts, tokens }, position, isHere) {
+  const id = tokens[position];
+  if (!found.has(id)) found.set(id, { token: null, token_id: id, count: 0, total: 0 });
+  const one = found.get(id);
+  one.total += 1;
+  one.token ??= texts?.[position] ?? null;
+  if (!isHere) return;
+  if (!one.count) Object.assign(one, { request_id: facts.request_id, index: facts.index, position });
+  one.count += 1;
 }
 
 /** Join bytes that were taken apart: all first ones, then all second ones. */

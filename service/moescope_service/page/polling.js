@@ -64,3 +64,18 @@ export class Polling {
     }
   }
 }
+
+/** Joins what several sources report: `errorsOf(report)(name)` is what the one of that name calls.
+ *
+ * An error is reported until all are well.
+ */
+export function errorsOf(report) {
+  const errors = new Map();
+  return (name) => {
+    errors.set(name, null);
+    return (error) => {
+      errors.set(name, error);
+      report([...errors.values()].find((one) => one !== null) ?? null);
+    };
+  };
+}

@@ -3,6 +3,7 @@
 import { setText } from "./dom.js";
 import { Heatmap } from "./heatmap.js";
 import { count } from "./numbers.js";
+import { link } from "./requests.js";
 
 export class Whole {
   #api;
@@ -14,7 +15,9 @@ export class Whole {
     this.#api = api;
     this.#phase = section.querySelector("#phase");
     this.#covered = section.querySelector("#covered");
-    this.#heatmap = new Heatmap(section.querySelector("#heatmap"));
+    this.#heatmap = new Heatmap(section.querySelector("#heatmap"), (layer, expert) => {
+      window.location.hash = link("expert", layer, expert);
+    });
     this.#phase.addEventListener("change", () => this.start());
   }
 
