@@ -201,7 +201,8 @@ def test_long_requests_are_shown_in_parts(page, tmp_path):
     }  # fmt: skip
     page.open(f"{write(tmp_path, [RouteTrace(**values)])}#request/{NAMES[0]}")
     page.wait("document.querySelectorAll('#request .token').length === 1024")
-    page.js("document.querySelector('#request button').click()")
+    buttons = "[...document.querySelectorAll('#request button')]"
+    page.js(f"{buttons}.find((one) => one.textContent === 'Show more tokens').click()")
     page.wait(f"document.querySelectorAll('#request .token').length === {rows + 1}")
     shown = page.js(
         "[...document.querySelectorAll('#request .token bdi')].map((one) => one.textContent)"
