@@ -21,7 +21,7 @@ from moescope.errors import CommandError
 from moescope.trace import Source
 from moescope.view import html
 from moescope.view.read import read
-from moescope.view.shown import Selection
+from moescope.view.shown import TRACE_BYTES, Selection
 
 TRACES = [
     dataclasses.replace(random_trace(number), weights_versions=np.array([[0, 3]]))
@@ -251,11 +251,11 @@ def test_a_limit_keeps_the_first_requests_and_says_what_it_left_out(files, name,
 
 @pytest.mark.parametrize("name", ["run", "all.npz", "routes.jsonl"])
 def test_more_than_a_page_holds_is_refused(files, name):
-    row_bytes = 3 * 2 * (1 + 4)
+    max_bytes = 2 * (40 * 3 * 2 * (1 + 4) + TRACE_BYTES)
     found = inputs.find([str(files / name)])
     with pytest.raises(CommandError, match=r"the first 3 requests have more than 0 MiB.*--limit"):
-        read(found, Selection(max_bytes=2 * 40 * row_bytes))
-    fits = Selection(2, max_bytes=2 * 40 * row_bytes)
+        read(found, Selection(max_bytes=max_bytes))
+    fits = Selection(2, max_bytes=max_bytes)
     read(found, fits)
     assert (fits.num_requests, fits.num_left_out) == (2, 2)
 
@@ -270,6 +270,20 @@ def test_a_line_of_a_far_position_takes_no_memory(files, capsys):
     (files / "routes.jsonl").write_bytes(log_of(TRACES) + orjson.dumps(line) + b"\n")
     assert view(files / "routes.jsonl", "-o", files / "page.html") == 1
     assert "token_idx is -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [{"token": "x" * 2**10}, {"index": 1}], ids=["long texts", "many sequences"]
+)
+def test_all_that_lines_take_is_bounded(tmp_path, change):
+    line = {"type": "route", "req_id": "a", "token_idx": 0, "layer": 0, "topk_ids": [0]}
+    name = next(iter(change.keys() & {"index"}), "token_idx")
+    lines = [orjson.dumps(line | change | {name: number}) + b"\n" for number in range(9)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    found = inputs.find([str(tmp_path / "a.jsonl")])
+    with pytest.raises(CommandError, match="the first 1 requests have more than"):
+        read(found, Selection(max_bytes=8 * 1024))
+    read(found, Selection(max_bytes=12 * 1024))
 
 
 def test_tokens_that_lack_a_layer_are_missing(tmp_path):

@@ -16,9 +16,9 @@ from moescope import formats, routes_log, version_runs
 from moescope.analyze.batches import Model
 from moescope.analyze.read_log import Known
 from moescope.trace import RouteTrace, Source
-from moescope.view.shown import Selection, Shown
+from moescope.view.shown import TRACE_BYTES, Selection, Shown
 
-_FIRST_ROWS = 64
+_FIRST_ROWS = 16
 
 
 def read(
@@ -50,7 +50,7 @@ def read(
     )
     selection.enter(path, model)
     drafts: dict[tuple[str, int], _Draft] = {}
-    num_rows = 0
+    size = 0
     with path.open("rb") as file:
         for line in file:
             with contextlib.suppress(orjson.JSONDecodeError):  # cut off, or counted before
@@ -58,10 +58,11 @@ def read(
                 if record.get("type") == "meta" or not selection.wants(record["req_id"]):
                     continue
                 key = record["req_id"], record.get("index", 0)
-                draft = drafts.setdefault(key, _Draft(model))
-                more = max(record["token_idx"] + 1 - draft.num_rows, 0)
-                selection.check((num_rows + more) * draft.row_bytes)  # positions may be far apart
-                num_rows += more
+                if key not in drafts:
+                    drafts[key] = _Draft(model)
+                draft = drafts[key]
+                size += draft.bytes_for(record)
+                selection.check(size)  # positions may be far apart
                 draft.add(record)
     for (request_id, index), draft in drafts.items():
         selection.add(draft.shown(request_id, index, known.get(request_id), selection))
@@ -87,6 +88,14 @@ class _Draft:
         ids = len(self._model.layers) * self._model.top_k
         return ids * (self._ids.itemsize + np.dtype(np.float32).itemsize)
 
+    def bytes_for(self, record: Mapping[str, Any]) -> int:
+        """Return how many bytes a line adds."""
+        row = record["token_idx"]
+        size: int = max(row + 1 - self.num_rows, 0) * self.row_bytes
+        if row not in self._texts:
+            size += len(record.get("token") or "")
+        return size if self.num_rows else size + TRACE_BYTES
+
     def add(self, record: Mapping[str, Any]) -> None:
         """Take a line."""
         row, column = record["token_idx"], self._columns[record["layer"]]
@@ -94,7 +103,7 @@ class _Draft:
             raise ValueError(f"token_idx is {row}")
         self._grow(row + 1)
         if record.get("token") is not None:
-            self._texts[row] = str(record["token"])
+            self._texts.setdefault(row, str(record["token"]))
         if record.get("weights_version") is not None:
             self._versions[row] = record["weights_version"]
         if record["topk_ids"] is None:

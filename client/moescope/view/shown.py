@@ -11,7 +11,9 @@ from moescope.errors import CommandError
 from moescope.trace import RouteTrace
 
 MAX_BYTES = 32 * 2**20
-"""Bytes of ids and weights that one page holds; as a file it has at most about as many."""
+"""Bytes of ids, weights and text that one page holds; as a file it has at most about as many."""
+TRACE_BYTES = 1024
+"""What is counted for a trace besides: its facts, and its line in the list."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,7 +33,7 @@ class Selection:
 
     Args:
         limit: Most requests; all where None.
-        max_bytes: Bytes of ids and weights that they may have.
+        max_bytes: Bytes of ids, weights and text that they may have.
     """
 
     def __init__(self, limit: int | None = None, max_bytes: int = MAX_BYTES) -> None:
@@ -99,7 +101,8 @@ class Selection:
             CommandError: There is no room for it.
         """
         trace = shown.trace
-        size = trace.topk_ids.nbytes
+        size = TRACE_BYTES + sum(len(one or "") for one in shown.tokens or ())
+        size += trace.topk_ids.nbytes
         size += 0 if trace.topk_weights is None else trace.topk_weights.nbytes
         self.check(size)
         self._done_bytes += size
