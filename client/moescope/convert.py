@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from moescope import files, progress, route_files
-from moescope.analyze import inputs, read_log
+from moescope.analyze import inputs
 from moescope.analyze.inputs import Input
 from moescope.errors import CommandError
-from moescope.route_files import Kept, Server, Spool, log
+from moescope.route_files import Spool, log
 
 _TABLES = ("arrow", "parquet")
 
@@ -116,7 +116,7 @@ def _read(found: Sequence[Input], spool: Spool, options: Options, console: Conso
     done_bytes, knows_prompts = 0, True
     with progress.parts(console, ["traces, in percent"]) as (tell,):
         for one in found:
-            for server, kept in _kept(one, options):
+            for server, kept in inputs.traces(one, options.num_experts, options.top_k):
                 spool.server = spool.server or server
                 spool.add(kept)
                 knows_prompts = knows_prompts and kept.knows_prompt
@@ -124,19 +124,6 @@ def _read(found: Sequence[Input], spool: Spool, options: Options, console: Conso
             done_bytes += one.size_bytes
         tell(1.0)
     return knows_prompts
-
-
-def _kept(one: Input, options: Options) -> Iterator[tuple[Server, Kept]]:
-    """Yield the traces of an input, each with what is known of its server."""
-    with inputs.named(one.path):
-        server, traces = route_files.read(
-            one.path,
-            read_log.known_of(one.run_dir) if one.run_dir else {},
-            num_experts=options.num_experts,
-            top_k=options.top_k,
-        )
-        for kept in traces:
-            yield server, kept
 
 
 def _unsaid(

@@ -102,6 +102,8 @@ class ServerInfo(_Record):
     """How often the weights have changed since the server started; None where it does not tell."""
     log: LogInfo | None = None
     """The route log; None where the server does not tell."""
+    tokenizer: bool | None = None
+    """Whether it has a tokenizer, for the text of tokens; None where the server does not tell."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.resources
 import importlib.util
 from types import ModuleType
 
@@ -53,3 +54,14 @@ def bundled_model() -> str:
         CommandError: The service is not installed.
     """
     return str(find("bundled_model").path())
+
+
+def page() -> dict[str, str]:
+    """Return the text of the files of the service's page, by their names.
+
+    Raises:
+        CommandError: The service is not installed.
+    """
+    require("moescope_service")
+    folder = importlib.resources.files("moescope_service").joinpath("page")
+    return {one.name: one.read_text("utf-8") for one in folder.iterdir() if one.is_file()}

@@ -85,16 +85,14 @@ class ArrayHead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RoutesReply(Reply):
-    """Rows of traces, as the arrays of an ``.npz``: each trace once, however many ids find it."""
+class TracesReply(Reply):
+    """Rows of traces, as the arrays of an ``.npz``."""
 
-    found: list[Found]
-    """In the order asked."""
     heads: list[ArrayHead] = dataclasses.field(default_factory=list)
     spec: CaptureSpec | None = None
 
     def traces(self) -> list[RouteTrace]:
-        """Return the traces, to whose numbers `Found.traces` refers; their arrays are views."""
+        """Return the traces; their arrays are views."""
         if not self.heads:
             return []
         members = {
@@ -102,6 +100,14 @@ class RoutesReply(Reply):
             for head, frame in zip(self.heads, self.arrays, strict=True)
         }
         return formats.traces_of(members)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RoutesReply(TracesReply):
+    """Rows of requests; each trace once, however many ids find it, in the order of `Found`."""
+
+    found: list[Found]
+    """In the order asked."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +197,53 @@ class RecentQuery(Query[RecentReply]):
     before: int | None = None
     owner: str | None = None
     """Only what this owner's key made is listed; as of `RoutesQuery`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReply(TracesReply):
+    """A page of the rows of one layer, without weights: the traces that began last come first."""
+
+    next_before: int | None = None
+    """What to give as ``before`` for the next page; None on the last one."""
+    next_start: int = 0
+    """What to give as ``start``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerQuery(Query[LayerReply]):
+    """Asks for one layer's rows of finished traces; of a layer that none has there are none."""
+
+    reply = LayerReply
+    layer: int
+    before: int | None = None
+    start: int = 0
+    """Rows that are known already of the first trace, where that is still there."""
+    owner: str | None = None
+    """Only what this owner's key made is read; as of `RoutesQuery`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EndedReply(Reply):
+    """Sequences that ended since the query before, in that order, and where to go on."""
+
+    sequences: list[SequenceInfo]
+    owners: list[str | None]
+    """Of each of them, as of `moescope_service.messages.Register`."""
+    epoch: int
+    number: int
+    skipped: int = 0
+    """How many are left out: they ended too long ago."""
+    has_more: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EndedQuery(Query[EndedReply]):
+    """Asks which sequences have ended and left a trace."""
+
+    reply = EndedReply
+    epoch: int | None = None
+    """Of the reply before, as is ``number``; None: only where to go on is asked for."""
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,6 +432,8 @@ _KINDS: dict[str, type[Query[Any]]] = {
     "wait": WaitQuery,
     "delete": DeleteQuery,
     "recent": RecentQuery,
+    "layer": LayerQuery,
+    "ended": EndedQuery,
     "experts": ExpertsQuery,
     "steps": StepsQuery,
     "reset": ResetQuery,

@@ -119,13 +119,18 @@ def test_tokens_carry_the_experts_of_their_trace(page, deployment, layer_at):
     assert sorted(int(one["expert"]) for one in shown) == sorted(np.ravel(trace["topk_ids"][3]))
 
 
-def test_missing_rows_look_so(page, deployment):
-    (name,) = deployment.frontend.add("holes")
-    running = deployment.engine.start(name)
+def hole(deployment, name):
+    """Run a request whose row behind the prompt is missing."""
+    (internal_id,) = deployment.frontend.add(name)
+    running = deployment.engine.start(internal_id)
     deployment.engine.step([(running, 1)], hooked=False)
     deployment.engine.step([(running, 1)])
-    deployment.frontend.put(name, OUTPUT, FinishReason.STOP)
+    deployment.frontend.put(internal_id, OUTPUT, FinishReason.STOP)
     deployment.engine.step(finished=[running])
+
+
+def test_missing_rows_look_so(page, deployment):
+    hole(deployment, "holes")
     page.open(f"{deployment.url}/moescope#request/holes")
     page.wait("document.querySelectorAll('#request .token').length")
     (missing,) = data(page, "#request .token[data-source=missing]")
@@ -195,7 +200,16 @@ def test_two_requests_that_differ(page, deployment, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "view", ["live", "requests", "request/phone", "compare/phone/phone", "state"]
+    "view",
+    [
+        "live",
+        "expert",
+        "requests",
+        "request/phone",
+        "request/phone/phone",
+        "compare/phone/phone",
+        "state",
+    ],
 )
 def test_a_phone_needs_no_sideways_scroll(page, deployment, view):
     if httpx.get(f"{deployment.url}/routes/cmpl-phone").status_code == 404:

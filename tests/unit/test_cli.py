@@ -42,7 +42,7 @@ WORDS = {
     "--api-key": {"bench", "overhead", "replay", "routes", "verify"},
     "--ca-cert": {"bench", "replay", "routes", "verify"},
     "--concurrency": {"bench", "overhead", "replay"},
-    "--limit": {"bench", "demo", "prompts", "verify"},
+    "--limit": {"bench", "demo", "prompts", "verify", "view"},
 }
 """Options that mean the same everywhere, and the commands that have them."""
 ALIASES = {
@@ -52,6 +52,7 @@ ALIASES = {
     ("convert", "-o"),
     ("diff", "-o"),
     ("verify", "--url"),
+    ("view", "-o"),
 }
 
 

@@ -35,6 +35,27 @@ class Model:
             f"top-{self.top_k} of {self.num_experts}"
         )
 
+    def joined(self, other: Model, where: str, command: str) -> Model:
+        """Return what both are, with the name that either has.
+
+        Args:
+            other: What another input is of.
+            where: The inputs, for the message.
+            command: The command that takes one model at a time.
+
+        Raises:
+            CommandError: They are not of one model.
+        """
+        name = self.name or other.name
+        first, this = (dataclasses.replace(each, name=each.name or name) for each in (self, other))
+        if first != this:
+            what = f"layers {list(first.layers)} and {list(this.layers)}; "
+            raise CommandError(
+                f"{where} are not of one model ({first}; {this}; "
+                f"{what if first.layers != this.layers else ''}{command} takes one at a time)"
+            )
+        return first
+
     @property
     def batch_rows(self) -> int:
         """Rows of a batch: few enough for the memory, enough to be worth numpy's calls."""

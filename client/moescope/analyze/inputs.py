@@ -11,10 +11,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moescope import route_files
 from moescope.analyze import read_columns, read_log, read_npz
 from moescope.analyze.batches import Batch, Key, Model, Text
 from moescope.errors import CommandError, FormatError, MoescopeError
 from moescope.received import MALFORMED, shown
+from moescope.route_files import Kept, Server
 from moescope.run_dir import RunDir
 
 _ARRAYS = (".npz", ".arrow", ".parquet")
@@ -119,6 +121,27 @@ def read(one: Input, num_experts: int | None = None, top_k: int | None = None) -
             )
 
 
+def traces(
+    one: Input, num_experts: int | None = None, top_k: int | None = None
+) -> Iterator[tuple[Server, Kept]]:
+    """Read an input as traces, one after the other, each with what is known of its server.
+
+    Args:
+        one: The input.
+        num_experts: As of `read`.
+        top_k: As of `read`.
+
+    Raises:
+        CommandError: It needs what is not installed.
+        FormatError: It is broken; the message names it.
+    """
+    with named(one.path):
+        known = read_log.known_of(one.run_dir) if one.run_dir else {}
+        server, found = route_files.read(one.path, known, num_experts=num_experts, top_k=top_k)
+        for kept in found:
+            yield server, kept
+
+
 def texts(one: Input) -> Iterator[tuple[Key, Text]]:
     """Read what an input knows of its sequences besides their routes; a bare log knows nothing.
 
@@ -199,13 +222,4 @@ class Reader:
         if self.model is None or self._first is None:
             self.model, self._first = model, one
             return
-        name = self.model.name or model.name
-        first, this = (dataclasses.replace(each, name=each.name or name)
-                       for each in (self.model, model))  # fmt: skip
-        if first != this:
-            what = f"layers {list(first.layers)} and {list(this.layers)}; "
-            raise CommandError(
-                f"{self._first.path} and {one.path} are not of one model ({first}; {this}; "
-                f"{what if first.layers != this.layers else ''}analyze takes one at a time)"
-            )
-        self.model = first
+        self.model = self.model.joined(model, f"{self._first.path} and {one.path}", "analyze")

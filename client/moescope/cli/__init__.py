@@ -23,6 +23,7 @@ from moescope.cli import (
     routes,
     serve,
     verify,
+    view,
 )
 from moescope.errors import MoescopeError, StoppedError
 from moescope.received import escaped
@@ -62,6 +63,7 @@ app.command()(plot.plot)
 app.command()(analyze.analyze)
 app.command()(convert.convert)
 app.command()(diff.diff)
+app.command()(view.view)
 app.command()(bench.bench)
 app.command()(overhead.overhead)
 app.command()(demo.demo)

@@ -154,8 +154,9 @@ class _Sequences:
 
     def _take(self, of: tuple[str, int], position: int, lines: list[Any]) -> None:
         which, last = self._last.get(of, (0, -1))
-        which += position <= last
-        self._last[of] = (which, position)
+        if None not in lines:  # what lacks lines comes last, whatever its position
+            which += position <= last
+            self._last[of] = (which, position)
         self._waiting.setdefault((*of, which), []).append((position, lines))
         self._num_waiting += 1
         if self._num_waiting * len(self._columns) * self._top_k >= _FLUSH_CELLS:

@@ -14,6 +14,7 @@ from moescope_service.api.dependencies import CollectorDep, SettingsDep, told
 from moescope_service.api.endpoint import MoescopeRoute
 from moescope_service.api.responses import encoded
 from moescope_service.api.steps import steps_body
+from moescope_service.api.tokens import token_text_of
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.histogram import PHASES
 from moescope_service.messages import CaptureSpec
@@ -124,7 +125,7 @@ def _experts_body(reply: ExpertsReply, spec: CaptureSpec, phase: str, form: str)
 
 
 @router.get("/moescope/info", summary="What is captured")
-async def info(collector: CollectorDep, settings: SettingsDep) -> dict[str, Any]:
+async def info(request: Request, collector: CollectorDep, settings: SettingsDep) -> dict[str, Any]:
     """Return the model, its layers, experts and routers, versions, limits and state."""
     known = (await collector.ask(InfoQuery())).info
     spec = told(known.spec)
@@ -137,6 +138,7 @@ async def info(collector: CollectorDep, settings: SettingsDep) -> dict[str, Any]
         "routes_default": "on" if settings.keeps_by_default else "off",
         "routes_sample": settings.sampled_share,
         "token_ids": settings.keeps_token_ids,
+        "tokenizer": token_text_of(request) is not None,
         "weights_version": None if settings.mode == "counts" else known.weights_version,
         "store": known.store,
         "log": known.log,

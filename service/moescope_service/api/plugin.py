@@ -9,7 +9,18 @@ from typing import Any
 from fastapi import FastAPI
 
 from moescope_service import runtime
-from moescope_service.api import batch, experts, follow, metrics, page, routes, watch, weights
+from moescope_service.api import (
+    batch,
+    ended,
+    expert_tokens,
+    experts,
+    follow,
+    metrics,
+    page,
+    routes,
+    watch,
+    weights,
+)
 from moescope_service.api.auth import Keys
 from moescope_service.api.browsers import Browsers
 from moescope_service.api.request_scope import RequestScopeMiddleware
@@ -44,8 +55,9 @@ class MoescopeEndpoints:
         app.state.moescope_responses = SharedResponses()
         app.state.moescope_followers = Readers(follow.MAX_FOLLOWERS, "follow requests")
         app.state.moescope_watch = watch.Watch()
+        app.state.moescope_ended = ended.Ended()
         # An id may be any path: routes' own come last.
-        for module in (weights, follow, routes, batch, experts, watch):
+        for module in (weights, follow, routes, batch, experts, expert_tokens, watch):
             app.include_router(module.router, responses=_REFUSED)
         app.include_router(page.router)
         replace_route(app, "/metrics")
@@ -71,10 +83,12 @@ class MoescopeEndpoints:
         spec = await asyncio.to_thread(collector.wait_for_workers)
         state.moescope_collector = collector
         state.moescope_engine = engine_client
+        state.moescope_token_text = None
         if settings.mode == "counts":
             return
         tokenizer = engine_client.output_processor.tokenizer  # None with --skip-tokenizer-init
-        state.moescope_token_text = None if tokenizer is None else TokenText(tokenizer)
+        if tokenizer is not None:
+            state.moescope_token_text = TokenText(tokenizer)
         registration = Registration(collector, model=spec.model, kept_share=settings.kept_share)
         registration.watch(engine_client.output_processor)
         state.moescope_registration = registration

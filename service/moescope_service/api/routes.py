@@ -29,10 +29,12 @@ from moescope_service.api.dependencies import (
     told,
     wait_for_ends,
 )
+from moescope_service.api.ended import follow_ended
 from moescope_service.api.endpoint import MoescopeRoute
 from moescope_service.api.found import RequestId, first_known, not_recorded, raise_unless_found
 from moescope_service.api.responses import MEDIA_TYPES, NEXT_START, compressed, wants_gzip
 from moescope_service.api.sharing import MadeBody
+from moescope_service.api.streaming import EVENTS_TYPE, Streamed
 from moescope_service.api.tokens import TOKENS, ask_for_rows, text_of
 from moescope_service.ids import meant_ids, short_id
 from moescope_service.queries import (
@@ -49,17 +51,36 @@ from moescope_service.queries import (
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
 
-@router.get("/routes", summary="Recent requests, newest first")
-@router.get("/routes/", include_in_schema=False)
+@router.get(
+    "/routes",
+    summary="Recent requests, newest first",
+    response_model=None,
+    responses={
+        200: {
+            "description": "A page; with ``follow`` server-sent events, whose ``sequences`` ended "
+            "after the event before.",
+            "content": {EVENTS_TYPE: {}},
+        }
+    },
+)
+@router.get("/routes/", include_in_schema=False, response_model=None)
 async def recent(
+    request: Request,
     collector: StoreDep,
     owner: ReaderDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Sequences a page.")] = 50,
     before: Annotated[
         int | None, Query(ge=0, lt=2**63, description="``next_before`` of the last page.")
     ] = None,
-) -> dict[str, Any]:
+    follow: Annotated[
+        bool, Query(description="Whether to send those that end from now on, as they end.")
+    ] = False,
+) -> dict[str, Any] | Streamed:
     """List sequences with their ids, tokens, finish reason, completeness and coverage."""
+    if follow:
+        if others := request.query_params.keys() - {"follow"}:
+            raise HTTPException(422, f"follow: goes with no other parameter, got {sorted(others)}")
+        return await follow_ended(request, collector, owner)
     page = await collector.ask(RecentQuery(limit=limit, before=before, owner=owner))
     return {"sequences": page.sequences, "next_before": page.next_before}
 

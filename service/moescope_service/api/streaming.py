@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from moescope_service.api.responses import error_response
 from moescope_service.api.sharing import busy, disconnect, patient, pieces
+from moescope_service.errors import CollectorGoneError
 from moescope_service.vllm_contract.compat import is_stopping
+
+EVENTS_TYPE = "text/event-stream"
 
 
 class Readers:
@@ -80,3 +84,25 @@ class Streamed(StreamingResponse):
             # The server waits with this one until the client has taken those before.
             await send({"type": "http.response.body", "body": b"", "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def until_error(
+    request: Request, first: bytes, events: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """Yield server-sent events, and as the last one why there are no more.
+
+    Args:
+        request: The client's.
+        first: The first event, which was taken already.
+        events: Those after it.
+    """
+    yield first
+    try:
+        async for event in events:
+            yield event
+    except CollectorGoneError as error:
+        reason = HTTPException(503, str(error))
+    except HTTPException as error:
+        reason = error
+    body = bytes((await error_response(request, reason)).body)
+    yield b"event: error\ndata: %s\n\n" % body

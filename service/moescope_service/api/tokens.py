@@ -15,13 +15,19 @@ from moescope_service.token_text import TokenText
 TOKENS = "Whether to return the text of the tokens."
 
 
+def token_text_of(request: Request) -> TokenText | None:
+    """Return what makes the text of tokens; None where the server has no tokenizer."""
+    text: TokenText | None = request.app.state.moescope_token_text
+    return text
+
+
 def text_of(request: Request, *, is_wanted: bool) -> TokenText | None:
     """Return what makes the text of tokens; None where it is not wanted.
 
     Raises:
         HTTPException: 501, the server has no tokenizer.
     """
-    text: TokenText | None = request.app.state.moescope_token_text
+    text = token_text_of(request)
     if is_wanted and text is None:
         raise HTTPException(
             501, "tokens: this server has no tokenizer (--skip-tokenizer-init); leave tokens out"

@@ -23,8 +23,7 @@ from starlette.concurrency import run_in_threadpool
 
 from moescope_service.api.dependencies import CollectorDep, told
 from moescope_service.api.endpoint import MoescopeRoute
-from moescope_service.api.responses import error_response
-from moescope_service.api.streaming import Readers, Streamed
+from moescope_service.api.streaming import EVENTS_TYPE, Readers, Streamed, until_error
 from moescope_service.errors import CollectorGoneError
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.histogram import PHASES
@@ -40,7 +39,6 @@ MAX_VIEWERS = 64
 _ZLIB_LEVEL = 1
 """ISA-L's: 94 layers x 512 experts x 2 phases take 1.2 ms and 190 kB at 2,000 tokens a second of
 top-8; as JSON they are 300 kB."""
-MEDIA_TYPE = "text/event-stream"
 
 router = APIRouter(route_class=MoescopeRoute, tags=["moescope"])
 
@@ -160,7 +158,7 @@ def watch_of(request: Request) -> Watch:
             "zlib of little-endian uint32 ``[phases, layers, experts]``, the selections from "
             "``from_s`` to ``to_s``. The first event may have none. An event of the name ``error`` "
             "ends a stream that cannot go on.",
-            "content": {MEDIA_TYPE: {}},
+            "content": {EVENTS_TYPE: {}},
         },
         503: {"description": f"{MAX_VIEWERS} clients watch, or the collector does not answer."},
     },
@@ -180,20 +178,5 @@ async def experts_stream(
     except BaseException:
         watch.leave()
         raise
-    return Streamed(_told(request, first, events), MEDIA_TYPE, on_end=watch.leave)
-
-
-async def _told(
-    request: Request, first: bytes, events: AsyncIterator[bytes]
-) -> AsyncIterator[bytes]:
-    """Yield events, and as the last one why there are no more."""
-    yield first
-    try:
-        async for event in events:
-            yield event
-    except CollectorGoneError as error:
-        reason = HTTPException(503, str(error))
-    except HTTPException as error:
-        reason = error
-    body = bytes((await error_response(request, reason)).body)
-    yield b"event: error\ndata: %s\n\n" % body
+    told_events = until_error(request, first, events)
+    return Streamed(told_events, EVENTS_TYPE, on_end=watch.leave)

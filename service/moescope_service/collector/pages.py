@@ -58,7 +58,7 @@ class Pages:
                 yield None
         if len(self._traces) > AT_ONCE:
             yield None
-        heads, arrays = self._arrays()
+        heads, arrays = arrays_of(self._traces)
         yield RoutesReply(found=found, heads=heads, arrays=arrays, spec=self._state.spec)
 
     def _find(self, wanted: Wanted) -> tuple[list[Kept], Found]:
@@ -166,19 +166,6 @@ class Pages:
         self._num_looked_at += count
         return self._num_looked_at % AT_ONCE == 0
 
-    def _arrays(self) -> tuple[list[ArrayHead], list[Any]]:
-        """Return the arrays of all traces, and how to read them."""
-        if not self._traces:
-            return [], []
-        arrays = formats.arrays_of(self._traces)
-        # Those of several pipeline stages are not: a frame is.
-        members = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        heads = [
-            ArrayHead(name=name, dtype=array.dtype.str, shape=array.shape)
-            for name, array in members.items()
-        ]
-        return heads, list(members.values())
-
     def _limit(self, traces: list[RouteTrace], start: int) -> int | None:
         """Return how many rows of each trace there is room for; None: not for one.
 
@@ -193,6 +180,20 @@ class Pages:
         if room < row_bytes:
             return None if self._traces else 1
         return min(wanted, room // row_bytes)
+
+
+def arrays_of(traces: list[RouteTrace]) -> tuple[list[ArrayHead], list[Any]]:
+    """Return the arrays of traces as a reply has them, and how to read them."""
+    if not traces:
+        return [], []
+    # Those of several pipeline stages are not contiguous: a frame is.
+    arrays = formats.arrays_of(traces)
+    members = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    heads = [
+        ArrayHead(name=name, dtype=array.dtype.str, shape=array.shape)
+        for name, array in members.items()
+    ]
+    return heads, list(members.values())
 
 
 def _row_bytes(trace: RouteTrace | Rows) -> int:

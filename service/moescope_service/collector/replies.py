@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 
 from moescope.records import LogInfo, SequenceInfo, StoreInfo
+from moescope_service.collector.layer_rows import layer_rows
 from moescope_service.collector.sequences import Sequence
 from moescope_service.collector.state import CollectorState
-from moescope_service.collector.store import Kept
+from moescope_service.collector.store import NUM_ADDED, Kept
 from moescope_service.queries import (
     CaptureQuery,
     CaptureReply,
     CollectorInfo,
+    EndedQuery,
+    EndedReply,
     ExpertsQuery,
     ExpertsReply,
     InfoQuery,
     InfoReply,
+    LayerQuery,
     MetricsQuery,
     MetricsReply,
     Query,
@@ -34,6 +38,9 @@ from moescope_service.queries import (
     StepsQuery,
     StepsReply,
 )
+
+ENDED_AT_ONCE = 256
+"""Sequences that a reply says to have ended."""
 
 
 def _recent(state: CollectorState, query: RecentQuery) -> RecentReply:
@@ -48,6 +55,25 @@ def _recent(state: CollectorState, query: RecentQuery) -> RecentReply:
     return RecentReply(
         sequences=[_summary(one) for one in page],
         next_before=page[-1].uid if has_more and page else None,
+    )
+
+
+def _ended(state: CollectorState, query: EndedQuery) -> EndedReply:
+    store = state.store
+    if query.epoch is None:
+        return EndedReply(sequences=[], owners=[], epoch=state.epoch, number=store.num_added)
+    # Another collector's number says nothing here: all that this one has is new.
+    first = query.number if query.epoch == state.epoch else 0
+    number = max(first, store.num_added - NUM_ADDED)
+    some = list(itertools.islice(store.added_since(number), ENDED_AT_ONCE))
+    kept = [one for one in some if one is not None]
+    return EndedReply(
+        sequences=[_summary(one) for one in kept],
+        owners=[one.owner for one in kept],
+        epoch=state.epoch,
+        number=number + len(some),
+        skipped=number - first,
+        has_more=number + len(some) < store.num_added,
     )
 
 
@@ -212,6 +238,8 @@ def _summary(one: Sequence | Kept) -> SequenceInfo:
 
 REPLIES: dict[type[Query[Any]], Callable[[CollectorState, Any], Reply]] = {
     RecentQuery: _recent,
+    LayerQuery: layer_rows,
+    EndedQuery: _ended,
     ExpertsQuery: _experts,
     StepsQuery: _steps,
     ResetQuery: _reset,

@@ -19,6 +19,9 @@ OVERHEAD_BYTES = 2048
 MAX_FOUND = 1024
 """Traces that one look-up returns at most: clients can give any number of requests the same id."""
 
+NUM_ADDED = 4096
+"""Traces of which it is known in which order they came."""
+
 _INDEX_BYTES = 512
 """What an id costs beside its text: a set of numbers, and its place in an index."""
 
@@ -96,6 +99,9 @@ class TraceStore:
         self.size_bytes = 0
         self.num_evicted = 0
         """Traces that made room, or found none."""
+        self.num_added = 0
+        """Traces that ever came."""
+        self._added: collections.deque[int] = collections.deque(maxlen=NUM_ADDED)
         self.ids: IdIndex[Kept] = IdIndex()
         # The traces of each request; the request whose newest trace is the oldest comes first.
         self._requests: collections.OrderedDict[RequestKey, dict[int, None]]
@@ -120,6 +126,8 @@ class TraceStore:
         Only its own one is evicted if the trace never would fit, or is one of a request that was.
         """
         size_bytes = kept.size_bytes
+        self.num_added += 1
+        self._added.append(kept.uid)
         self.ids.add(kept)
         self.size_bytes += size_bytes
         self._requests.setdefault(kept.request, {})[kept.uid] = None
@@ -128,6 +136,15 @@ class TraceStore:
             self._evict(kept.request)
         while self.size_bytes > self.limit_bytes:
             self._evict(next(iter(self._requests)))
+
+    def added_since(self, number: int) -> Iterator[Kept | None]:
+        """Yield what came after so many traces, and None for each that is here no longer.
+
+        Of those that came before the last `NUM_ADDED` nothing is known: they are left out.
+        """
+        known = min(self.num_added - number, len(self._added))
+        for uid in itertools.islice(self._added, len(self._added) - known, None):
+            yield self.ids.get(uid)
 
     def newest(self, found: Mapping[int, Kept]) -> Found:
         """Return of what an id finds the requests that ended last, each as a whole.

@@ -10,9 +10,22 @@ export class ApiError extends Error {
 
 export class Api {
   #key = "";
+  #info = null;
 
   set key(value) {
     this.#key = value.trim();
+    this.forget();
+  }
+
+  /** Return what `/moescope/info` answers, asked for once until `forget`. */
+  async info() {
+    this.#info ??= await this.json("moescope/info");
+    return this.#info;
+  }
+
+  /** Ask for what does not change anew: the server may be another one. */
+  forget() {
+    this.#info = null;
   }
 
   /** Return the response to a path with parameters; those that are undefined are left out. */
@@ -45,7 +58,20 @@ export class Api {
 
   /** Yield the events of `/experts/stream`; ends with the server's error, or when aborted. */
   async *experts(signal) {
-    const response = await this.fetch("experts/stream", {}, signal);
+    for await (const { values } of this.#events("experts/stream", {}, signal)) {
+      yield { ...values, counts: await unpacked(values.counts) };
+    }
+  }
+
+  /** Yield lists of sequences that ended, as they end; ends as `experts` does. */
+  async *ended(signal) {
+    for await (const { name, values } of this.#events("routes", { follow: true }, signal)) {
+      if (name === "message") yield values.sequences;
+    }
+  }
+
+  async *#events(path, parameters, signal) {
+    const response = await this.fetch(path, parameters, signal);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let text = "";
     for (;;) {
@@ -59,7 +85,7 @@ export class Api {
       if (part.done) throw new ApiError(0, "the server ended the stream");
       const events = (text + part.value).split("\n\n");
       text = events.pop();
-      for (const event of events) yield await parsed(event);
+      for (const event of events) yield parsed(event);
     }
   }
 }
@@ -72,13 +98,13 @@ async function messageOf(response) {
   }
 }
 
-async function parsed(event) {
+function parsed(event) {
   const fields = Object.fromEntries(
     event.split("\n").map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 2)]),
   );
   const values = JSON.parse(fields.data);
   if (fields.event === "error") throw new ApiError(values.error.code, values.error.message);
-  return { ...values, counts: await unpacked(values.counts) };
+  return { name: fields.event ?? "message", values };
 }
 
 /** Return the numbers of base64 of zlib of little-endian uint32. */

@@ -22,12 +22,16 @@ export class Heatmap {
   #shown = null;
   #cell = null;
   #parts;
+  #onChoose;
 
-  constructor(figure) {
+  /** `onChoose(layer, expert)` is called when the user chooses a cell. */
+  constructor(figure, onChoose) {
     this.#figure = figure;
+    this.#onChoose = onChoose;
     const canvas = element("canvas", { tabIndex: 0 });
     canvas.setAttribute("role", "application");
-    canvas.setAttribute("aria-label", "Heatmap of layers and experts: move with the arrow keys");
+    canvas.setAttribute("aria-label", "Heatmap of layers and experts: move with the arrow keys, "
+      + "Enter shows an expert's tokens");
     this.#parts = {
       canvas,
       cursor: element("div", { className: "cursor", hidden: true }),
@@ -44,6 +48,7 @@ export class Heatmap {
     figure.append(grid, told, legend, summary);
     canvas.addEventListener("pointermove", (event) => this.#point(event));
     canvas.addEventListener("pointerdown", (event) => this.#point(event));
+    canvas.addEventListener("click", () => this.#choose());
     canvas.addEventListener("keydown", (event) => this.#key(event));
     onTheme(() => this.#draw());
   }
@@ -126,7 +131,12 @@ export class Heatmap {
     this.#move(Math.floor(x * this.#shown.numExperts), Math.floor(y * this.#shown.layers.length));
   }
 
+  #choose() {
+    if (this.#shown && this.#cell) this.#onChoose(this.#shown.layers[this.#cell[1]], this.#cell[0]);
+  }
+
   #key(event) {
+    if (event.key === "Enter") this.#choose();
     const step = arrow(event);
     if (!step || !this.#shown) return;
     event.preventDefault();
@@ -144,7 +154,7 @@ export class Heatmap {
     const { cursor, told } = this.#parts;
     cursor.hidden = this.#cell === null;
     if (this.#cell === null) {
-      setText(told, "Point at a cell, or move with the arrow keys.");
+      setText(told, "Point at a cell, or move with the arrow keys; a click or Enter shows its tokens.");
       return;
     }
     const { layers, numExperts, rows, balance } = this.#shown;

@@ -6,7 +6,8 @@
 import { setText } from "./dom.js";
 import { Heatmap } from "./heatmap.js";
 import { count, span } from "./numbers.js";
-import { Polling } from "./polling.js";
+import { errorsOf, Polling } from "./polling.js";
+import { link } from "./requests.js";
 import { LiveWindow } from "./window.js";
 
 const MAX_LIVE_S = 300;
@@ -19,18 +20,20 @@ export class Live {
   #window;
   #stream;
   #poll;
-  #report;
-  #errors = { stream: null, poll: null };
+  #tell;
 
   constructor(section, api, report) {
     this.#api = api;
-    this.#report = report;
+    const both = errorsOf(report);
+    this.#tell = both("stream");
     const find = (id) => section.querySelector(id);
     this.#parts = { window: find("#window"), phase: find("#phase"), covered: find("#covered") };
-    this.#heatmap = new Heatmap(find("#heatmap"));
+    this.#heatmap = new Heatmap(find("#heatmap"), (layer, expert) => {
+      window.location.hash = link("expert", layer, expert);
+    });
     this.#window = new LiveWindow(this.#seconds);
-    this.#stream = new Polling((signal) => this.#read(signal), 0, (error) => this.#tell("stream", error));
-    this.#poll = new Polling((signal) => this.#ask(signal), POLL_MS, (error) => this.#tell("poll", error));
+    this.#stream = new Polling((signal) => this.#read(signal), 0, this.#tell);
+    this.#poll = new Polling((signal) => this.#ask(signal), POLL_MS, both("poll"));
     this.#parts.window.addEventListener("change", () => this.restart());
     this.#parts.phase.addEventListener("change", () => this.#poll.restart());
   }
@@ -63,7 +66,7 @@ export class Live {
     const window = this.#window;
     try {
       for await (const event of this.#api.experts(signal)) {
-        this.#tell("stream", null);
+        this.#tell(null);
         if (this.#seconds > MAX_LIVE_S) continue;
         window.add(event);
         if (this.#isLive) this.#showLive(event);
@@ -71,12 +74,6 @@ export class Live {
     } finally {
       window.clear(); // what comes while nothing is read would be lacking
     }
-  }
-
-  /** Report what is wrong with either source, and that nothing is once both are well. */
-  #tell(source, error) {
-    this.#errors[source] = error;
-    this.#report(this.#errors.stream ?? this.#errors.poll);
   }
 
   #showLive({ phases, layers, num_experts: numExperts }) {

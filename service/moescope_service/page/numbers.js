@@ -2,11 +2,18 @@
 
 const whole = new Intl.NumberFormat("en");
 const clock = new Intl.DateTimeFormat("en", { timeStyle: "medium", hourCycle: "h23" });
+const day = new Intl.DateTimeFormat("en", { dateStyle: "medium" });
 
 export const count = (value) => whole.format(value);
 export const fixed = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
 export const percent = (share) => `${(100 * share).toFixed(share === 0 || share === 1 ? 0 : 1)}%`;
-export const time = (seconds) => clock.format(1000 * seconds);
+
+/** Return a time of today, or of another day with its date; a dash where it is unknown. */
+export function time(seconds) {
+  if (seconds === null) return "–";
+  const [then, today] = [1000 * seconds, Date.now()].map((one) => day.format(one));
+  return `${then === today ? "" : `${then}, `}${clock.format(1000 * seconds)}`;
+}
 
 /** Return a span of time in words, such as "1 min 20 s". */
 export function span(seconds) {

@@ -4,7 +4,7 @@ const RETRY_MS = 2000;
 
 /** Runs `work(signal)` while started and visible; after an error it is tried again.
  *
- * `work` is called anew `everyMs` after it ended. `report` is told the error, or null.
+ * `work` is called anew `everyMs` after it ended; once alone where that is null. `report` is told the error, or null.
  */
 export class Polling {
   #work;
@@ -54,6 +54,7 @@ export class Polling {
       try {
         await this.#work(signal);
         if (!signal.aborted) this.#report(null);
+        if (waitMs === null) return;
       } catch (error) {
         if (signal.aborted) return;
         this.#report(error);
@@ -62,4 +63,19 @@ export class Polling {
       await new Promise((resolve) => setTimeout(resolve, waitMs));
     }
   }
+}
+
+/** Joins what several sources report: `errorsOf(report)(name)` is what the one of that name calls.
+ *
+ * An error is reported until all are well.
+ */
+export function errorsOf(report) {
+  const errors = new Map();
+  return (name) => {
+    errors.set(name, null);
+    return (error) => {
+      errors.set(name, error);
+      report([...errors.values()].find((one) => one !== null) ?? null);
+    };
+  };
 }

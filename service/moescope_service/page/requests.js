@@ -2,9 +2,10 @@
 
 import { element, setText } from "./dom.js";
 import { count, percent, time } from "./numbers.js";
-import { Polling } from "./polling.js";
+import { errorsOf, Polling } from "./polling.js";
 
-const POLL_MS = 2000;
+/** How often the list is asked for, which has those that run as well. */
+const POLL_MS = 5000;
 const LIMIT = 50;
 const COLUMNS = ["Request", "Time", "Tokens", "Ended", "Coverage", "Weights", ""];
 
@@ -13,17 +14,23 @@ export class Requests {
   #table;
   #note;
   #poll;
+  #stream;
+  #onList;
+  #sequences = [];
 
   /** `onList(ids)` is told the ids that are listed. */
   constructor(section, api, report, onList) {
     this.#api = api;
+    this.#onList = onList;
     this.#note = section.querySelector("#requests-note");
     this.#table = section.querySelector("#requests-table");
+    const both = errorsOf(report);
+    const tell = both("stream");
     this.#poll = new Polling(async (signal) => {
       const { sequences } = await this.#api.json("routes", { limit: LIMIT }, signal);
       this.#show(sequences);
-      onList([...new Set(sequences.map((one) => one.request_id))]);
-    }, POLL_MS, report);
+    }, api.told ? null : POLL_MS, both("list"));
+    this.#stream = new Polling((signal) => this.#follow(signal, tell), 0, tell);
     const search = section.querySelector("#search");
     search.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -34,18 +41,33 @@ export class Requests {
 
   start() {
     this.#poll.start();
+    this.#stream.start();
   }
 
   stop() {
     this.#poll.stop();
+    this.#stream.stop();
   }
 
   restart() {
     this.#poll.restart();
+    this.#stream.restart();
+  }
+
+  /** Show what ends, as it ends: in place of itself, or above all others. */
+  async #follow(signal, tell) {
+    for await (const ended of this.#api.ended(signal)) {
+      tell(null);
+      const isNew = (one) => !this.#sequences.some((known) => isSame(known, one));
+      const old = this.#sequences.map((known) => ended.find((one) => isSame(one, known)) ?? known);
+      if (ended.length) this.#show([...ended.filter(isNew).reverse(), ...old].slice(0, LIMIT));
+    }
   }
 
   #show(sequences) {
-    setText(this.#note, sequences.length
+    this.#sequences = sequences;
+    this.#onList([...new Set(sequences.map((one) => one.request_id))]);
+    setText(this.#note, this.#api.told ? `${this.#api.told}.` : sequences.length
       ? `The newest ${sequences.length}.`
       : "No request has been recorded yet. Send one to /v1/completions or /v1/chat/completions.");
     const focused = document.activeElement?.dataset.request;
@@ -61,6 +83,9 @@ export class Requests {
   }
 }
 
+const isSame = (a, b) =>
+  a.request_id === b.request_id && a.index === b.index && a.created_s === b.created_s;
+
 /** Return the address of a view with requests in it. */
 export const link = (view, ...ids) => `#${[view, ...ids.map(encodeURIComponent)].join("/")}`;
 
@@ -75,7 +100,7 @@ function row(one) {
   const cells = [
     open,
     time(one.created_s),
-    one.num_tokens === null ? `${count(one.prompt_len)} + …`
+    one.prompt_len === null ? count(one.num_tokens) : one.num_tokens === null ? `${count(one.prompt_len)} + …`
       : `${count(one.prompt_len)} + ${count(one.num_tokens - one.prompt_len)}`,
     one.status === "running" ? "running" : one.finish_reason ?? "–",
     one.coverage === null ? "–" : percent(one.coverage),

@@ -2,28 +2,33 @@
 
 import { css, kind, NUM_KINDS, sequential, theme } from "./colors.js";
 import { element } from "./dom.js";
-import { count } from "./numbers.js";
+import { count, fixed } from "./numbers.js";
+import { agreement } from "./trace.js";
 
 export const MODES = {
   expert: "top expert",
   weight: "weight of the top expert",
   entropy: "entropy of the weights",
 };
+/** The color that needs another request. */
+export const AGREEMENT = "agreement";
 
 export class Shading {
   #traces;
   #ranked = new Map();
 
-  /** Traces that are shown together have the same colors. */
-  constructor(traces, mode) {
+  /** Traces that are shown together have the same colors; `other` is what they may agree with. */
+  constructor(traces, mode, other = null) {
     this.#traces = traces;
     this.mode = mode;
+    this.other = other;
   }
 
   /** The color of a trace's token in a layer; null where it has no row. */
   color(trace, position, layerAt) {
     const row = trace.at(position, layerAt);
     if (row === null) return null;
+    if (this.mode === AGREEMENT) return sequential(1 - agreement(trace, this.other, position, layerAt));
     if (this.mode !== "expert") return sequential(row[this.mode]);
     return kind(this.#ranks(layerAt).get(row.expert));
   }
@@ -50,6 +55,10 @@ export class Shading {
 
   /** Elements that say what the colors of a layer mean. */
   legend(layerAt) {
+    if (this.mode === AGREEMENT) {
+      const shares = [1, 0.75, 0.5, 0.25, 0].map((share) => swatch(sequential(1 - share), fixed(share, 2)));
+      return [...shares, swatch(sequential(NaN), "no row in the other request")];
+    }
     if (this.mode !== "expert") {
       return [0, 0.25, 0.5, 0.75, 1].map((value) => swatch(sequential(value), String(value)));
     }

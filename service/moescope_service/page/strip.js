@@ -13,7 +13,8 @@ export class Strip {
     this.canvas = element("canvas", { tabIndex: 0, aria: { label } });
     this.canvas.setAttribute("role", "img");
     this.#cursor = element("div", { className: "cursor", hidden: true });
-    this.element = element("div", { className: "strip" }, this.canvas, this.#cursor);
+    const map = element("div", { className: "strip" }, this.canvas, this.#cursor);
+    this.element = element("div", {}, map, this.#marks);
     this.#onMove = onMove;
     this.canvas.addEventListener("pointerdown", (event) => this.#point(event));
     this.canvas.addEventListener("pointermove", (event) => event.buttons && this.#point(event));
@@ -22,14 +23,31 @@ export class Strip {
   }
 
   #cursor;
+  #marks = element("div", { className: "strip-marks", aria: { hidden: "true" } });
   #onMove;
 
-  /** Draw columns x rows, each in the color that `colorOf(column, row)` says. */
-  draw(columns, rows, colorOf) {
+  /** Draw columns x rows, each in the color that `colorOf(column, row)` says.
+   *
+   * Under them runs of columns are marked by the source that `sourceAt(column)` says.
+   */
+  draw(columns, rows, colorOf, sourceAt = () => "computed") {
+    this.#mark(columns, sourceAt);
     this.#size = [columns, rows];
     this.#colorOf = colorOf;
     this.canvas.style.setProperty("height", `${clamp(rows * 6, 48, 240)}px`);
     this.#paint();
+  }
+
+  #mark(columns, sourceAt) {
+    const made = [];
+    for (let first = 0, next = 1; next <= columns; next += 1) {
+      const source = sourceAt(first);
+      if (next < columns && sourceAt(next) === source) continue;
+      const [left, width] = [first, next - first].map((value) => `${(100 * value) / columns}%`);
+      if (source !== "computed") made.push(element("i", { data: { source, first, next }, style: { left, width } }));
+      first = next;
+    }
+    this.#marks.replaceChildren(...made);
   }
 
   /** Put the cursor on a cell. */

@@ -2,6 +2,7 @@
 
 import { css, textOn } from "./colors.js";
 import { element } from "./dom.js";
+import { agreement } from "./trace.js";
 
 /** Write white space so that it is seen. */
 export const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
@@ -12,6 +13,7 @@ export function tokenElement(trace, position, layerAt, shading) {
   const color = shading.color(trace, position, layerAt);
   const data = { position, source: trace.sourceAt(position) };
   if (row) Object.assign(data, { expert: row.expert, weight: row.weight });
+  if (shading.other) data.agreement = agreement(trace, shading.other, position, layerAt);
   const style = color ? { "background-color": css(color), color: textOn(color) } : {};
   const text = element("bdi", { textContent: visible(trace.tokenAt(position)) });
   const below = element("small", { textContent: row?.expert ?? "–" });

@@ -11,18 +11,18 @@ export async function fetchTraces(api, requestId, signal) {
   return answer && answer.traces.map((values) => new Trace(values));
 }
 
-let hasText = true;
-
-/** Fetch a page with the tokens' text; without it from a server that has none (501). */
+/** Fetch a page, with the tokens' text where the server has a tokenizer. */
 async function page(api, requestId, parameters, signal) {
-  const wanted = { ...parameters, limit: PAGE_ROWS };
-  try {
-    return await api.routes(requestId, hasText ? { ...wanted, tokens: true } : wanted, signal);
-  } catch (error) {
-    if (error.status !== 501 || !hasText) throw error;
-    hasText = false;
-    return api.routes(requestId, wanted, signal);
-  }
+  const { tokenizer } = await api.info();
+  return api.routes(requestId, { ...parameters, limit: PAGE_ROWS, tokens: tokenizer || undefined }, signal);
+}
+
+/** Jaccard's index of the experts of two traces at a position and layer; NaN where one has no row. */
+export function agreement(one, other, position, layerAt) {
+  const [a, b] = [one, other].map((trace) => trace.ids[position]?.[layerAt]);
+  if (!a || !b) return NaN;
+  const shared = a.filter((expert) => b.includes(expert)).length;
+  return shared / (a.length + b.length - shared);
 }
 
 export class Trace {
