@@ -99,7 +99,7 @@ class Ended:
 
     def __init__(self) -> None:
         self.readers = Readers(MAX_FOLLOWERS, "follow what ends")
-        self._places = places(POLL_S / 2)
+        self._places = places()
         self._followers: set[Follower] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -110,7 +110,7 @@ class Ended:
             HTTPException: 503, as many follow as may.
         """
         self.readers.enter()
-        follower = Follower(owner, next(self._places))
+        follower = Follower(owner, next(self._places) * POLL_S / 2)
         self._followers.add(follower)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._ask(collector))

@@ -20,13 +20,13 @@ _GOLDEN = 0.618
 """Its multiples are far from each other."""
 
 
-def places(within_s: float) -> Iterator[float]:
-    """Yield for one client after another how long to hold back what all get at once, in seconds.
+def places() -> Iterator[float]:
+    """Yield for one client after another at which share of a while it gets what all get.
 
     To serve 16 in one go would hold up everyone else.
     """
     for number in itertools.count():
-        yield number * _GOLDEN % 1 * within_s
+        yield number * _GOLDEN % 1
 
 
 class Readers:

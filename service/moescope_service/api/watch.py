@@ -44,7 +44,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.viewers = Readers(MAX_VIEWERS, "watch the experts")
-        self._places = places(EVENT_S / 2)
+        self._places = places()
         self._newest: bytes | None = None
         self._coming: asyncio.Future[bytes]
         self._task: asyncio.Task[None] | None = None
@@ -59,7 +59,7 @@ class Watch:
         if self._task is None or self._task.done():
             self._coming = asyncio.get_running_loop().create_future()
             self._task = asyncio.create_task(self._make(collector))
-        place_s = next(self._places)
+        place_s = next(self._places) * EVENT_S / 2
         taken = None
         while True:
             newest = self._newest
