@@ -135,10 +135,14 @@ def test_requests_are_listed_as_they_end(page, deployment):
 
 def test_tokens_are_colored_by_agreement_with_a_second_request(page, deployment, monkeypatch):
     one, first = serve(deployment, "mine")
-    monkeypatch.setattr(
-        deployment.engine, "rows_of",
-        lambda start, count, rows=deployment.engine.rows_of: rows(start + start % 2, count),
-    )  # fmt: skip
+    plain = deployment.engine.rows_of
+
+    def shifted(start, count):
+        """Behind the prompt the experts after those: one of two is the same."""
+        ids, weights = plain(start, count)
+        return (ids + (start > 0)) % SPEC.num_experts, weights
+
+    monkeypatch.setattr(deployment.engine, "rows_of", shifted)
     two, second = serve(deployment, "theirs")
     page.open(f"{deployment.url}/moescope#request/{one}")
     page.wait("document.querySelectorAll('#request .token').length")
@@ -154,7 +158,7 @@ def test_tokens_are_colored_by_agreement_with_a_second_request(page, deployment,
             for a, b in zip(first["topk_ids"], second["topk_ids"], strict=True)
         ]
         assert [float(one["agreement"]) for one in tokens[:-1]] == pytest.approx(shares)
-        assert len({*shares}) > 1
+        assert {*shares} == {1, 1 / 3}
         assert tokens[-1]["agreement"] == "NaN"
     page.type("#request [name=second]", "")
     page.wait("document.querySelector('#request .token').dataset.agreement === undefined")
