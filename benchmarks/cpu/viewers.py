@@ -124,7 +124,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=8.0, help="Of each arm in a round.")
+    parser.add_argument("--seconds", type=float, default=5.0, help="Of each arm in a round.")
     args = parser.parse_args()
     with app_beside(LOAD) as (url, replay), running(replay):
         figures = measure(url, args.rounds, args.seconds)

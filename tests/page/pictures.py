@@ -60,7 +60,6 @@ def views(ids: Sequence[str]) -> dict[str, View]:
         "compare": View(f"compare/{both}", PAIRS, 960, 560, "light"),
         "state": View("state", GROUPS, 960, 460, "dark"),
         "phone": View("live", HEATMAP, 360, 740, "dark"),
-        "phone_request": View(f"request/{one}", TOKENS, 360, 740, "light"),
     }  # fmt: skip
 
 
