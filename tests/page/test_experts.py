@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from vllm.v1.engine import FinishReason
 
-from tests.contract.fake_engine import PROMPT, SPEC
+from tests.contract.fake_engine import OUTPUT, PROMPT, SPEC
 
 from .test_views import NUM_TOKENS, data, hole, serve, text
 
@@ -96,6 +97,19 @@ def test_a_token_leads_to_the_place_in_a_request_that_has_it(page, deployment):
     )
     row = data(page, "#request .detail tr.chosen .expert")
     assert "5" in {one["expert"] for one in row}
+
+
+def test_an_address_leads_beyond_the_first_page_of_a_request(page, deployment):
+    prompt = [*range(1300)]
+    (name,) = deployment.frontend.add("long", prompt=prompt)
+    running = deployment.engine.start(name, prompt)
+    deployment.frontend.put(name, OUTPUT, FinishReason.STOP)
+    deployment.engine.step(finished=[running])
+    page.open(f"{deployment.url}/moescope#request/long?layer=3&position=1200")
+    page.wait("document.activeElement.dataset.position === '1200'")
+    assert page.js("document.querySelector('#request [name=layer]').value") == "1"
+    assert "Token 1200, 1200, computed. Layer 3" in text(page, "#request .told")
+    assert len(data(page, "#request .token")) == 1300 + len(OUTPUT)
 
 
 def test_an_expert_of_a_request_leads_to_its_tokens(page, deployment):
