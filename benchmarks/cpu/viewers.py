@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import threading
 from collections.abc import Iterator
@@ -85,15 +86,15 @@ async def probed(
 ) -> tuple[list[float], int]:
     """Ask ``/health`` beside the viewers of a path; return the seconds and their events."""
     loop = asyncio.get_running_loop()
-    asked = (ask_at_rate, [f"{url}/health"], PER_S, seconds)
+    ask = functools.partial(ask_at_rate, [f"{url}/health"], PER_S, seconds)
     if path is None:
-        return await loop.run_in_executor(pool, *asked), 0
+        return await loop.run_in_executor(pool, ask), 0
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as http:
         viewers = Viewers(http, path)
         await viewers.wait()
         before = viewers.num_events
-        took_s = await loop.run_in_executor(pool, *asked)
+        took_s = await loop.run_in_executor(pool, ask)
         num_events = viewers.num_events - before
         await viewers.leave()
     return took_s, num_events
