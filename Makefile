@@ -18,7 +18,8 @@ GPU_OPTIONS ?=
 GPU_FLAGS ?=
 
 .PHONY: help setup setup-light setup-dev demo test test-unit test-contract test-kernels test-e2e \
-	test-fidelity test-versions vllm-diff fidelity fuzz soak bench bench-gpu dashboards docs lint format lock image clean
+	test-fidelity test-versions vllm-diff fidelity fuzz soak bench bench-gpu dashboards pictures docs \
+	lint format lock image clean
 
 help: ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -159,6 +160,9 @@ lint: $(VENV)/.dev ## Format check, lint, types, container files
 
 dashboards: $(VENV)/.dev ## Write the Grafana dashboards' JSON anew
 	$(BIN)/python -m dashboards.build
+
+pictures: $(VENV)/.test ## Draw the pictures of the page anew, in chromium beside a server on the CPU
+	$(BIN)/python -m tests.page.pictures
 
 format: $(VENV)/.dev ## Format, and fix what can be fixed
 	$(BIN)/ruff format .

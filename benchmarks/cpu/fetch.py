@@ -54,22 +54,29 @@ def served(load: Load, number: int) -> Iterator[tuple[str, list[str], StoreInfo]
         load: What the collector is told of.
         number: Traces that are stored.
     """
+    with app_beside(load) as (url, replay):
+        while replay.num_answered < number + load.concurrency:
+            replay.send()
+        replay.settle()
+        ids = [f"cmpl-{i}" for i in range(number)]
+        yield url, ids, replay.ask(InfoQuery()).info.store
+
+
+@contextlib.contextmanager
+def app_beside(load: Load) -> Iterator[tuple[str, Replay]]:
+    """Start a collector and the app; yield the app's address, and what replays a load."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ |= {ENABLE: "1", RUNTIME_DIR: directory, "VLLM_PLUGINS": "moescope"}
         with collector(collector_address(), os.sched_getaffinity(0)):
             replay = Replay(load, collector_address())
             replay.api.wait_for_workers()
-            while replay.num_answered < number + load.concurrency:
-                replay.send()
-            replay.settle()
             (port,) = servers.free_ports(1)
             url = f"http://127.0.0.1:{port}"
             command = [sys.executable, "-m", "benchmarks.cpu.routes_server", str(port)]
             log = Path(directory) / "log"
             with servers.Server("routes", command, url, log, os.environ) as server:
                 servers.wait_ready((server,), 120.0)
-                ids = [f"cmpl-{i}" for i in range(number)]
-                yield url, ids, replay.ask(InfoQuery()).info.store
+                yield url, replay
             replay.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -108,23 +109,22 @@ class ExpertTokens:
         counts = np.bincount(number[has_expert], minlength=len(unique))
         (rows,) = np.nonzero(has_expert)
         selected, first = np.unique(ids[rows], return_index=True)
-        splits = np.cumsum([len(one.token_ids) for one in self._taken])
-        found = []
-        for at in np.lexsort((unique, -counts))[: min(limit, len(selected))]:
-            row = int(rows[first[np.searchsorted(selected, unique[at])]])
-            trace = int(np.searchsorted(splits, row, "right"))
-            taken = self._taken[trace]
-            count, total = int(counts[at]), int(totals[at])
-            position = int(taken.positions[row - splits[trace] + len(taken.positions)])
-            found.append(
-                TokenAtExpert(
-                    token_id=int(unique[at]),
-                    count=count,
-                    total=total,
-                    share=count / total,
-                    request_id=taken.request_id,
-                    index=taken.index,
-                    position=position,
-                )
+        order = np.lexsort((unique, -counts))[: min(limit, len(selected))]
+        first_rows = rows[first[np.searchsorted(selected, unique[order])]]
+        return [
+            TokenAtExpert(
+                int(unique[at]),
+                int(counts[at]),
+                int(totals[at]),
+                float(counts[at] / totals[at]),
+                *place,
             )
-        return found
+            for at, place in zip(order, self._places(first_rows), strict=True)
+        ]
+
+    def _places(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[str, int, int]]:
+        """Yield the request, the choice and the position of rows, counted over all traces."""
+        ends = np.cumsum([len(one.positions) for one in self._taken])
+        for row, trace in zip(rows, np.searchsorted(ends, rows, "right"), strict=True):
+            one = self._taken[trace]
+            yield one.request_id, one.index, int(one.positions[row - ends[trace]])

@@ -115,6 +115,7 @@ def test_a_collector_that_dies_ends_the_stream_with_an_error(fresh):
 
 def test_a_server_that_stops_does_not_wait_for_its_followers(deployment):
     with following(deployment) as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ended, "QUIET_S", 1000.0)
         patch.setattr(deployment.app.state, "server", SimpleNamespace(should_exit=True))
         assert list(stream) == []
 

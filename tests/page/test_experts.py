@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from vllm.v1.engine import FinishReason
 
-from tests.contract.fake_engine import PROMPT, SPEC
+from tests.contract.fake_engine import OUTPUT, PROMPT, SPEC
 
 from .test_views import NUM_TOKENS, data, hole, serve, text
 
@@ -98,6 +99,19 @@ def test_a_token_leads_to_the_place_in_a_request_that_has_it(page, deployment):
     assert "5" in {one["expert"] for one in row}
 
 
+def test_an_address_leads_beyond_the_first_page_of_a_request(page, deployment):
+    prompt = [*range(1300)]
+    (name,) = deployment.frontend.add("long", prompt=prompt)
+    running = deployment.engine.start(name, prompt)
+    deployment.frontend.put(name, OUTPUT, FinishReason.STOP)
+    deployment.engine.step(finished=[running])
+    page.open(f"{deployment.url}/moescope#request/long?layer=3&position=1200")
+    page.wait("document.activeElement.dataset.position === '1200'")
+    assert page.js("document.querySelector('#request [name=layer]').value") == "1"
+    assert "Token 1200, 1200, computed. Layer 3" in text(page, "#request .told")
+    assert len(data(page, "#request .token")) == 1300 + len(OUTPUT)
+
+
 def test_an_expert_of_a_request_leads_to_its_tokens(page, deployment):
     request_id, _ = serve(deployment, "leads")
     page.open(f"{deployment.url}/moescope#request/{request_id}")
@@ -135,10 +149,14 @@ def test_requests_are_listed_as_they_end(page, deployment):
 
 def test_tokens_are_colored_by_agreement_with_a_second_request(page, deployment, monkeypatch):
     one, first = serve(deployment, "mine")
-    monkeypatch.setattr(
-        deployment.engine, "rows_of",
-        lambda start, count, rows=deployment.engine.rows_of: rows(start + start % 2, count),
-    )  # fmt: skip
+    plain = deployment.engine.rows_of
+
+    def shifted(start, count):
+        """Behind the prompt the experts after those: one of two is the same."""
+        ids, weights = plain(start, count)
+        return (ids + (start > 0)) % SPEC.num_experts, weights
+
+    monkeypatch.setattr(deployment.engine, "rows_of", shifted)
     two, second = serve(deployment, "theirs")
     page.open(f"{deployment.url}/moescope#request/{one}")
     page.wait("document.querySelectorAll('#request .token').length")
@@ -154,7 +172,7 @@ def test_tokens_are_colored_by_agreement_with_a_second_request(page, deployment,
             for a, b in zip(first["topk_ids"], second["topk_ids"], strict=True)
         ]
         assert [float(one["agreement"]) for one in tokens[:-1]] == pytest.approx(shares)
-        assert len({*shares}) > 1
+        assert {*shares} == {1, 1 / 3}
         assert tokens[-1]["agreement"] == "NaN"
     page.type("#request [name=second]", "")
     page.wait("document.querySelector('#request .token').dataset.agreement === undefined")

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 import orjson
 from fastapi import Request
 
-from moescope_service.api.streaming import EVENTS_TYPE, Readers, Streamed, until_error
+from moescope_service.api.streaming import EVENTS_TYPE, Readers, Streamed, places, until_error
 from moescope_service.errors import CollectorGoneError
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.queries import EndedQuery, EndedReply
@@ -35,10 +35,12 @@ class Follower:
 
     Args:
         owner: Whose sequences it may see; None: everyone's.
+        place_s: How long it is held back behind those that are told at the same moment.
     """
 
-    def __init__(self, owner: str | None) -> None:
+    def __init__(self, owner: str | None, place_s: float) -> None:
         self.owner = owner
+        self._place_s = place_s
         self._waiting: collections.deque[tuple[bytes, int]] = collections.deque()
         self._num_waiting = self._num_skipped = 0
         self._error: CollectorGoneError | None = None
@@ -74,8 +76,11 @@ class Follower:
         Raises:
             CollectorGoneError: The collector does not answer any more.
         """
+        place_s = 0.0
         while True:
             await self._is_new.wait()
+            await asyncio.sleep(place_s)
+            place_s = self._place_s  # from the second event on
             self._is_new.clear()
             while self._waiting:
                 event, num_sequences = self._waiting.popleft()
@@ -94,6 +99,7 @@ class Ended:
 
     def __init__(self) -> None:
         self.readers = Readers(MAX_FOLLOWERS, "follow what ends")
+        self._places = places()
         self._followers: set[Follower] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -104,7 +110,7 @@ class Ended:
             HTTPException: 503, as many follow as may.
         """
         self.readers.enter()
-        follower = Follower(owner)
+        follower = Follower(owner, next(self._places) * POLL_S / 2)
         self._followers.add(follower)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._ask(collector))

@@ -18,7 +18,7 @@ from moescope_service.api.sharing import MadeBody
 from moescope_service.api.tokens import token_text_of
 from moescope_service.expert_tokens import ExpertTokens
 from moescope_service.messages import CaptureSpec
-from moescope_service.queries import LayerQuery
+from moescope_service.queries import LayerQuery, LayerReply
 
 MAX_NUMBER = 2**31 - 1
 MAX_REQUESTS = 200
@@ -88,7 +88,7 @@ async def expert_tokens(
         while True:
             reply = await collector.ask(query)
             _check(told(reply.spec), layer, expert)
-            await responses.in_thread(counted.add, reply.traces())
+            await responses.in_thread(_add, counted, reply)
             if counted.is_full or reply.next_before is None:
                 return counted
             query = dataclasses.replace(query, before=reply.next_before, start=reply.next_start)
@@ -100,6 +100,10 @@ async def expert_tokens(
         ask=read,
         make=make,
     )
+
+
+def _add(counted: ExpertTokens, reply: LayerReply) -> None:
+    counted.add(reply.traces())
 
 
 def _check(spec: CaptureSpec, layer: int, expert: int) -> None:

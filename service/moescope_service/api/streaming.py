@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
@@ -15,6 +16,17 @@ from moescope_service.errors import CollectorGoneError
 from moescope_service.vllm_contract.compat import is_stopping
 
 EVENTS_TYPE = "text/event-stream"
+_GOLDEN = 0.618
+"""Its multiples are far from each other."""
+
+
+def places() -> Iterator[float]:
+    """Yield for one client after another at which share of a while it gets what all get.
+
+    To serve 16 in one go would hold up everyone else.
+    """
+    for number in itertools.count():
+        yield number * _GOLDEN % 1
 
 
 class Readers:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import itertools
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -23,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from moescope_service.api.dependencies import CollectorDep, told
 from moescope_service.api.endpoint import MoescopeRoute
-from moescope_service.api.streaming import EVENTS_TYPE, Readers, Streamed, until_error
+from moescope_service.api.streaming import EVENTS_TYPE, Readers, Streamed, places, until_error
 from moescope_service.errors import CollectorGoneError
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.histogram import PHASES
@@ -31,9 +30,6 @@ from moescope_service.queries import ExpertsQuery, ExpertsReply
 
 EVENT_S = 1.0
 """How often there is an event."""
-_GOLDEN = 0.618
-"""Its multiples are far from each other: viewers get an event at different moments of half a
-second, for serving 16 at once would hold up everyone else."""
 MAX_VIEWERS = 64
 """Of one API server."""
 _ZLIB_LEVEL = 1
@@ -48,7 +44,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.viewers = Readers(MAX_VIEWERS, "watch the experts")
-        self._places = itertools.count()
+        self._places = places()
         self._newest: bytes | None = None
         self._coming: asyncio.Future[bytes]
         self._task: asyncio.Task[None] | None = None
@@ -63,7 +59,7 @@ class Watch:
         if self._task is None or self._task.done():
             self._coming = asyncio.get_running_loop().create_future()
             self._task = asyncio.create_task(self._make(collector))
-        place_s = next(self._places) * _GOLDEN % 1 * EVENT_S / 2
+        place_s = next(self._places) * EVENT_S / 2
         taken = None
         while True:
             newest = self._newest

@@ -42,6 +42,7 @@ const ADVICE = {
   404: ["ok", ""],
   409: ["ok", ""],
   410: ["ok", ""],
+  422: ["ok", ""],
   503: ["waiting", "The page tries again."],
 };
 
@@ -92,8 +93,10 @@ class Opened {
 
   open(ids, place) {
     const isOther = JSON.stringify([ids, place]) !== JSON.stringify([this.ids, this.place]);
-    if (isOther) [this.ids, this.place] = [ids, place];
-    if (isOther) this.#poll.restart();
+    if (isOther) {
+      [this.ids, this.place] = [ids, place];
+      this.#poll.restart();
+    }
     this.#poll.start();
   }
 

@@ -100,17 +100,15 @@ export class RequestView {
     this.#draw();
   }
 
-  /** Go to the place that an address names, and fetch the rows up to it if they are not too many. */
+  /** Go to the token that an address names, and fetch the rows up to it if they are not too many. */
   async #goTo({ layer, position }) {
-    const trace = this.#trace;
-    const layerAt = Math.max(0, trace.layers.indexOf(Number(layer ?? NaN)));
-    const wanted = Number(position);
-    if (layer === undefined && position === undefined) return;
-    while (trace.hasMore && wanted >= trace.numShown && wanted < MAX_TOKENS) {
+    if (position === undefined) return;
+    const [trace, wanted] = [this.#trace, Number(position)];
+    while (trace === this.#trace && trace.hasMore && wanted >= trace.numShown && wanted < MAX_TOKENS) {
       if (!await this.#fetchMore()) return;
     }
     if (trace !== this.#trace || !(wanted >= 0 && wanted < trace.numShown)) return;
-    this.#go(wanted, layerAt);
+    this.#go(wanted, Math.max(0, trace.layers.indexOf(Number(layer))));
     this.#parts.tokens.children[wanted].focus();
   }
 
@@ -166,7 +164,8 @@ export class RequestView {
       const row = this.#trace.at(position, at);
       if (!row) return [];
       const order = row.ids.map((_, i) => i).sort((a, b) => (row.weights ? row.weights[b] - row.weights[a] : 0));
-      const experts = order.map((i) => element("a", { className: "expert", href: link("expert", layer, row.ids[i]), data: { expert: row.ids[i] } },
+      const experts = order.map((i) => element("a",
+        { className: "expert", href: link("expert", layer, row.ids[i]), data: { expert: row.ids[i] } },
         String(row.ids[i]), element("small", { textContent: row.weights ? fixed(row.weights[i], 3) : "" })));
       return [element("tr", { data: { layer }, className: at === this.#layerAt ? "chosen" : "" },
         element("th", { scope: "row", textContent: layer }), element("td", {}, ...experts))];
@@ -192,13 +191,17 @@ export class RequestView {
 
   /** Fetch the next rows and draw them; return whether that went well. */
   async #fetchMore() {
-    const other = this.#other;
+    const { more } = this.#parts;
+    if (more.disabled) return false; // they are being fetched
+    more.disabled = true;
     try {
       await this.#trace.more(this.#api);
-      if (other?.hasMore && other.numRows < this.#trace.numRows) await other.more(this.#api);
+      if (this.#other?.hasMore && this.#other.numRows < this.#trace.numRows) await this.#other.more(this.#api);
     } catch (error) {
       this.#report(error);
       return false;
+    } finally {
+      more.disabled = false;
     }
     this.#draw();
     return true;
