@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from moescope import formats, replay
 from moescope.trace import RouteTrace, Source
 
 NUM_EXPERTS = 7
@@ -160,3 +162,22 @@ def jensen_shannon(p: list[float], q: list[float]) -> float:
         return -sum(one * math.log2(one) for one in shares if one > 0)
 
     return entropy([(a + b) / 2 for a, b in zip(p, q, strict=True)]) - (entropy(p) + entropy(q)) / 2
+
+
+def log_of(traces: Sequence[RouteTrace]) -> bytes:
+    """A route log of traces as `random_trace` makes them, with null lines for missing rows."""
+    head = formats.meta_line(
+        model="tiny", versions={}, device="cpu", seed=0, layers=[0, 2, 4], top_k=2, num_experts=7
+    )
+    return head + b"".join(line for trace in traces for line in formats.route_lines(trace))
+
+
+def response_of(trace: RouteTrace, index: int) -> replay.Response:
+    """What a run directory says of a request."""
+    tokens = trace.token_ids.tolist()
+    return replay.Response(
+        index=index, prompt="?", request_id=trace.request_id, text="", finish_reason="stop",
+        prompt_tokens=trace.prompt_len, completion_tokens=trace.num_tokens - trace.prompt_len,
+        prompt_token_ids=tokens[: trace.prompt_len], token_ids=tokens[trace.prompt_len :],
+        started_s=0.0, latency_s=1.0,
+    )  # fmt: skip

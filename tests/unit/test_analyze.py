@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
-from analysis_reference import make_trace, random_trace
+from analysis_reference import log_of, make_trace, random_trace, response_of
 
 from moescope import analysis, arrow, formats, replay, routes_log
 from moescope.analysis import Profile, Rows
@@ -21,24 +21,6 @@ from moescope.errors import CommandError, FormatError
 
 TRACES = [random_trace(number) for number in range(6)]
 SHAPE = (3, 7, 2)
-
-
-def log_of(traces, **changes):
-    """A route log, with null lines for missing rows."""
-    head = formats.meta_line(
-        model="tiny", versions={}, device="cpu", seed=0, layers=[0, 2, 4], top_k=2, num_experts=7
-    )
-    return head + b"".join(line for trace in traces for line in formats.route_lines(trace))
-
-
-def response_of(trace, index):
-    tokens = trace.token_ids.tolist()
-    return replay.Response(
-        index=index, prompt="?", request_id=trace.request_id, text="", finish_reason="stop",
-        prompt_tokens=trace.prompt_len, completion_tokens=trace.num_tokens - trace.prompt_len,
-        prompt_token_ids=tokens[: trace.prompt_len], token_ids=tokens[trace.prompt_len :],
-        started_s=0.0, latency_s=1.0,
-    )  # fmt: skip
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import orjson
 import pytest
-from analysis_reference import make_trace, random_trace
+from analysis_reference import log_of, make_trace, random_trace, response_of
 
 from moescope import arrow, formats, replay, service
 from moescope.analyze import inputs
@@ -31,30 +31,13 @@ ARRAYS = ("topk_weights", "token_ids", "topk_ids", "source")
 HOSTILE = ["</script><script>alert(1)</script>", "<!--", "'\"&amp;", "\u202e", "👩\u200d👧", "]]>"]
 
 
-def log_of(traces):
-    head = formats.meta_line(
-        model="tiny", versions={}, device="cpu", seed=0, layers=[0, 2, 4], top_k=2, num_experts=7
-    )
-    return head + b"".join(line for trace in traces for line in formats.route_lines(trace))
-
-
-def answer_to(trace, index):
-    tokens = trace.token_ids.tolist()
-    return replay.Response(
-        index=index, prompt="?", request_id=trace.request_id, text="", finish_reason="stop",
-        prompt_tokens=trace.prompt_len, completion_tokens=trace.num_tokens - trace.prompt_len,
-        prompt_token_ids=tokens[: trace.prompt_len], token_ids=tokens[trace.prompt_len :],
-        started_s=0.0, latency_s=1.0,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def files(tmp_path):
     """The same traces as each kind of input."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "moe_routes.jsonl").write_bytes(log_of(TRACES))
-    answers = [answer_to(one, number) for number, one in enumerate(TRACES)]
+    answers = [response_of(one, number) for number, one in enumerate(TRACES)]
     replay.write_responses(run_dir / "responses.jsonl", answers)
     (tmp_path / "routes.jsonl").write_bytes(log_of(TRACES))
     (tmp_path / "all.npz").write_bytes(formats.dump_npz(TRACES))
