@@ -256,7 +256,10 @@ def test_openapi_lists_every_endpoint(deployment):
     assert len(one["responses"]["200"]["content"]) == 6
     assert all(p.get("description") for p in one["parameters"])
     batch = paths["/routes/batch"]["post"]
-    assert batch["responses"]["200"]["content"].keys() == {"application/json", "application/x-npz"}
+    assert batch["responses"]["200"]["content"].keys() == {
+        "application/json", "application/x-npz", "application/vnd.apache.arrow.stream",
+        "application/vnd.apache.parquet",
+    }  # fmt: skip
 
 
 def families(num_layers=2, num_experts=8, window=None, expert_metrics="auto"):
