@@ -301,6 +301,15 @@ def test_damaged_files_are_read_or_refused(tmp_path, form, seed):
         assert [*inputs.read(one)]
 
 
+@pytest.mark.parametrize("splits", [[1, 6, 12, 18], [0, 6, 12, 15], [0, 6, 3, 18]])
+def test_rows_that_no_trace_has_are_refused(tmp_path, capsys, splits):
+    traces = [make_trace(one, num_rows=6, missing=0, token_ids=False) for one in range(3)]
+    arrays = formats.arrays_of([dataclasses.replace(one, complete=False) for one in traces])
+    np.savez(tmp_path / "a.npz", **{**arrays, "row_splits": np.array(splits)})
+    assert run(tmp_path / "a.npz", "-o", tmp_path / "b.npz") == 1
+    assert "row_splits must rise from 0 to 18" in capsys.readouterr().err
+
+
 class TestRefusals:
     @pytest.fixture
     def source(self, tmp_path):

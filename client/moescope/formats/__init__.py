@@ -16,7 +16,7 @@ Arrow and Parquet have ``"truncated": true`` and, where rows are lacking, ``"nex
 from __future__ import annotations
 
 from moescope.formats.as_json import dump_json, from_dict, to_dict, to_fragments
-from moescope.formats.as_npz import arrays_of, dump_npz, load_npz, read_npz, traces_of
+from moescope.formats.as_npz import arrays_of, dump_npz, load_npz, read_npz, spans, traces_of
 from moescope.formats.as_vllm import dump_npy, meta_line, route_lines, routed_experts
 from moescope.formats.shared import SOURCE_NAMES, check_alike, id_dtype, marks, meta, meta_of
 
@@ -37,6 +37,7 @@ __all__ = [
     "read_npz",
     "route_lines",
     "routed_experts",
+    "spans",
     "to_dict",
     "to_fragments",
     "traces_of",

@@ -110,12 +110,12 @@ def traces_of(arrays: dict[str, npt.NDArray[Any]], max_bytes: int = MAX_BYTES) -
     traces = []
     try:
         metas = parse_json(arrays["meta"].tobytes(), max_bytes)
-        row_spans = _spans(arrays, "row_splits", "topk_ids")
-        token_spans = _spans(arrays, "token_splits", "token_ids")
+        row_spans = spans(arrays, "row_splits", "topk_ids")
+        token_spans = spans(arrays, "token_splits", "token_ids")
         runs = arrays.get("weights_versions", _NO_RUNS)
         # Files of before there were versions have none.
         run_spans = (
-            _spans(arrays, "version_splits", "weights_versions")
+            spans(arrays, "version_splits", "weights_versions")
             if "weights_versions" in arrays
             else [slice(0)] * len(row_spans)
         )
@@ -144,8 +144,18 @@ def traces_of(arrays: dict[str, npt.NDArray[Any]], max_bytes: int = MAX_BYTES) -
     return traces
 
 
-def _spans(arrays: dict[str, npt.NDArray[Any]], splits: str, of: str) -> list[slice]:
-    """Return where each trace's part of an array is."""
+def spans(arrays: dict[str, npt.NDArray[Any]], splits: str, of: str) -> list[slice]:
+    """Return where each trace's part of an array is.
+
+    Args:
+        arrays: By name.
+        splits: The name of those that say it.
+        of: The name of the array.
+
+    Raises:
+        LookupError: One is missing.
+        ValueError: They do not rise from 0 to the array's end.
+    """
     numbers = arrays[splits]
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         raise ValueError(

@@ -101,26 +101,33 @@ def _traces(path: Path) -> Iterator[Kept]:
     with NpzFile(path) as file, contextlib.ExitStack() as stack:
         metas = _parsed(file, "meta")
         texts = _parsed(file, "tokens") if "tokens" in file else [None] * len(metas)
-        layers, source, tokens = map(file.array, ("layers", "source", "token_ids"))
         ids = stack.enter_context(file.rows("topk_ids"))
         weights = stack.enter_context(file.rows("topk_weights")) if "topk_weights" in file else None
-        runs, run_splits = version_runs.unknown(), np.zeros(len(metas) + 1, np.int64)
-        if "weights_versions" in file:
-            runs, run_splits = file.array("weights_versions"), file.array("version_splits")
-        row_splits, token_splits = file.array("row_splits"), file.array("token_splits")
-        for number, (meta, text) in enumerate(zip(metas, texts, strict=True)):
-            num_rows = int(row_splits[number + 1] - row_splits[number])
-            if num_rows < 0:
-                raise ValueError("row_splits does not rise")
+        names = ("layers", *_SPLITS, *_SPLITS.values())
+        held = _no_runs(len(metas)) | {one: file.array(one) for one in names if one in file}
+        spans = [formats.spans(held, splits, of) for splits, of in _SPLITS.items()]
+        if ids.shape[:1] != held["source"].shape or (weights and weights.shape != ids.shape):
+            raise ValueError(f"topk_ids has shape {ids.shape}, and the other arrays another")
+        parts = zip(metas, texts, *spans, strict=True)
+        for number, (meta, text, of_rows, of_runs, of_tokens) in enumerate(parts, start=1):
+            num_rows = of_rows.stop - of_rows.start
             arrays = {
-                "layers": layers,
+                "layers": held["layers"],
                 "topk_ids": ids.take(num_rows),
-                "source": source[row_splits[number] : row_splits[number + 1]],
-                "weights_versions": runs[run_splits[number] : run_splits[number + 1]],
-                "token_ids": tokens[token_splits[number] : token_splits[number + 1]],
+                "source": held["source"][of_rows],
+                "weights_versions": held["weights_versions"][of_runs],
+                "token_ids": held["token_ids"][of_tokens],
                 **({"topk_weights": weights.take(num_rows)} if weights else {}),
             }
-            yield _kept(meta, text, arrays, (number + 1) / len(metas))
+            yield _kept(meta, text, arrays, number / len(metas))
+
+
+def _no_runs(num_traces: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the members that files of before there were versions lack."""
+    return {
+        "weights_versions": version_runs.unknown(),
+        "version_splits": np.zeros(num_traces + 1, np.int64),
+    }
 
 
 def _kept(
