@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import orjson
 import pytest
 from analysis_reference import make_trace
 from diff_runs import (
@@ -23,6 +24,7 @@ from diff_runs import (
     write_run,
 )
 
+from moescope import formats
 from moescope.analyze import inputs
 from moescope.diff import bounds
 from moescope.errors import FormatError
@@ -248,6 +250,19 @@ def test_tokens_of_pages_come_together(tmp_path):
     found = [text for one in inputs.find([str(tmp_path)]) for _, text in inputs.texts(one)]
     assert [one.start for one in found] == [0, 8]
     assert [*found[0].token_ids, *found[1].token_ids] == A[0].token_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["start", "prompt_len", "num_tokens"])
+@pytest.mark.parametrize("value", [-1, 10**12, "1"])
+def test_positions_that_no_token_has_are_refused(tmp_path, capsys, name, value):
+    """Before memory is taken for all tokens up to there."""
+    path = write_npz(tmp_path / "a.npz", A)
+    arrays = formats.arrays_of(SAME)
+    metas = orjson.loads(arrays["meta"].tobytes())
+    metas[3][name] = value
+    np.savez(tmp_path / "b.npz", **{**arrays, "meta": np.frombuffer(orjson.dumps(metas), np.uint8)})
+    assert run_command(path, tmp_path / "b.npz", "-o", tmp_path / "out") == 1
+    assert f"b.npz: no file of routes: ValueError('{name} is {value}')" in capsys.readouterr().err
 
 
 def test_a_parquet_file_that_lost_rows_is_refused(tmp_path):

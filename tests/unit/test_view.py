@@ -284,7 +284,7 @@ def test_two_models_are_refused(files, change, capsys):
     assert view(files / "all.npz", files / "other.npz", "-o", files / "page.html") == 1
     told = capsys.readouterr().err
     assert "are not of one model" in told
-    assert "view takes one at a time" in told
+    assert "give inputs of one model" in told
     assert not (files / "page.html").exists()
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from moescope.analysis import PHASES, Rows, request_number
 from moescope.errors import CommandError
+from moescope.received import MAX_TOKENS, is_int, shown
 
 _BATCH_IDS = 2**24
 _BATCH_ROWS = 2**16
@@ -35,13 +36,12 @@ class Model:
             f"top-{self.top_k} of {self.num_experts}"
         )
 
-    def joined(self, other: Model, where: str, command: str) -> Model:
+    def joined(self, other: Model, where: str) -> Model:
         """Return what both are, with the name that either has.
 
         Args:
             other: What another input is of.
             where: The inputs, for the message.
-            command: The command that takes one model at a time.
 
         Raises:
             CommandError: They are not of one model.
@@ -49,10 +49,10 @@ class Model:
         name = self.name or other.name
         first, this = (dataclasses.replace(each, name=each.name or name) for each in (self, other))
         if first != this:
-            what = f"layers {list(first.layers)} and {list(this.layers)}; "
+            layers = f"; layers {list(first.layers)} and {list(this.layers)}"
             raise CommandError(
-                f"{where} are not of one model ({first}; {this}; "
-                f"{what if first.layers != this.layers else ''}{command} takes one at a time)"
+                f"{where} are not of one model ({first}; {this}"
+                f"{layers if first.layers != this.layers else ''}): give inputs of one model"
             )
         return first
 
@@ -105,15 +105,17 @@ class Sequences:
     Raises:
         CommandError: They are of several models.
         LookupError: A field is missing.
+        ValueError: A field is out of range.
     """
 
     def __init__(self, metas: Sequence[Mapping[str, Any]], label: str) -> None:
+        _check_positions(metas)
         self.names = {str(meta["model"]) for meta in metas}
         sizes = {int(meta["num_experts"]) for meta in metas}
         if len(self.names) > 1 or len(sizes) > 1:
             raise CommandError(
                 f"it holds routes of several models ({', '.join(sorted(self.names))}; "
-                f"{', '.join(map(str, sorted(sizes)))} experts): analyze takes one"
+                f"{', '.join(map(str, sorted(sizes)))} experts): expected one model"
             )
         self.num_experts = sizes.pop() if sizes else 0
         self.num_tokens = sum(int(meta["num_tokens"]) for meta in metas)
@@ -147,6 +149,15 @@ class Sequences:
             "phases": phases,
             "requests": self._requests[sequence],
         }
+
+
+def _check_positions(metas: Sequence[Mapping[str, Any]]) -> None:
+    """Check what says where tokens are, before anything of these sizes is made."""
+    for meta in metas:
+        for name in ("start", "prompt_len", "num_tokens"):
+            is_unknown = name == "prompt_len" and meta[name] is None
+            if not (is_unknown or (is_int(meta[name]) and 0 <= meta[name] <= MAX_TOKENS)):
+                raise ValueError(f"{name} is {shown(meta[name], 80)}")
 
 
 def check_ids(ids: npt.NDArray[np.integer], num_experts: int) -> None:

@@ -222,4 +222,4 @@ class Reader:
         if self.model is None or self._first is None:
             self.model, self._first = model, one
             return
-        self.model = self.model.joined(model, f"{self._first.path} and {one.path}", "analyze")
+        self.model = self.model.joined(model, f"{self._first.path} and {one.path}")

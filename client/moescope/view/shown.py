@@ -68,7 +68,7 @@ class Selection:
         if self._model is None or self._first is None:
             self._model, self._first = model, path
         else:
-            self._model = self._model.joined(model, f"{self._first} and {path}", "view")
+            self._model = self._model.joined(model, f"{self._first} and {path}")
 
     def wants(self, request_id: str) -> bool:
         """Return whether a request is one of those that are shown."""
