@@ -90,8 +90,9 @@ def convert(
     labeled = next((one for one in found if one.label), None)
     if labeled:
         raise CommandError(f"{labeled.label}={labeled.path} has a label, which no format holds")
-    with Spool(out.resolve().parent) as spool:
-        knows_prompts = _read(found, spool, options, console)
+    folder = out.resolve().parent
+    with Spool(folder) as spool:
+        knows_prompts = _read(found, spool, folder, options, console)
         stored = spool.stored()
         if not stored.entries:
             raise CommandError("the inputs have no trace: there is nothing to convert")
@@ -110,13 +111,17 @@ def convert(
         )
 
 
-def _read(found: Sequence[Input], spool: Spool, options: Options, console: Console) -> bool:
+def _read(
+    found: Sequence[Input], spool: Spool, folder: Path, options: Options, console: Console
+) -> bool:
     """Put the traces of inputs into a spool; return whether all prompts are known."""
     all_bytes = max(1, sum(one.size_bytes for one in found))
     done_bytes, knows_prompts = 0, True
     with progress.parts(console, ["traces, in percent"]) as (tell,):
         for one in found:
-            for server, kept in inputs.traces(one, options.num_experts, options.top_k):
+            for server, kept in inputs.traces(
+                one, options.num_experts, options.top_k, folder=folder
+            ):
                 spool.server = spool.server or server
                 spool.add(kept)
                 knows_prompts = knows_prompts and kept.knows_prompt

@@ -260,6 +260,14 @@ class TestALog:
             assert one.topk_ids.tolist() == expected.topk_ids.tolist()
             assert np.array_equal(one.present, expected.present)
 
+    def test_its_rows_lie_in_the_folder_that_is_named(self, run_dir, tmp_path):
+        """A log may be where nothing can be written."""
+        _, traces = route_files.read(run_dir / "moe_routes.jsonl", folder=tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            next(traces)
+        run_dir.chmod(0o555)  # which root may write to all the same
+        assert run(run_dir, "-o", tmp_path / "a.npz") == 0
+
     def test_positions_far_apart_are_refused(self, tmp_path, capsys):
         lines = [
             {"type": "route", "req_id": "a", "token_idx": one, "layer": 0, "topk_ids": [1]}

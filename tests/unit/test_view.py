@@ -246,6 +246,11 @@ def test_a_line_of_a_far_position_takes_no_memory(files, capsys):
     assert "holds 1 rows of far, from row 1073741824 on" in capsys.readouterr().err
 
 
+def test_a_log_may_be_where_nothing_can_be_written(files):
+    (files / "run").chmod(0o555)  # root may write to it all the same
+    assert view(files / "run", "-o", files / "page.html") == 0
+
+
 def test_many_sequences_of_a_request_are_bounded(tmp_path):
     line = {"type": "route", "req_id": "a", "token_idx": 0, "layer": 0, "topk_ids": [0]}
     lines = [orjson.dumps(line | {"index": number}) + b"\n" for number in range(9)]

@@ -122,7 +122,11 @@ def read(one: Input, num_experts: int | None = None, top_k: int | None = None) -
 
 
 def traces(
-    one: Input, num_experts: int | None = None, top_k: int | None = None
+    one: Input,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    *,
+    folder: Path | None = None,
 ) -> Iterator[tuple[Server, Kept]]:
     """Read an input as traces, one after the other, each with what is known of its server.
 
@@ -130,6 +134,7 @@ def traces(
         one: The input.
         num_experts: As of `read`.
         top_k: As of `read`.
+        folder: As of `route_files.read`.
 
     Raises:
         CommandError: It needs what is not installed.
@@ -137,7 +142,9 @@ def traces(
     """
     with named(one.path):
         known = read_log.known_of(one.run_dir) if one.run_dir else {}
-        server, found = route_files.read(one.path, known, num_experts=num_experts, top_k=top_k)
+        server, found = route_files.read(
+            one.path, known, num_experts=num_experts, top_k=top_k, folder=folder
+        )
         for kept in found:
             yield server, kept
 

@@ -66,6 +66,7 @@ def read(
     *,
     num_experts: int | None = None,
     top_k: int | None = None,
+    folder: Path | None = None,
 ) -> tuple[Server, Iterator[Kept]]:
     """Return what a file says of its server, and its traces one after the other.
 
@@ -74,6 +75,7 @@ def read(
         known: What is known of the requests of a route log, by their id.
         num_experts: Routed experts a layer, for a route log that does not say it.
         top_k: Experts a token and layer, for a route log that does not say it.
+        folder: Where the rows of a route log lie meanwhile; its own directory where None.
 
     Raises:
         CommandError: pyarrow is missing.
@@ -82,7 +84,7 @@ def read(
     if path.suffix == ".npz":
         return npz.read(path)
     if path.suffix == ".jsonl":
-        return log.read(path, known or {}, num_experts=num_experts, top_k=top_k)
+        return log.read(path, known or {}, num_experts=num_experts, top_k=top_k, folder=folder)
     check(path.suffix.removeprefix("."))
     from moescope.route_files import columns  # noqa: PLC0415
 

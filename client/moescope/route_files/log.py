@@ -57,6 +57,7 @@ def read(
     *,
     num_experts: int | None = None,
     top_k: int | None = None,
+    folder: Path | None = None,
 ) -> tuple[Server, Iterator[Kept]]:
     """Return what a log says of its server, and its traces: read once for what it is of.
 
@@ -65,19 +66,20 @@ def read(
         known: What is known of its requests, by their id.
         num_experts: Routed experts a layer, for a log that does not say it.
         top_k: Experts a token and layer, for a log that does not say it.
+        folder: Where the rows lie meanwhile, in a file without a name; that of the log where None.
 
     Raises:
         FormatError: It is no route log, or the lines of a token are too far from each other.
     """
     logged = routes_log.read(path, num_experts, top_k)
     server = {name: logged.meta[name] for name in ("device", "seed")}
-    return server, _traces(path, logged, known)
+    return server, _traces(path, logged, known, folder or path.parent)
 
 
 def _traces(
-    path: Path, logged: routes_log.LoggedRoutes, known: Mapping[str, Known]
+    path: Path, logged: routes_log.LoggedRoutes, known: Mapping[str, Known], folder: Path
 ) -> Iterator[Kept]:
-    disk = Disk(path.parent)
+    disk = Disk(folder)
     with contextlib.closing(disk), path.open("rb") as file:
         sequences = _Sequences(logged, disk)
         for number, line in enumerate(file, start=1):

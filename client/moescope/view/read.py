@@ -17,6 +17,7 @@ def read(
     found: Sequence[Input],
     selection: Selection,
     *,
+    folder: Path | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
 ) -> None:
@@ -25,6 +26,7 @@ def read(
     Args:
         found: The inputs.
         selection: Where their requests go.
+        folder: As of `inputs.traces`.
         num_experts: Routed experts a layer, for a route log that does not say it.
         top_k: Experts a token and layer, for a route log that does not say it.
 
@@ -33,7 +35,7 @@ def read(
         FormatError: A file is broken.
     """
     for one in found:
-        for _, kept in inputs.traces(one, num_experts, top_k):
+        for _, kept in inputs.traces(one, num_experts, top_k, folder=folder):
             _add(one.path, kept, selection)
     if not any(one.trace.present.any() for one in selection.traces):
         raise CommandError("the inputs have no routed token: there is nothing to show")

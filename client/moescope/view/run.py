@@ -64,7 +64,14 @@ def view(found: Sequence[Input], out: Path, options: Options) -> str:
     page = service.page()
     texts = token_texts.read(options.tokenizer) if options.tokenizer else {}
     selection = Selection(options.limit)
-    read(found, selection, num_experts=options.num_experts, top_k=options.top_k)
+    is_device = out.exists() and not out.is_file()  # such as /dev/stdout, which has no directory
+    read(
+        found,
+        selection,
+        folder=None if is_device else out.resolve().parent,
+        num_experts=options.num_experts,
+        top_k=options.top_k,
+    )
     written = html.render(page, pack(selection, texts)).encode()
     files.write(out, written)
     num_tokens = sum(one.trace.num_tokens for one in selection.traces)
