@@ -13,7 +13,6 @@ from rich.console import Console
 from moescope import interrupts, progress, replay, route_files, routes_log
 from moescope._async_client import AsyncClient
 from moescope.addresses import Verify
-from moescope.analyze import inputs
 from moescope.errors import CommandError, LayerNotCapturedError
 from moescope.fetching import Draft, RoutesFetcher
 from moescope.layers import parse_layers
@@ -112,8 +111,7 @@ def open_fetcher(
     path = _path(run_dir, form, keep=keep)
     logged = None
     if keep and path.exists():
-        with inputs.named(path):
-            logged = route_files.counted(path, info.num_experts, info.top_k)
+        logged = route_files.counted(path, info.num_experts, info.top_k)
         logged = logged if logged.rows else None
     try:
         wanted = parse_layers(layers) if layers is not None else None

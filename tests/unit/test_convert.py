@@ -302,7 +302,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, form, seed):
     for place in random.integers(0, len(data), 1 + seed % 3):
         data[place] = random.integers(0, 256)
     path.write_bytes(data[: len(data) // 2] if seed % 8 == 0 else data)
-    with contextlib.suppress(MoescopeError), inputs.named(path):
+    with contextlib.suppress(MoescopeError), route_files.named(path):
         assert len(traces_of(path)) <= 2 * len(TRACES)
     (one,) = inputs.find([str(path)])
     with contextlib.suppress(MoescopeError):

@@ -133,6 +133,14 @@ def test_a_malformed_timing_is_refused(tmp_path):
             report.write(run_dir)
 
 
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_routes_that_are_damaged_are_refused(tmp_path, form):
+    run_dir = RunDir(tmp_path)
+    run_dir.routes_as(form).write_bytes(b"nonsense")
+    with pytest.raises(FormatError, match=f"moe_routes.{form}: no file of routes"):
+        report.write(run_dir)
+
+
 def test_clearing_leaves_what_is_no_result(tmp_path):
     run_dir = RunDir(tmp_path)
     fill(run_dir)

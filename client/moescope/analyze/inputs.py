@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moescope import route_files
 from moescope.analyze import read_columns, read_log, read_npz
 from moescope.analyze.batches import Batch, Key, Model, Text
-from moescope.errors import CommandError, FormatError, MoescopeError
-from moescope.received import MALFORMED, shown
-from moescope.route_files import Kept, Server
+from moescope.errors import CommandError
+from moescope.route_files import Kept, Server, named
 from moescope.run_dir import RunDir
 
 _ARRAYS = (".npz", ".arrow", ".parquet")
 _SUFFIXES = (*_ARRAYS, ".jsonl")
-_BROKEN = (
-    *(*MALFORMED, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
-    *(MemoryError, RuntimeError),  # NotImplementedError: of a compression that is none
-)
-"""What numpy, zipfile and pyarrow raise of damaged bytes."""
 _EXPECTED = "a run directory, a route log (.jsonl), .npz, .arrow or .parquet"
 
 
@@ -167,23 +157,6 @@ def texts(one: Input) -> Iterator[tuple[Key, Text]]:
         elif one.run_dir:
             for request_id, text in read_log.known_of(one.run_dir).items():
                 yield (request_id, 0), text
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Raise errors of reading a file as ours, with its name.
-
-    Raises:
-        CommandError: As it was raised.
-        FormatError: The file is broken.
-    """
-    try:
-        yield
-    except MoescopeError as error:
-        message = str(error) if str(path) in str(error) else f"{path}: {error}"
-        raise type(error)(message) from error
-    except _BROKEN as error:
-        raise FormatError(f"{path}: no file of routes: {shown(error)}") from error
 
 
 class Reader:

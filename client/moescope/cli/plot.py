@@ -14,13 +14,11 @@ def plot(
     """Draw how evenly the experts were used, from the routes in RUN_DIR."""
     from moescope import plot as plotting
     from moescope import report, route_files
-    from moescope.analyze import inputs
     from moescope.run_dir import RunDir
 
     run = RunDir(run_dir)
     run.check()
-    with inputs.named(run.routes):
-        routes = route_files.counted(run.routes, num_experts, top_k)
+    routes = route_files.counted(run.routes, num_experts, top_k)
     if routes.inferred:
         print(f"inferred from the records of {run.routes}: {'; '.join(routes.inferred)}")
     plotting.draw_run(run, routes)

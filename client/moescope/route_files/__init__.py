@@ -15,13 +15,25 @@ from moescope import columns_file, routes_log
 from moescope.analyze.read_log import Known
 from moescope.errors import CommandError
 from moescope.route_files import log, npz
+from moescope.route_files.broken import named
 from moescope.route_files.spool import Kept, Server, Spool, Stored
 from moescope.run_dir import ROUTES_FORMATS
 
 FORMATS = ROUTES_FORMATS
 _COLUMNS = ("arrow", "parquet")
 
-__all__ = ["FORMATS", "Kept", "Server", "Spool", "Stored", "check", "counted", "read", "write"]
+__all__ = [
+    "FORMATS",
+    "Kept",
+    "Server",
+    "Spool",
+    "Stored",
+    "check",
+    "counted",
+    "named",
+    "read",
+    "write",
+]
 
 
 def check(form: str) -> None:
@@ -98,10 +110,15 @@ def counted(
 
     Raises:
         CommandError: pyarrow is missing.
-        Exception: As of `read`.
+        FormatError: It is no such file; the message names it.
     """
-    if path.suffix == ".jsonl":
-        return routes_log.read(path, num_experts, top_k)
+    with named(path):
+        if path.suffix == ".jsonl":
+            return routes_log.read(path, num_experts, top_k)
+        return _counted(path)
+
+
+def _counted(path: Path) -> routes_log.LoggedRoutes:
     server, traces = read(path)
     first, counts = None, np.zeros((0, 0), np.int64)
     sequences = rows = missing = 0
