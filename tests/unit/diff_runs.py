@@ -87,6 +87,12 @@ def write_parquet(path, traces):
     return path
 
 
+def write_arrow(path, traces):
+    arrow = pytest.importorskip("moescope.arrow")
+    path.write_bytes(arrow.dump_arrow(traces))
+    return path
+
+
 def compare(tmp_path, a, b, *options, again=None, write=write_npz, suffix=".npz"):
     """Compare traces: (diff.json, the tables)."""
     paths = [write(tmp_path / f"a{suffix}", a), write(tmp_path / f"b{suffix}", b)]

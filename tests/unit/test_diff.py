@@ -19,6 +19,7 @@ from diff_runs import (
     run_command,
     with_other_experts,
     with_other_tokens,
+    write_arrow,
     write_npz,
     write_parquet,
     write_run,
@@ -94,7 +95,10 @@ def test_of_few_requests_nothing_is_claimed(compared, capsys):
     assert "experts: fewer than 8 requests: too few to tell" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("write", "suffix"), [(write_run, ""), (write_parquet, ".parquet")])
+@pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(write_run, ""), (write_parquet, ".parquet"), (write_arrow, ".arrow")],
+)
 @pytest.mark.parametrize("batch_rows", [2**16, 28])
 def test_every_kind_of_input_says_the_same(compared, write, suffix, batch_rows, monkeypatch):
     monkeypatch.setattr("moescope.analyze.batches.Model.batch_rows", batch_rows)

@@ -72,8 +72,8 @@ def compare(
     if not len(pairs):
         raise CommandError(
             f"{a.name} and {b.name} have no request in common: they are paired by request id, or "
-            "by the token ids of the prompt, which run directories of `moescope replay`, .npz and "
-            ".parquet have and a bare route log has not"
+            "by the token ids of the prompt, which run directories of `moescope replay`, .npz, "
+            ".arrow and .parquet have and a bare route log has not"
         )
     pair_of, is_before = _where(a, pairs.a, pairs.divergence)
     rows = np.flatnonzero(is_before)

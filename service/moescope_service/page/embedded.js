@@ -113,6 +113,7 @@ export class Embedded {
     }
     return { layers, num_experts: numExperts, num_rows: numRows, num_unknown: numUnknown, counts };
   }
+
   /** Count the tokens that went to an expert in a layer; the requests without token ids are left out. */
   #expert(layer, expert, limit) {
     const { layers, num_experts: numExperts, top_k: topK } = this.#header;
