@@ -11,6 +11,8 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from moescope.received import MAX_BYTES, parse_json
+
 _npy: Any = np.lib.format  # numpy gives its functions no types
 
 
@@ -55,6 +57,15 @@ class NpzFile:
         with self._archive.open(f"{name}.npy") as file:
             array: npt.NDArray[Any] = _npy.read_array(file, allow_pickle=False)
         return array
+
+    def json(self, name: str) -> Any:  # noqa: ANN401
+        """Return what the bytes of an array say as JSON.
+
+        Raises:
+            FormatError: They are no JSON, or too much.
+            KeyError: There is none of that name.
+        """
+        return parse_json(self.array(name).tobytes(), 4 * MAX_BYTES)
 
     def rows(self, name: str) -> ArrayRows:
         """Return an array whose rows are read one after the other; a context manager.

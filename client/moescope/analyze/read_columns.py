@@ -55,14 +55,15 @@ def texts(path: Path) -> Iterator[tuple[Key, Text]]:
         Exception: As `read` does.
     """
     with columns_file(path) as file:
+        from moescope.arrow import table_rows  # noqa: PLC0415 - the light base has no pyarrow
+
         metas = file.shared["traces"]
         columns = [one["token_id"] for one in file.batches(2**20, ["token_id"])]
     parts = [one.fill_null(NO_TOKEN).to_numpy(zero_copy_only=False) for one in columns]
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
     first = 0
     for meta in metas:
-        is_last = meta["start"] + meta["num_rows"] >= meta["num_tokens"] - 1
-        last = first + meta["num_rows"] + is_last
+        last = first + table_rows(meta)
         if meta["prompt_len"] is not None:
             yield (
                 (str(meta["request_id"]), int(meta["index"])),

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from moescope.analysis import NO_TOKEN, Rows
 from moescope.analyze.batches import Batch, Key, Model, Sequences, Text, check_ids
 from moescope.npz_file import ArrayRows, NpzFile
-from moescope.received import parse_json
 from moescope.trace import Source
 
 _MAX_TEXT_BYTES = 64 * 2**20
@@ -33,7 +32,7 @@ def read(path: Path, label: str) -> Iterator[Batch]:
         Exception: The bytes are no ``.npz`` of traces; what it is depends on where they are broken.
     """
     with NpzFile(path) as file, contextlib.ExitStack() as stack:
-        metas = parse_json(file.array("meta").tobytes())
+        metas = file.json("meta")
         sequences = Sequences(metas, label)
         splits, source = file.array("row_splits"), file.array("source")
         tokens, token_texts = _tokens(file, metas, splits), _token_texts(file)
@@ -83,7 +82,7 @@ def texts(path: Path) -> Iterator[tuple[Key, Text]]:
         Exception: As `read` does.
     """
     with NpzFile(path) as file:
-        metas = parse_json(file.array("meta").tobytes())
+        metas = file.json("meta")
         tokens, splits = file.array("token_ids"), file.array("token_splits")
     for meta, (first, last) in zip(metas, itertools.pairwise(splits.tolist()), strict=True):
         if meta["prompt_len"] is not None:
@@ -116,7 +115,7 @@ def _token_texts(file: NpzFile) -> dict[int, str]:
         return {}
     ids, splits = file.array("token_ids").tolist(), file.array("token_splits").tolist()
     texts: dict[int, str] = {}
-    for first, text in zip(splits, parse_json(file.array("tokens").tobytes()), strict=False):
+    for first, text in zip(splits, file.json("tokens"), strict=False):
         if text is not None:
             texts.update(
                 (token, str(one)) for token, one in zip(ids[first:], text, strict=False) if one

@@ -14,7 +14,6 @@ import orjson
 
 from moescope import formats, version_runs
 from moescope.npz_file import NpzFile
-from moescope.received import MAX_BYTES, parse_json
 from moescope.route_files.spool import Kept, Server, Stored
 
 _npy: Any = np.lib.format  # numpy gives its functions no types
@@ -90,17 +89,13 @@ def read(path: Path) -> tuple[Server, Iterator[Kept]]:
         Exception: It is no ``.npz`` of traces; what it is depends on where it is broken.
     """
     with NpzFile(path) as file:
-        return (_parsed(file, "server") if "server" in file else {}), _traces(path)
-
-
-def _parsed(file: NpzFile, name: str) -> Any:  # noqa: ANN401
-    return parse_json(file.array(name).tobytes(), 4 * MAX_BYTES)
+        return (file.json("server") if "server" in file else {}), _traces(path)
 
 
 def _traces(path: Path) -> Iterator[Kept]:
     with NpzFile(path) as file, contextlib.ExitStack() as stack:
-        metas = _parsed(file, "meta")
-        texts = _parsed(file, "tokens") if "tokens" in file else [None] * len(metas)
+        metas = file.json("meta")
+        texts = file.json("tokens") if "tokens" in file else [None] * len(metas)
         ids = stack.enter_context(file.rows("topk_ids"))
         weights = stack.enter_context(file.rows("topk_weights")) if "topk_weights" in file else None
         names = ("layers", *_SPLITS, *_SPLITS.values())
