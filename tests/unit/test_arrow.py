@@ -116,6 +116,15 @@ def test_traces_of_different_lengths_and_requests():
     assert all(same(a, b) for a, b in zip(traces, loaded, strict=True))
 
 
+def test_weights_of_two_dtypes_are_as_exact_as_the_wider_one():
+    half = make_trace()
+    single = dataclasses.replace(half, topk_weights=half.topk_weights.astype(np.float32) / 3)
+    found = arrow.from_table(arrow.to_table([half, single]))
+    for one, trace in zip(found, (half, single), strict=True):
+        assert one.topk_weights.dtype == np.float32
+        np.testing.assert_array_equal(one.topk_weights, trace.topk_weights)
+
+
 def test_a_request_of_several_choices_has_one_name_in_the_dictionary():
     table = arrow.to_table([make_trace(0), make_trace(1, index=1)])
     assert table["request_id"].chunk(0).dictionary.to_pylist() == ["chatcmpl-1"]

@@ -100,6 +100,16 @@ def test_arrays_and_tables_give_the_same_traces_back(tmp_path, name, first, seco
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_ids_of_two_dtypes(tmp_path, form):
+    wide = dataclasses.replace(TRACES[1], topk_ids=TRACES[1].topk_ids.astype(np.uint16))
+    for name, trace in (("a", TRACES[0]), ("b", wide)):
+        (tmp_path / f"{name}.npz").write_bytes(formats.dump_npz([trace]))
+    assert run(tmp_path / "a.npz", tmp_path / "b.npz", "-o", tmp_path / f"c.{form}") == 0
+    for found, trace in zip(traces_of(tmp_path / f"c.{form}"), (TRACES[0], wide), strict=True):
+        assert found.topk_ids.tolist() == trace.topk_ids.tolist()
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_log_comes_back_byte_for_byte(tmp_path, form):
     traces = [TRACES[0], TRACES[1], TRACES[2]]
     traces = [dataclasses.replace(one, tokens=None) for one in traces]

@@ -83,7 +83,7 @@ def to_table(
     shared = {
         "layers": traces[0].layers.tolist(),
         "top_k": traces[0].top_k,
-        "weights_dtype": weights[0].dtype.name if weights else None,
+        "weights_dtype": np.result_type(*weights).name if weights else None,
         "traces": metas,
         **formats.marks(truncated=truncated, next_start=next_start),
         **members,

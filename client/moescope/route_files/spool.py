@@ -131,7 +131,7 @@ class Spool:
         if not kept.knows_prompt:
             meta["prompt_len"] = None
         arrays = {
-            "topk_ids": trace.topk_ids,
+            "topk_ids": trace.topk_ids.astype(formats.id_dtype(trace.num_experts), copy=False),
             "topk_weights": trace.topk_weights,
             "source": trace.source,
             "weights_versions": trace.weights_versions,
