@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,11 +43,11 @@ def check(sources: Sequence[Source], out: Path, *, force: bool) -> None:
     labeled = [one for source in sources for one in source.inputs if one.label]
     if labeled:
         raise CommandError(f"{labeled[0].path} has the label {labeled[0].label}: diff takes none")
-    first, *others = ({one.path.resolve() for one in source.inputs} for source in sources)
-    for source, paths in zip(sources[1:], others, strict=True):
-        if first & paths:
+    for source, other in itertools.combinations(sources, 2):
+        paths, others = ({one.path.resolve() for one in each.inputs} for each in (source, other))
+        if paths & others:
             raise CommandError(
-                f"{sources[0].name} and {source.name} are the same files: expected two runs"
+                f"{source.name} and {other.name} are the same files: expected two runs"
             )
     if (out / "diff.json").exists() and not force:
         raise CommandError(
