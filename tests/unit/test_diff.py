@@ -243,6 +243,21 @@ def test_weights_that_one_side_lacks_are_not_known(compared, capsys):
         assert "weights, mean difference" not in told
 
 
+def test_weights_that_are_nan_hide_nothing(compared, tmp_path, capsys):
+    """A broken router: in half of the rows of one layer."""
+    weights = CHANGED[0].topk_weights.copy()
+    weights[1::2, 2] = np.nan
+    broken = [dataclasses.replace(CHANGED[0], topk_weights=weights), *CHANGED[1:]]
+    values, *_ = compared(A, broken)
+    assert values["by_layer"]["near_ties"]["values"] == [0, 0, 0, 0]
+    assert [one is None for one in values["by_layer"]["weights"]["values"]] == [
+        *(False, False, True, False)
+    ]
+    bound = ("--fail-above", "weights=1", "--force", "-o", tmp_path / "out")
+    assert run_command(tmp_path / "a.npz", tmp_path / "b.npz", *bound) == 1
+    assert "weights is not known" in capsys.readouterr().err
+
+
 def test_what_is_not_known_is_above_every_bound():
     assert bounds.exceeded({"weights": 5.0}, {"weights": float("nan")}) == [
         "weights is not known, so it cannot be held to 5"

@@ -79,6 +79,8 @@ def _weight_differences(slots: Slots, weights: Weights, other_weights: Weights) 
 def exchange_gap(ids: Ids, weights: Weights, others: Ids, other_weights: Weights) -> Floats:
     """Return how far above the cut the exchanged experts are, ``[...]``; 0 where none is.
 
+    Infinite where a weight is NaN, so that a broken router is no near-tie.
+
     With ``c`` the lowest weight that either side selected, and ``w`` the heaviest expert of either
     side that the other one lacks: ``w / c - 1``. Of a softmax that is, nearly, a distance of
     logits. It is the least that must have changed, not all that did: routes lack the weights of
@@ -97,7 +99,7 @@ def exchange_gap(ids: Ids, weights: Weights, others: Ids, other_weights: Weights
         np.where(slots_in(others, ids) < 0, theirs, 0).max(axis=-1),
     )
     cut = np.minimum(mine.min(axis=-1), theirs.min(axis=-1))
-    infinite = np.where(heaviest > 0, np.inf, 1.0)
+    infinite = np.where((heaviest == 0) & ~np.isnan(cut), 1.0, np.inf)
     ratio: Floats = np.divide(heaviest, cut, out=infinite, where=(heaviest > 0) & (cut > 0))
     return ratio - 1.0
 
@@ -224,7 +226,7 @@ class Differences:
         `order`      Share of the rows with the same experts in another order.
         `first`      Share of the rows with other experts here, and in no layer before.
         `jaccard`    Mean of `jaccard`.
-        `weights`    Mean of `weight_differences`.
+        `weights`    Mean of `weight_differences`; NaN where a weight is.
         `loads`      `moescope.analysis.jensen_shannon_bits` of the two loads.
         ===========  ==============================================================================
         """
@@ -248,9 +250,8 @@ def _compared(rows: Rows, others: Rows, near_tie: float) -> tuple[Floats, Differ
             rows.topk_ids[sets], rows.topk_weights[sets],
             others.topk_ids[sets], others.topk_weights[sets],
         )  # fmt: skip
-        weights = np.nansum(
-            _weight_differences(slots, rows.topk_weights, others.topk_weights), axis=-1
-        )
+        differences = _weight_differences(slots, rows.topk_weights, others.topk_weights)
+        weights = differences.sum(axis=-1, where=slots >= 0)
         num_weights = (slots >= 0).sum(axis=-1).astype(np.float64)
     near_ties = sets & (gaps <= near_tie)
     found = np.stack(

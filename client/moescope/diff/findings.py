@@ -104,7 +104,7 @@ def totals(comparison: Comparison, found: Mapping[str, Finding]) -> dict[str, fl
     """Return the numbers that ``--fail-above`` bounds, by name.
 
     ===================  ==========================================================================
-    `rows`, `near-ties`  The figures in the layer where they are largest.
+    `rows`, `near-ties`  The figures in the layer where they are largest; NaN where one is.
     `order`, `weights`,  The same.
     `loads`
     `texts`              Share of the sequences whose texts diverge, of those with known texts.
@@ -112,7 +112,7 @@ def totals(comparison: Comparison, found: Mapping[str, Finding]) -> dict[str, fl
     ===================  ==========================================================================
     """
     worst = {
-        name.replace("_", "-"): largest(found[name].values)
+        name.replace("_", "-"): float(found[name].values.max())
         for name in ("rows", "near_ties", "order", "weights", "loads")
     }
     num_texts = int(comparison.pairs.has_texts.sum())
