@@ -296,6 +296,14 @@ class TestALog:
         assert found.topk_weights is None
         assert found.weights_version is None
 
+    def test_a_weight_that_is_nan_is_a_weight(self, tmp_path, trace):
+        weights = trace.topk_weights.copy()
+        weights[np.flatnonzero(trace.present)[1], 1, 0] = np.nan
+        broken = dataclasses.replace(trace, topk_weights=weights)
+        (tmp_path / "a.jsonl").write_bytes(log_of([broken]))
+        (found,) = traces_of(tmp_path / "a.jsonl")
+        assert np.array_equal(found.topk_weights, weights, equal_nan=True)
+
     def test_what_it_is_of_may_be_given(self, tmp_path):
         line = {"type": "route", "req_id": "a", "token_idx": 0, "layer": 0, "topk_ids": [1, 2]}
         (tmp_path / "a.jsonl").write_bytes(orjson.dumps(line) + b"\n")

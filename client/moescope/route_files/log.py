@@ -101,7 +101,8 @@ class _Rows(NamedTuple):
     positions: np.ndarray[Any, np.dtype[np.int64]]
     ids: np.ndarray[Any, Any]
     weights: np.ndarray[Any, Any]
-    """nan where a line has none, or its row is missing."""
+    """Zero where a line has none, or its row is missing."""
+    has_weights: np.ndarray[Any, np.dtype[np.bool_]]
     versions: np.ndarray[Any, Any]
     """`_NO_VERSION` where a line has none."""
     present: np.ndarray[Any, np.dtype[np.bool_]]
@@ -176,7 +177,8 @@ class _Sequences:
 
     def _arrays(self, rows: list[tuple[int, list[Any]]]) -> _Rows:
         shape = (len(rows), len(self._columns), self._top_k)
-        ids, weights = np.zeros(shape, self._dtype), np.full(shape, np.nan, np.float32)
+        ids, weights = np.zeros(shape, self._dtype), np.zeros(shape, np.float32)
+        has_weights = np.zeros(len(rows), np.bool_)
         versions, present = np.full(len(rows), _NO_VERSION), np.zeros(len(rows), np.bool_)
         texts = []
         for place, (_, lines) in enumerate(rows):
@@ -190,10 +192,10 @@ class _Sequences:
             versions[place] = _NO_VERSION if version is None else version
             some = [line.get("topk_weights") for line in lines]
             if None not in some:
-                weights[place] = some
+                weights[place], has_weights[place] = some, True
         positions = np.array([position for position, _ in rows], np.int64)
         text = np.frombuffer(orjson.dumps(texts), np.uint8)
-        return _Rows(positions, ids, weights, versions, present, text)
+        return _Rows(positions, ids, weights, has_weights, versions, present, text)
 
     def rows(self, name: _Name) -> _Rows:
         """Return the rows of a sequence, in the order of their positions."""
@@ -249,14 +251,13 @@ def _arrays(rows: _Rows, first: int, num_rows: int) -> dict[str, Any]:
     source = np.full(num_rows, Source.MISSING, np.uint8)
     source[places[rows.present]] = Source.COMPUTED
     ids, weights = np.zeros(shape, rows.ids.dtype), np.zeros(shape, np.float32)
-    ids[places], weights[places] = rows.ids, np.nan_to_num(rows.weights)
+    ids[places], weights[places] = rows.ids, rows.weights
     versions = np.full(num_rows, _NO_VERSION)
     versions[places] = rows.versions
-    has_weights = not np.isnan(rows.weights[rows.present]).any()
     has_versions = (rows.versions[rows.present] != _NO_VERSION).all()
     return {
         "topk_ids": ids,
-        "topk_weights": weights if has_weights else None,
+        "topk_weights": weights if rows.has_weights[rows.present].all() else None,
         "source": source,
         "weights_versions": version_runs.runs_of(versions, source != Source.MISSING, first)
         if has_versions
