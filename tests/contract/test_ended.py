@@ -185,6 +185,16 @@ def test_a_slow_follower_is_told_how_many_it_missed(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(("owner", "told"), [(None, 3), ("alice", None)])
+def test_how_many_others_ended_is_no_owners_business(owner, told):
+    async def main():
+        follower = ended.Follower(owner, 0.0)
+        follower.tell(b"data: {}", 0, 3)
+        return parsed((await anext(follower.events())).decode().strip().split("\n"))
+
+    assert asyncio.run(main()) == ("skipped", {"sequences": told})
+
+
 def test_one_that_hears_of_nothing_is_told_so(monkeypatch):
     monkeypatch.setattr(ended, "POLL_S", 0)
     monkeypatch.setattr(ended, "QUIET_S", 0)

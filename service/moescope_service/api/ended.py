@@ -43,6 +43,7 @@ class Follower:
         self._place_s = place_s
         self._waiting: collections.deque[tuple[bytes, int]] = collections.deque()
         self._num_waiting = self._num_skipped = 0
+        self._others_skipped = False
         self._error: CollectorGoneError | None = None
         self._is_new = asyncio.Event()
         self._told_s = -math.inf
@@ -50,6 +51,7 @@ class Follower:
     def tell(self, event: bytes, num_sequences: int, num_skipped: int) -> None:
         """Let an event wait, unless it has none and the client heard something lately.
 
+        Of an owner's sequences it is not known how many were skipped, only of everyone's.
         Once something is left out, everything is until the client has taken what waits: so it hears
         of the gap where it is.
         """
@@ -58,12 +60,19 @@ class Follower:
         if not num_sequences + num_skipped and now_s < self._told_s + QUIET_S:
             return
         self._told_s = now_s
-        self._num_skipped += num_skipped
-        if self._num_skipped or self._num_waiting + num_sequences > MAX_WAITING:
+        if self.owner is None:
+            self._num_skipped += num_skipped
+        else:
+            self._others_skipped |= num_skipped > 0
+        if self._has_gap or self._num_waiting + num_sequences > MAX_WAITING:
             self._num_skipped += num_sequences
         else:
             self._waiting.append((event, num_sequences))
             self._num_waiting += num_sequences
+
+    @property
+    def _has_gap(self) -> bool:
+        return self._others_skipped or self._num_skipped > 0
 
     def end(self, error: CollectorGoneError) -> None:
         """Let the client have what waits, and then the error."""
@@ -86,9 +95,10 @@ class Follower:
                 event, num_sequences = self._waiting.popleft()
                 self._num_waiting -= num_sequences
                 yield event
-            if self._num_skipped:
-                skipped, self._num_skipped = self._num_skipped, 0
-                yield b'event: skipped\ndata: {"sequences": %d}\n\n' % skipped
+            if self._has_gap:
+                skipped = None if self._others_skipped else self._num_skipped
+                self._num_skipped, self._others_skipped = 0, False
+                yield b"event: skipped\ndata: %s\n\n" % orjson.dumps({"sequences": skipped})
             if self._error and not self._waiting:
                 raise self._error
             yield b""  # so that it is noticed in time that the client left or the server stops
