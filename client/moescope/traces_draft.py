@@ -73,7 +73,7 @@ class TracesDraft:
                         f"{self.path} is of {what} {has}, not {expected}: one file does not hold "
                         "both"
                     )
-            self._add(kept.trace.request_id, kept)
+            self.add(kept.trace.request_id, [kept])
 
     def prepared(self, request_id: str, traces: Iterable[RouteTrace]) -> list[Kept]:
         """Return the traces of a request under the id that its response has, for `add`.
@@ -93,11 +93,8 @@ class TracesDraft:
             FormatError: They are of another model than those before.
             OSError: They cannot be stored.
         """
-        for kept in traces:
-            self._add(request_id, kept)
-
-    def _add(self, request_id: str, kept: Kept) -> None:
-        self._entries.setdefault(request_id, []).append(self._spool.add(kept))
+        stored = [self._spool.add(kept) for kept in traces]
+        self._entries.setdefault(request_id, []).extend(stored)
 
     def write(self, request_ids: Iterable[str]) -> None:
         """Write the file in place of the one that is there.

@@ -87,7 +87,7 @@ class Selection:
             CommandError: There is no room for it.
         """
         trace = shown.trace
-        size = TRACE_BYTES + sum(len(one or "") for one in shown.tokens or ())
+        size = TRACE_BYTES + sum(len((one or "").encode()) for one in shown.tokens or ())
         size += trace.topk_ids.nbytes
         size += 0 if trace.topk_weights is None else trace.topk_weights.nbytes
         self._done_bytes += size
