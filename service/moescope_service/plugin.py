@@ -87,8 +87,13 @@ def check_endpoints(usage_context: Any = None, headless: bool = False) -> None:
     check_imports(with_endpoints=True, with_cuda=current_platform.is_cuda())
 
 
+def _is_headless(usage_context: Any = None, headless: bool = False) -> bool:
+    """Return one of what ``EngineArgs.create_engine_config`` takes."""
+    return headless
+
+
 def _checking(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the configuration, start the collector, and mark the compile cache's key.
+    """Check the configuration, start or join the collector, and mark the compile cache's key.
 
     The compiled graph holds the hook, which vLLM's compile cache does not see.
     """
@@ -100,13 +105,19 @@ def _checking(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
         from moescope_service import offline, runtime
         from moescope_service.capture.refusals import check_config
         from moescope_service.vllm_contract.guard import warn_of_untested
+        from moescope_service.vllm_contract.nodes import is_first_node
 
+        given = settings.Settings.from_env()
         self.additional_config = {**(self.additional_config or {}), "moescope": __version__}
         check_endpoints(*args, **kwargs)
         config = create_engine_config(self, *args, **kwargs)
-        check_config(config)
+        check_config(config, given)
         warn_of_untested()
-        runtime.ensure_collector()
+        headless = _is_headless(*args, **kwargs)
+        if given.bind is None or is_first_node(config.parallel_config, headless=headless):
+            runtime.ensure_collector()
+        else:
+            runtime.join(given)
         offline.install(LLMEngine)
         return config
 

@@ -10,6 +10,7 @@ import math
 import time
 from typing import Any, TypeVar, cast
 
+from moescope_service.addresses import Address
 from moescope_service.errors import CollectorGoneError, RefusedError
 from moescope_service.frontend.outbox import Outbox
 from moescope_service.link import Link
@@ -41,7 +42,7 @@ class CollectorClient:
         address: Where the collector is bound.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: Address | str) -> None:
         self._numbers = itertools.count()
         self._open: dict[int, _OpenQuery] = {}
         self._heard_s = -math.inf
