@@ -164,9 +164,11 @@ def test_a_host_without_an_address_is_a_refusal(settings):
 
 
 def test_a_port_in_use_is_a_refusal(settings, capfd):
-    with socket.create_server((settings.bind.host, settings.bind.port)):
-        with pytest.raises(RefusedError, match="the collector process did not start"):
-            runtime.ensure_collector()
+    with (
+        socket.create_server((settings.bind.host, settings.bind.port)),
+        pytest.raises(RefusedError, match="the collector process did not start"),
+    ):
+        runtime.ensure_collector()
     words = f"the collector cannot listen at --routes-bind {settings.bind}: Address already in use"
     assert words in capfd.readouterr().err
 

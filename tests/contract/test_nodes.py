@@ -15,8 +15,9 @@ from benchmarks.faults.tcp_proxy import TcpProxy
 from moescope_service import addresses
 from moescope_service.addresses import Address
 from moescope_service.frontend.collector_client import CollectorClient
-from moescope_service.messages import pack
+from moescope_service.messages import Register, pack
 from moescope_service.node_key import NodeKey, make_key, read_key
+from moescope_service.queries import InfoQuery
 from tests.waiting import DEADLINE_S, scrape, wait_until
 
 from .deployment import Deployment
@@ -258,3 +259,33 @@ def test_a_stage_s_link_costs_the_rows_of_its_layers(port, proxy, key_file):
         trace = fetch(deployment, "a")
         assert not trace["complete"]
         assert causes(deployment) == {"link_broken": 5}
+
+
+def test_what_an_api_server_sent_just_before_its_link_broke_is_told_again(port, proxy, key_file):
+    """It left the server and never arrived: without it the request would not be found."""
+    near = Address(f"tcp://127.0.0.1:{port}", read_key(key_file))
+    with over_tcp(port, proxy, key_file, worker_address=near).running() as deployment:
+        client = CollectorClient(through(proxy, key_file))
+        client.ask_and_wait(InfoQuery())  # it is connected
+        proxy.stall()
+        register = make_register("a")
+        client.tell("register", [TOKENS], **dataclasses.asdict(register))
+        client.tell("finish", [TOKENS[:1]], internal_id=register.internal_id, reason="stop")
+        journal = client._outbox.journal
+        wait_until(lambda: not journal.has_unsent, "all is sent")
+        assert deployment.http.get("/routes/a").status_code == 404
+        proxy.cut()
+        proxy.mend()
+        running = deployment.engine.start(register.internal_id, TOKENS.tolist())
+        deployment.engine.step(finished=[running])
+        wait_until(lambda: deployment.http.get("/routes/a").status_code != 404, "it is told again")
+        assert fetch(deployment, "a")["complete"]
+        wait_until(lambda: len(journal) == 0, "the API server forgets it")
+        client.close()
+
+
+def make_register(name):
+    return Register(
+        internal_id=f"{name}-i", request_id=name, ids=[name], index=0, model="tiny", lora=None,
+        prompt_len=len(TOKENS), created_s=1.0, keep=True,
+    )  # fmt: skip

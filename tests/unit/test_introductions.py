@@ -229,3 +229,30 @@ def test_another_shape_is_refused_with_its_snapshot(bench):
         b"x", pack_introduction(make_spec(top_k=3, engine=1), worker_state=make_worker_state())
     )
     assert bench.collector.state.spec == make_spec()
+
+
+def received(bench):
+    """What API servers were told since the last call."""
+    bench.collector.tick()
+    told = [(peer, unpack(frames)) for peer, frames in bench.collector.state.outbox]
+    bench.collector.state.outbox.clear()
+    return [(peer, values["count"]) for peer, (kind, values) in told if kind == "received"]
+
+
+def test_an_api_server_of_another_node_is_told_what_arrived(bench):
+    register = pack("register", **dataclasses.asdict(make_register("a")))
+    bench.collector.handle(b"one", pack("server", name="it"))
+    assert received(bench) == []
+    for message in (register, register, pack("alias", internal_ids=["a-i"], alias="x")):
+        bench.collector.handle(b"one", message)
+    assert received(bench) == [(b"one", 3)]
+    with pytest.raises(TypeError):  # what makes no sense arrived, too
+        bench.collector.handle(b"one", pack("alias", nonsense=1))
+    assert received(bench) == [(b"one", 4)]
+    servers = set(bench.collector.state.servers)
+    bench.collector.handle(b"two", pack("server", name="it"))
+    assert bench.collector.state.servers == servers - {b"one"} | {b"two"}
+    bench.collector.handle(b"one", register)  # it is gone
+    bench.collector.handle(b"two", register)
+    bench.collector.handle(API, register)  # it wants none
+    assert received(bench) == [(b"two", 1)]

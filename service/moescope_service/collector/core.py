@@ -91,8 +91,9 @@ class Collector:
             case "worker":
                 self._on_worker(peer, *unpack_introduction(values))
             case "server":
-                self.state.servers.add(peer)
+                self._on_server(peer, **values)
             case "register" | "finish" | "alias":
+                self.state.receipts.count(peer)
                 if peer in self.state.servers:
                     self._on_sequence(kind, values, frames)
             case "lost":
@@ -100,6 +101,11 @@ class Collector:
                 self.state.store.note_lost(dict(values["lost"]))
             case _:
                 raise ValueError(f"unknown kind of message: {kind!r}")
+
+    def _on_server(self, peer: Peer, name: str = "") -> None:
+        if name and (before := self.state.receipts.begin(peer, name)) is not None:
+            self.state.servers.discard(before)
+        self.state.servers.add(peer)
 
     def _on_sequence(self, kind: str, values: dict[str, Any], frames: Frames) -> None:
         match kind:
@@ -120,6 +126,7 @@ class Collector:
         for sequence in self.state.sequences.overdue():
             self._settle(sequence, timed_out=True)
         self._answers.expire()
+        self.state.outbox += self.state.receipts.take()
         self._limited_logger.tick()
         if self.state.windows is not None:
             self.state.windows.tick()
