@@ -255,7 +255,7 @@ class Workers:
         ended = engine.ended.get(internal_id)
         if ended is None:
             ended = engine.ended[internal_id] = Ended({}, self._clock() + STAGE_TIMEOUT_S)
-        ended.parts[stage] = rows
+        ended.parts.setdefault(stage, rows)  # it may tell it again, on another connection
         if not engine.is_complete or len(ended.parts) < len(engine.routing_stages):
             return None
         del engine.ended[internal_id]
