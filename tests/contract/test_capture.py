@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from moescope_service.capture.kv_cache import full_attention_group
 from moescope_service.capture.refusals import check_config
 from moescope_service.capture.routers import check_runner, find_routed_layers
 from moescope_service.errors import RefusedError
+from moescope_service.parsers import HostPort
 from moescope_service.settings import Settings
 
 from .routed_model import Model, Router, Runner, hook, make_sink
@@ -123,6 +125,17 @@ def test_a_configuration_that_cannot_be_captured(name, value, words):
     with pytest.raises(RefusedError) as caught:
         check_config(make_config(**{name: value}), Settings())
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("nnodes", 2), ("data_parallel_size", 2), ("distributed_executor_backend", "ray")],
+)
+def test_an_engine_over_several_nodes_needs_an_address_that_names_one(name, value):
+    config = make_config(**{name: value})
+    check_config(config, Settings(bind=HostPort("head", 5570), key_file=Path("key")))
+    with pytest.raises(RefusedError, match=r"--routes-bind is 0\.0\.0\.0:5570, which names no"):
+        check_config(config, Settings(bind=HostPort("0.0.0.0", 5570), key_file=Path("key")))
 
 
 MEGA_MOE = {"moe_backend": "deep_gemm_mega_moe", "tensor_parallel_size": 4}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from moescope_service import runtime
+from moescope_service.capture.ranks import place_of
 from moescope_service.errors import RefusedError
 from moescope_service.node_key import make_key, read_key
 from moescope_service.processes import Process
@@ -218,6 +219,21 @@ def test_which_node_has_the_collector(parallel, headless, is_first):
 )
 def test_which_engines_have_workers_elsewhere(parallel, words):
     assert needs_other_nodes(make_parallel(**parallel)) == words
+
+
+@pytest.mark.parametrize(("all_nodes", "engine", "num_engines"), [(False, 1, 2), (True, 3, 4)])
+def test_which_engines_share_a_collector(all_nodes, engine, num_engines, monkeypatch):
+    """The second one of the second node, each with two."""
+    for name in ("get_tp_group", "get_pp_group"):
+        group = SimpleNamespace(rank_in_group=0, world_size=1)
+        monkeypatch.setattr(f"vllm.distributed.parallel_state.{name}", lambda group=group: group)
+    parallel = make_parallel(
+        data_parallel_size=4, data_parallel_size_local=2, data_parallel_rank=3,
+        data_parallel_index=3, use_sequence_parallel_moe=False,
+    )  # fmt: skip
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+    place = place_of(worker, all_nodes=all_nodes)
+    assert (place.engine, place.num_engines) == (engine, num_engines)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,19 @@ def test_another_protocol_is_cut_off(deployment, port):
     assert fetch(deployment, "cmpl-a")["complete"]
 
 
+def test_a_frame_that_is_too_large_is_cut_off(deployment, port, key):
+    """Whoever has the key may be broken."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as one:
+        one.linger = 0
+        with one.get_monitor_socket(zmq.Event.DISCONNECTED) as monitor:
+            Address(f"tcp://127.0.0.1:{port}", key).connect(one)
+            one.send(bytes(addresses.MAX_FRAME_BYTES + 1))
+            assert monitor.poll(DEADLINE_S * 1000), "the connection stays"
+            one.disable_monitor()
+    deployment.complete("a")
+    assert fetch(deployment, "cmpl-a")["complete"]
+
+
 @pytest.mark.parametrize("is_encrypted", [True, False])
 def test_no_token_passes_in_clear(is_encrypted, key):
     """Without the key they do: what is looked for would be found."""
