@@ -117,6 +117,9 @@ def serve_nodes(
             env = {**os.environ, "VLLM_HOST_IP": "127.0.0.1"}
             if gpus:
                 env["CUDA_VISIBLE_DEVICES"] = str(number)
+            else:  # vLLM takes all cores otherwise: threads of both would wait for each other
+                cores = sorted(os.sched_getaffinity(0))
+                env["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[number % len(cores)])
             log = directory / f"{layout}-node-{number}.log"
             url = f"http://127.0.0.1:{listens}"
             servers.append(

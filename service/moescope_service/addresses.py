@@ -7,6 +7,7 @@ Over tcp everything is encrypted and both sides are authenticated, by CURVE and 
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import socket as sockets
 
 import zmq
@@ -38,6 +39,12 @@ class Address:
 
     url: str
     key: NodeKey | None = None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this machine reach it."""
+        host = self.url.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        return self.key is None or ipaddress.ip_address(host).is_loopback
 
     def connect(self, socket: zmq.Socket[bytes]) -> None:
         """Connect a socket of a worker or an API server; ZMQ connects again where that breaks."""

@@ -170,7 +170,7 @@ def test_a_port_in_use_is_a_refusal(settings, capfd):
         pytest.raises(RefusedError, match="the collector process did not start"),
     ):
         runtime.ensure_collector()
-    words = f"the collector cannot listen at --routes-bind {settings.bind}: Address already in use"
+    words = f"--routes-bind {settings.bind}: Address already in use"
     assert words in capfd.readouterr().err
 
 

@@ -13,6 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from moescope_service.addresses import DOMAIN, Address
 from moescope_service.limited_logger import LimitedLogger
+from moescope_service.settings import flag
 
 logger = logging.getLogger("moescope.collector")
 
@@ -48,6 +49,11 @@ def listening(
     try:
         with socket.get_monitor_socket(_REFUSED) as monitor:
             address.bind(socket)
+            if address.is_loopback:
+                logger.warning(
+                    "%s is reached from this machine alone: does its hosts file give its own name "
+                    "such an address? Name another one by %s", address.url, flag("bind"),
+                )  # fmt: skip
             limited_logger = LimitedLogger(logger, _LOG_INTERVAL_S)
             yield functools.partial(_take_refused, monitor, address.url, limited_logger)
             socket.disable_monitor()

@@ -54,7 +54,7 @@ def run(
         elsewhere: Where to bind for other nodes; None: there are none.
 
     Raises:
-        zmq.ZMQError: It cannot be bound.
+        RefusedError: It cannot be bound.
     """
     told = _Signals()
     # A full collection looks at every trace that is kept, 0.5 s for 200,000, and finds nothing.
@@ -67,8 +67,12 @@ def run(
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, SOCKET_QUEUE)
         socket.setsockopt(zmq.SNDHWM, 0)
-        socket.bind(address)
-        take_refused = stack.enter_context(listening(context, socket, elsewhere))
+        try:
+            socket.bind(address)
+            take_refused = stack.enter_context(listening(context, socket, elsewhere))
+        except zmq.ZMQError as error:
+            where = f"{address} and {flag('bind')} {settings.bind}" if elsewhere else address
+            raise RefusedError(f"the collector cannot listen at {where}: {error}") from None
         collector = Collector(settings, epoch=epoch)
         limited_logger = LimitedLogger(logger)
         if settings.log is not None:
@@ -185,6 +189,3 @@ def main() -> None:
         run(sys.argv[1], settings, int(sys.argv[2]), epoch, node_address(settings))
     except RefusedError as error:
         sys.exit(f"moescope: {error}")
-    except zmq.ZMQError as error:
-        where = f"{flag('bind')} {settings.bind}" if settings.bind else sys.argv[1]
-        sys.exit(f"moescope: the collector cannot listen at {where}: {error}")

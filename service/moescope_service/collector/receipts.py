@@ -24,7 +24,7 @@ class Receipts:
         """
         before = self._peer.get(name)
         if before is not None:
-            del self._arrived[before]
+            self._arrived.pop(before, None)
             self._untold.discard(before)
         self._peer[name] = peer
         self._arrived[peer] = 0

@@ -29,7 +29,7 @@ _CONSEQUENCE = (
     "started again, without the traces of requests that ended before"
 )
 
-_ENDED = f"the collector process has ended; {_CONSEQUENCE}"
+_ENDED = f"the collector process has ended, or the link to its node is broken; {_CONSEQUENCE}"
 _FULL = f"the collector process takes no queries, and too many wait already; {_CONSEQUENCE}"
 
 R = TypeVar("R", bound=Reply)

@@ -21,6 +21,8 @@ logger = logging.getLogger("moescope")
 
 JOIN_TIMEOUT_S = 120.0
 """How long to wait for the first node: nodes are started in any order."""
+_QUIET_S = 5.0
+"""How long to wait without a word in the log."""
 BROKEN_TIMEOUT_S = 10.0
 """How long connections may end without an answer: the first node may be starting just now."""
 
@@ -87,7 +89,6 @@ def _elsewhere(settings: Settings) -> Address:
 
 def _ask(address: Address, timeout_s: float) -> dict[str, str]:
     heard: queue.SimpleQueue[Frames | None] = queue.SimpleQueue()
-    logger.info("waiting for the collector at %s", address.url)
     link = Link(
         address,
         heard.put,
@@ -103,11 +104,15 @@ def _ask(address: Address, timeout_s: float) -> dict[str, str]:
 
 def _answer(heard: queue.SimpleQueue[Frames | None], url: str, timeout_s: float) -> dict[str, str]:
     end_s, is_there = time.monotonic() + timeout_s, False
+    quiet_s = min(_QUIET_S, timeout_s)
     while (left_s := end_s - time.monotonic()) > 0:
         try:
-            frames = heard.get(timeout=left_s)
+            frames = heard.get(timeout=min(quiet_s or left_s, left_s))
         except queue.Empty:
-            break
+            if quiet_s:
+                logger.warning("the collector at %s has not answered yet: waiting for it", url)
+            quiet_s = 0.0
+            continue
         if frames is not None:
             reply = unpack_reply(NodeQuery.reply, unpack(frames)[1], frames)
             return reply.alike if isinstance(reply, NodeReply) else {}
