@@ -30,15 +30,12 @@ _MAX_RECONNECT_MS = 2000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Address:
-    """An address of the collector.
-
-    Attributes:
-        url: ``ipc://PATH`` or ``tcp://HOST:PORT``.
-        key: Of tcp, the key of the nodes.
-    """
+    """An address of the collector."""
 
     url: str
+    """``ipc://PATH`` or ``tcp://HOST:PORT``."""
     key: NodeKey | None = None
+    """Of tcp, the key of the nodes."""
 
     @property
     def is_loopback(self) -> bool:

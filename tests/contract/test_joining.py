@@ -6,11 +6,12 @@ import dataclasses
 import os
 import socket
 import stat
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 
-from moescope_service import runtime
+from moescope_service import plugin, runtime, serve
 from moescope_service.capture.ranks import place_of
 from moescope_service.errors import RefusedError
 from moescope_service.node_key import make_key, read_key
@@ -182,6 +183,19 @@ def make_parallel(**changes):
         "data_parallel_backend": "mp",
     }  # fmt: skip
     return SimpleNamespace(**values | changes)
+
+
+def test_a_script_on_another_node_is_refused(settings):
+    other = make_parallel(nnodes=2, node_rank=1)
+    with pytest.raises(RefusedError, match=r"vllm\.LLM is recorded on the first node alone: start"):
+        plugin._find_collector(other, settings)
+
+
+def test_a_headless_server_is_refused_without_an_address(settings):
+    args = Namespace(grpc=False, headless=True)
+    serve._check_front_end(args, settings)
+    with pytest.raises(RefusedError, match=r"^--headless: this node has no collector: name the"):
+        serve._check_front_end(args, Settings())
 
 
 LATER = {"data_parallel_rank": 1, "data_parallel_size": 2}
