@@ -156,13 +156,15 @@ def _completeness() -> Iterator[Any]:
     )  # fmt: skip
     yield lines(
         "Gaps, restarts and errors", "Times that steps were lost altogether, that the collector "
-        "was started again, and that it left out what failed there, within an interval of the "
-        "graph.", Axis("count:times"),
+        "was started again, that it left out what failed there, and that it refused another node, "
+        "within an interval of the graph.", Axis("count:times"),
         query(f"sum(increase(moescope_step_gaps_total{{{OURS}}}[$__rate_interval]))", "step gaps"),
         query(f"sum(increase(moescope_collector_restarts_total{{{OURS}}}[$__rate_interval]))",
               "collector restarts"),
         query(f"sum(increase(moescope_collector_errors_total{{{OURS}}}[$__rate_interval]))",
-              "collector errors"), span=8,
+              "collector errors"),
+        query(f"sum(increase(moescope_links_refused_total{{{OURS}}}[$__rate_interval]))",
+              "refused links"), span=8,
     )  # fmt: skip
 
 

@@ -13,8 +13,10 @@ MISSING_CAUSES = (
     "not_routed",
     "unknown",
     "restart",
+    "link_broken",
 )
 """Why a row of a trace is missing: no worker ever shipped it (it came through a KV connector, or
 with steps that were lost altogether), one of `LOST_CAUSES`, its block went to another sequence, its
-sequence was aborted before the token was routed, its worker never reported the sequence's end, or
-it was routed before this collector was started in the place of another."""
+sequence was aborted before the token was routed, its worker never reported the sequence's end, it
+was routed before this collector was started in the place of another, or before its worker came
+again, whose link to the collector was broken."""

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from moescope_service.addresses import Address
 from moescope_service.limited_logger import LimitedLogger
 from moescope_service.messages import MESSAGE_BYTES, Frames
 
@@ -76,7 +77,7 @@ class Link:
     """A ZMQ DEALER socket to the collector.
 
     Args:
-        address: Where the collector is bound.
+        address: Where the collector is bound; a text is that of one without a key.
         on_message: Called in the link's thread with the frames of every message that arrives.
         max_bytes: Bytes that may wait to be sent. Beyond them the collector is taken to hang and
             messages are given up; if it goes on, it sees the gap in the numbers of the steps.
@@ -92,7 +93,7 @@ class Link:
 
     def __init__(
         self,
-        address: str,
+        address: Address | str,
         on_message: Callable[[Frames], None],
         *,
         max_bytes: int = 0,
@@ -104,7 +105,7 @@ class Link:
         on_away: Callable[[], None] = lambda: None,
         cores: Collection[int] | None = None,
     ) -> None:
-        self._address = address
+        self._address = Address(address) if isinstance(address, str) else address
         self._on_message = on_message
         self._max_bytes = max_bytes
         self._encode, self._join = encode, join
@@ -191,7 +192,7 @@ class Link:
             socket.setsockopt(zmq.LINGER, _LINGER_MS)
             socket.setsockopt(zmq.IMMEDIATE, 1)  # no message for one collector reaches the next
             with socket.get_monitor_socket(_CONNECTION) as monitor:
-                socket.connect(self._address)
+                self._address.connect(socket)
                 self._loop(socket, monitor)
                 socket.disable_monitor()
 

@@ -113,6 +113,10 @@ _CAPTURE = (
         "collector_errors",
         "Messages, replies and traces that failed in the collector and were left out.",
     ),
+    _counter(
+        "links_refused",
+        "Connections to the collector's tcp address that were refused: another key, or none.",
+    ),
     MetricSpec(
         "moescope_collector_up",
         "gauge",

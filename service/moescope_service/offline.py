@@ -145,7 +145,7 @@ class OfflineCapture:
     """
 
     def __init__(self, engine: Any, settings: Settings) -> None:
-        self._collector = CollectorClient(runtime.collector_address())
+        self._collector = CollectorClient(runtime.link_address())
         try:
             spec = self._collector.wait_for_workers()
         except RefusedError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
@@ -14,6 +15,7 @@ MAX_SIZE = 2**62
 """Largest size: numbers in JSON and in indices of arrays have 64 bits."""
 
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+_HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 _KEY = re.compile(r"[!-~]+")
 _MAX_SHOWN_CHARS = 80
 
@@ -63,6 +65,34 @@ def parse_hosts(text: str) -> frozenset[str]:
             "expected host names without scheme and port, such as moe.example.org,box.lan"
         )
     return frozenset(names)
+
+
+class HostPort(NamedTuple):
+    """A host's name or number, and a port of it."""
+
+    host: str
+    port: int
+
+    @property
+    def is_any(self) -> bool:
+        """Whether it is every address of a machine, and so names none."""
+        return self.host in {"0.0.0.0", "::"}  # noqa: S104
+
+    def __str__(self) -> str:
+        """Return ``HOST:PORT``, with brackets around a number of IPv6."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_host_port(text: str) -> HostPort:
+    """Return host and port of ``10.0.0.1:5570``, ``head:5570`` or ``[fd00::1]:5570``.
+
+    Raises:
+        ValueError: The text is neither.
+    """
+    match = _HOST_PORT.fullmatch(text.strip())
+    if match is None or not 0 < int(match[3]) < 2**16:
+        raise ValueError("expected HOST:PORT, such as 10.0.0.1:5570 or [fd00::1]:5570")
+    return HostPort(match[1] or match[2], int(match[3]))
 
 
 def parse_key(text: str) -> str:

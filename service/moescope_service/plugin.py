@@ -87,8 +87,32 @@ def check_endpoints(usage_context: Any = None, headless: bool = False) -> None:
     check_imports(with_endpoints=True, with_cuda=current_platform.is_cuda())
 
 
+def _find_collector(
+    parallel: Any, given: settings.Settings, usage_context: Any = None, headless: bool = False
+) -> None:
+    """Start the collector, or join the first node's; the rest is as of `check_endpoints`.
+
+    Raises:
+        RefusedError: It does not start, it cannot be joined, or a script would join it.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    from moescope_service import runtime
+    from moescope_service.vllm_contract.nodes import is_first_node
+
+    if given.bind is None or is_first_node(parallel, headless=headless):
+        runtime.ensure_collector()
+    elif usage_context != UsageContext.OPENAI_API_SERVER:
+        raise RefusedError(
+            "a script's vllm.LLM is recorded on the first node alone: start `moescope serve` on "
+            f"this one, or leave {settings.flag('bind')} ({settings.variable('bind')}) out"
+        )
+    else:
+        runtime.join(given)
+
+
 def _checking(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the configuration, start the collector, and mark the compile cache's key.
+    """Check the configuration, start or join the collector, and mark the compile cache's key.
 
     The compiled graph holds the hook, which vLLM's compile cache does not see.
     """
@@ -97,16 +121,17 @@ def _checking(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         from moescope import __version__
-        from moescope_service import offline, runtime
+        from moescope_service import offline
         from moescope_service.capture.refusals import check_config
         from moescope_service.vllm_contract.guard import warn_of_untested
 
+        given = settings.Settings.from_env()
         self.additional_config = {**(self.additional_config or {}), "moescope": __version__}
         check_endpoints(*args, **kwargs)
         config = create_engine_config(self, *args, **kwargs)
-        check_config(config)
+        check_config(config, given)
         warn_of_untested()
-        runtime.ensure_collector()
+        _find_collector(config.parallel_config, given, *args, **kwargs)
         offline.install(LLMEngine)
         return config
 

@@ -45,6 +45,11 @@ class Process:
         return f"{self.pid} {self.start_ticks} {self.world}"
 
     @property
+    def is_here(self) -> bool:
+        """Whether it runs on this machine, in this container or another one."""
+        return self.world.partition("/")[0] == _world().partition("/")[0]
+
+    @property
     def is_alive(self) -> bool:
         """Whether it certainly runs."""
         return self.world == _world() and self._runs

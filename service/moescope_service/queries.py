@@ -350,6 +350,20 @@ class InfoQuery(Query[InfoReply]):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReply(Reply):
+    """What every node has to have as the first one has it, by name."""
+
+    alike: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NodeQuery(Query[NodeReply]):
+    """Asks that, from another node, before it loads the model."""
+
+    reply = NodeReply
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
     """What the steps of an engine have read since the start, by `KINDS`."""
 
@@ -391,6 +405,8 @@ class MetricsReply(Reply):
     """Memory of these, and of ended rows that no API server asked for yet."""
     registrations_lost: int = 0
     """Sequences whose API server gave up what it had to tell of them."""
+    links_refused: int = 0
+    """Connections of other nodes that were refused: another key, or none."""
     errors: int = 0
     """Messages, replies and traces that failed in the collector and were left out."""
     gaps: int = 0
@@ -439,6 +455,7 @@ _KINDS: dict[str, type[Query[Any]]] = {
     "reset": ResetQuery,
     "capture": CaptureQuery,
     "info": InfoQuery,
+    "node": NodeQuery,
     "metrics": MetricsQuery,
     "settle": SettleQuery,
 }

@@ -21,6 +21,7 @@ from moescope_service.collector.log_file import check_log
 from moescope_service.errors import RefusedError
 from moescope_service.imports import check_imports
 from moescope_service.vllm_contract.guard import check_vllm
+from moescope_service.vllm_contract.nodes import copy_to_ray
 
 DEMO_MODEL_NAME = "moescope-demo"
 _DEMO_KV_CACHE_BYTES = 256 * 2**20
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
     os.environ.pop(settings.RUNTIME_DIR, None)  # another deployment's, if this is its child
     os.environ[settings.ENABLE] = "1"
     os.environ["VLLM_PLUGINS"] = plugin_names(os.environ.get("VLLM_PLUGINS"))
+    copy_to_ray(os.environ)
     try:
         check_imports(with_endpoints=True)
         check_vllm(_export_ours(argv))  # before any import from a vLLM that may be another one
@@ -104,7 +106,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     except ValueError as error:
         raise RefusedError(str(error)) from None
     check_private(args, exported)
-    _check_front_end(args)
+    _check_front_end(args, exported)
     _check_log(exported)
     _choose_model(args, argv)
     return args
@@ -164,17 +166,21 @@ def _choose_model(args: argparse.Namespace, argv: list[str]) -> None:
         raise RefusedError(f"there is no model at {model}: give a directory or a hub's name")
 
 
-def _check_front_end(args: argparse.Namespace) -> None:
+def _check_front_end(args: argparse.Namespace, exported: settings.Settings) -> None:
     from vllm import envs
 
     others = {
         "--grpc": args.grpc,
-        "--headless": args.headless,
         "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,
     }
     for name, is_on in others.items():
         if is_on:
             raise RefusedError(f"this version of moescope does not record with {name}")
+    if args.headless and exported.bind is None:
+        raise RefusedError(
+            "--headless: this node has no collector: name the first node's by "
+            f"{settings.flag('bind')} HOST:PORT and {settings.flag('key_file')} FILE"
+        )
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -186,7 +192,7 @@ def _serve(args: argparse.Namespace) -> None:
     command: Any = ServeSubcommand()
     command.validate(args)
     plugin.register()
-    if not args.uds:
+    if not args.uds and not args.headless:
         print(f"moescope: once it serves, look at {_page(args)}", flush=True)
     command.cmd(args)
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moescope_service.parsers import (
+    HostPort,
     parse_choice,
+    parse_host_port,
     parse_hosts,
     parse_key,
     parse_on_off,
@@ -176,6 +178,21 @@ class Settings:
         "since other users of the machine see flags.",
         is_secret=True,
     )
+    bind: HostPort | None = _setting(
+        "bind",
+        "",
+        parse_host_port,
+        "HOST:PORT",
+        "Of an engine over several nodes, on each: where the first one's collector listens and the "
+        "others reach it.",
+    )
+    key_file: Path | None = _setting(
+        "key_file",
+        "",
+        Path,
+        "FILE",
+        "Key of these nodes; the first one writes it where it is missing, the others need a copy.",
+    )
     allows_untested_vllm: bool = _setting(
         "allow_untested_vllm",
         "off",
@@ -220,6 +237,11 @@ class Settings:
             raise ValueError(
                 f"{variable('mode')} is counts: there are no routes to log; leave "
                 f"{variable('log')} ({LOG_ALIAS}) out"
+            )
+        if (values.get("bind") is None) != (values.get("key_file") is None):
+            raise ValueError(
+                f"{variable('bind')} ({flag('bind')}) and {variable('key_file')} "
+                f"({flag('key_file')}) go together: give both on every node, or neither"
             )
         return cls(**values)
 

@@ -36,7 +36,7 @@ from moescope_service.runtime import collector_address
 from moescope_service.settings import ENABLE, RUNTIME_DIR
 from tests.waiting import DEADLINE_S, wait_until
 
-from .fake_engine import OUTPUT, PROMPT, SPEC, Engine, Running
+from .fake_engine import OUTPUT, PROMPT, SPEC, Engine, Running, rows_of
 
 
 class Frontend:
@@ -95,6 +95,8 @@ class Deployment:
         self.args = server_args(flags.pop("api_key", None), flags.pop("allowed_origins", None))
         self.spec = flags.pop("spec", SPEC)
         self.tokenizer = flags.pop("tokenizer", None)
+        self.worker_address = flags.pop("worker_address", None)
+        self.rows_of = flags.pop("rows_of", rows_of)
         self.env = {f"MOESCOPE_ROUTES_{name.upper()}": value for name, value in flags.items()}
         self.directory = Path(tempfile.mkdtemp(prefix="moescope-test-"))
 
@@ -108,7 +110,9 @@ class Deployment:
                 patch.setenv(name, value)
             self.collector = start_collector(collector_address())
             stack.callback(lambda: stop_collector(self.collector))
-            self.engine = Engine(collector_address(), self.spec)
+            self.engine = Engine(
+                self.worker_address or collector_address(), self.spec, rows_of=self.rows_of
+            )
             stack.callback(self.engine.recorder.close)
             self.frontend = Frontend(self.engine, self.tokenizer)
             self.app = self.make_app()

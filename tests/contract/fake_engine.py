@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from moescope_service.addresses import Address
 from moescope_service.capture.control import ControlEncoder
 from moescope_service.capture.recorder import Recorder
 from moescope_service.capture.rows import Batch, StepRows
@@ -63,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        address: str,
+        address: Address | str,
         spec: CaptureSpec = SPEC,
         max_rows_bytes: int = 2**20,
         rows_of: Callable[[int, int], tuple[Any, Any]] = rows_of,

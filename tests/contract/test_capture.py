@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,8 @@ from moescope_service.capture.kv_cache import full_attention_group
 from moescope_service.capture.refusals import check_config
 from moescope_service.capture.routers import check_runner, find_routed_layers
 from moescope_service.errors import RefusedError
+from moescope_service.parsers import HostPort
+from moescope_service.settings import Settings
 
 from .routed_model import Model, Router, Runner, hook, make_sink
 
@@ -76,6 +79,8 @@ def make_config(**changes):
          "prefill_context_parallel_size", "decode_context_parallel_size",
          "tensor_parallel_size", "pipeline_parallel_size"], 1,
     ) | dict.fromkeys(
+        ["data_parallel_backend", "distributed_executor_backend"], "mp"
+    ) | dict.fromkeys(
         ["use_ubatching", "enable_elastic_ep", "data_parallel_external_lb",
          "data_parallel_hybrid_lb", "use_sequence_parallel_moe"], False,
     )  # fmt: skip
@@ -95,7 +100,7 @@ def make_config(**changes):
 
 
 def test_a_configuration_that_can_be_captured():
-    check_config(make_config())
+    check_config(make_config(), Settings())
 
 
 @pytest.mark.parametrize(
@@ -118,8 +123,19 @@ def test_a_configuration_that_can_be_captured():
 )
 def test_a_configuration_that_cannot_be_captured(name, value, words):
     with pytest.raises(RefusedError) as caught:
-        check_config(make_config(**{name: value}))
+        check_config(make_config(**{name: value}), Settings())
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("nnodes", 2), ("data_parallel_size", 2), ("distributed_executor_backend", "ray")],
+)
+def test_an_engine_over_several_nodes_needs_an_address_that_names_one(name, value):
+    config = make_config(**{name: value})
+    check_config(config, Settings(bind=HostPort("head", 5570), key_file=Path("key")))
+    with pytest.raises(RefusedError, match=r"--routes-bind is 0\.0\.0\.0:5570, which names no"):
+        check_config(config, Settings(bind=HostPort("0.0.0.0", 5570), key_file=Path("key")))
 
 
 MEGA_MOE = {"moe_backend": "deep_gemm_mega_moe", "tensor_parallel_size": 4}
@@ -127,7 +143,7 @@ MEGA_MOE = {"moe_backend": "deep_gemm_mega_moe", "tensor_parallel_size": 4}
 
 def test_workers_that_route_shards_of_a_step():
     with pytest.raises(RefusedError, match=r"deep_gemm_mega_moe .*-parallel-size 4 workers; use"):
-        check_config(make_config(**MEGA_MOE))
+        check_config(make_config(**MEGA_MOE), Settings())
 
 
 @pytest.mark.parametrize(
@@ -140,18 +156,18 @@ def test_workers_that_route_shards_of_a_step():
     ],
 )
 def test_workers_whose_shards_are_gathered_or_that_have_none(name, value):
-    check_config(make_config(**MEGA_MOE | {name: value}))
+    check_config(make_config(**MEGA_MOE | {name: value}), Settings())
 
 
 @pytest.mark.parametrize(("device", "v2"), [("cuda", True), ("cuda", False), ("cpu", False)])
 def test_where_it_can_be_captured(device, v2):
-    check_config(make_config(device_type=device, use_v2_model_runner=v2))
+    check_config(make_config(device_type=device, use_v2_model_runner=v2), Settings())
 
 
 def test_amd_gpus_call_themselves_cuda(monkeypatch):
     monkeypatch.setattr(current_platform, "is_rocm", lambda: True)
     with pytest.raises(RefusedError, match="the device is 'rocm'"):
-        check_config(make_config(device_type="cuda"))
+        check_config(make_config(device_type="cuda"), Settings())
 
 
 def test_the_group_that_attends_to_everything():

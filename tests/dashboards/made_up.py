@@ -104,6 +104,7 @@ def value(spec: MetricSpec, labels: dict[str, str], at: float) -> float:
         "collector_lag_seconds": 0.03 * wave + 0.4 * (0.5 < at < 0.6),
         "collector_restarts": float(at > 0.61),
         "collector_errors": float(at > 0.61),
+        "links_refused": 0,
         "collector_up": 1,
         "step_expert_bytes": 40 * seconds * NUM_LAYERS * 3_000_000 * STEP_MEANS.get(
             labels.get("kind", ""), (0, 0)

@@ -6,10 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from builders import API, WORKER, Bench, admit, make_register, make_spec, make_step
+from builders import API, WORKER, Bench, admit, make_register, make_rows, make_spec, make_step
 
 from moescope.trace import Source
 from moescope_service.collector.core import Collector
+from moescope_service.collector.workers import STAGE_TIMEOUT_S
 from moescope_service.frontend.journal import Journal
 from moescope_service.messages import (
     Ongoing,
@@ -103,6 +104,63 @@ def test_an_end_that_was_told_counts_though_it_is_told_again(bench):
     introduce(bench, b"worker again", ended=["a-i"])
     bench.finish("a-i")
     assert bench.traces("a")[0].complete
+
+
+class TestLinkThatBroke:
+    """A worker comes again to the same collector: what it had told stays, the rest is missing."""
+
+    def test_rows_of_before_are_missing_with_their_cause(self, bench):
+        bench.introduce_worker()
+        bench.start("a")
+        introduce(bench, b"again", next_step=5, ongoing=[Ongoing(admit(0, "a-i", 4, [0, 1]), 6)])
+        bench.send(make_step(5, [(0, 6, 1)]), b"again")
+        bench.finish("a-i", output=[1, 2, 3, 4])
+        bench.send(make_step(6, finished=[0]), b"again")
+        (trace,) = bench.traces("a")
+        assert trace.source.tolist() == [Source.MISSING] * 6 + [Source.COMPUTED]
+        assert cause_counts(bench) == {"link_broken": 6}
+        assert bench.answered(MetricsQuery()).gaps == 1
+
+    def test_where_no_step_was_lost_there_is_no_gap(self, bench):
+        bench.introduce_worker()
+        bench.start("a")
+        introduce(bench, b"again", next_step=2)
+        assert bench.answered(MetricsQuery()).gaps == 0
+
+    def test_an_end_that_one_stage_tells_again_costs_nothing(self, bench):
+        """Whether the other stage has told it before, or tells it later."""
+        stages = [make_spec(stage=n, num_stages=2, layers=[n]) for n in range(2)]
+
+        def tell(number, *names):
+            for name in names:
+                step = make_step(
+                    numbers[number],
+                    [(0, 0, 5)],
+                    rows=tuple(one[:, :1] for one in make_rows(0, 5)),
+                    admitted=[admit(0, f"{name}-i", 4, [0, 1])],
+                )
+                bench.send(step, peers[number])
+                bench.send(make_step(numbers[number] + 1, finished=[0]), peers[number])
+                numbers[number] += 2
+
+        peers, numbers = [b"0", b"1"], [0, 0]
+        for peer, spec in zip(peers, stages, strict=True):
+            bench.collector.handle(peer, pack_introduction(spec))
+        for name in "ab":
+            bench.register(name)
+        tell(1, "a", "b")
+        tell(0, "a")
+        state = make_worker_state(next_step=4, ended=["a-i", "b-i"])
+        bench.collector.handle(b"1 again", pack_introduction(stages[1], worker_state=state))
+        peers[1] = b"1 again"
+        tell(0, "b")
+        bench.pass_s(STAGE_TIMEOUT_S - 1)
+        for name in "ab":
+            bench.finish(f"{name}-i")
+            (trace,) = bench.traces(name)
+            assert trace.complete, name
+        bench.pass_s(1000)
+        assert bench.answered(MetricsQuery()).unclaimed == 0
 
 
 class TestPause:
@@ -229,3 +287,30 @@ def test_another_shape_is_refused_with_its_snapshot(bench):
         b"x", pack_introduction(make_spec(top_k=3, engine=1), worker_state=make_worker_state())
     )
     assert bench.collector.state.spec == make_spec()
+
+
+def received(bench):
+    """What API servers were told since the last call."""
+    bench.collector.tick()
+    told = [(peer, unpack(frames)) for peer, frames in bench.collector.state.outbox]
+    bench.collector.state.outbox.clear()
+    return [(peer, values["count"]) for peer, (kind, values) in told if kind == "received"]
+
+
+def test_an_api_server_of_another_node_is_told_what_arrived(bench):
+    register = pack("register", **dataclasses.asdict(make_register("a")))
+    bench.collector.handle(b"one", pack("server", name="it"))
+    assert received(bench) == []
+    for message in (register, register, pack("alias", internal_ids=["a-i"], alias="x")):
+        bench.collector.handle(b"one", message)
+    assert received(bench) == [(b"one", 3)]
+    with pytest.raises(TypeError):  # what makes no sense arrived, too
+        bench.collector.handle(b"one", pack("alias", nonsense=1))
+    assert received(bench) == [(b"one", 4)]
+    servers = set(bench.collector.state.servers)
+    bench.collector.handle(b"two", pack("server", name="it"))
+    assert bench.collector.state.servers == servers - {b"one"} | {b"two"}
+    bench.collector.handle(b"one", register)  # it is gone
+    bench.collector.handle(b"two", register)
+    bench.collector.handle(API, register)  # it wants none
+    assert received(bench) == [(b"two", 1)]

@@ -169,6 +169,57 @@ def test_ids_of_given_up_requests_are_bounded(monkeypatch):
     assert lost_of(journal.take()) == (5, hashes("3", "3-i", "4", "4-i"))
 
 
+class TestReceipts:
+    """A link may break while the collector lives on: what was sent need not have arrived."""
+
+    @pytest.fixture
+    def journal(self):
+        journal = Journal(name="one")
+        assert unpack(journal.introduce()) == ("server", {"name": "one"})
+        return journal
+
+    def test_what_has_no_receipt_is_told_again_in_order(self, journal):
+        told = [register(journal, "a"), finish(journal, "a"), finish(journal, "unknown")]
+        assert taken(journal) == told
+        journal.received(1)
+        told += [register(journal, "b")]
+        journal.introduce()
+        assert taken(journal) == told  # all of a request, though its first message arrived
+        journal.received(4)
+        assert len(journal) == 1
+        told = [told[3], finish(journal, "b")]
+        journal.introduce()
+        assert taken(journal) == told
+        journal.received(2)
+        assert (len(journal), journal.size_bytes) == (0, 0)
+
+    def test_what_is_over_is_kept_until_its_receipt(self, journal):
+        for name in ("a", "b"):
+            register(journal, name)
+            finish(journal, name)
+        taken(journal)
+        size_bytes = journal.size_bytes
+        journal.received(1)
+        assert (len(journal), journal.size_bytes) == (2, size_bytes)
+        journal.received(3)
+        assert len(journal) == 1
+        journal.received(9)  # of what it never sent
+        assert (len(journal), journal.size_bytes) == (0, 0)
+
+    def test_a_deleted_one_is_not_told_again(self, journal):
+        register(journal, "a")
+        kept = [register(journal, "b")]
+        taken(journal)
+        journal.forget(["a-i"])
+        journal.received(2)
+        journal.introduce()
+        assert taken(journal) == kept
+        journal.forget(["b-i"])
+        assert len(journal) == 0
+        journal.received(1)
+        assert journal.size_bytes == 0
+
+
 class TestOutbox:
     def test_registrations_go_first_and_metrics_before_other_queries(self):
         outbox = Outbox()

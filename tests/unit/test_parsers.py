@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moescope.layers import parse_layers
-from moescope_service.parsers import parse_size, parse_size_or_zero, shown
+from moescope_service.parsers import parse_host_port, parse_size, parse_size_or_zero, shown
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,25 @@ def test_nothing_may_be_a_size():
     assert (parse_size_or_zero(" 0 "), parse_size_or_zero("1KiB")) == (0, 1024)
     with pytest.raises(ValueError, match="expected bytes"):
         parse_size_or_zero("off")
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [("10.0.0.1:5570", "10.0.0.1", 5570), ("head-0.lan:1", "head-0.lan", 1),
+     ("[fd00::1]:65535", "fd00::1", 65535), (" 0.0.0.0:80 ", "0.0.0.0", 80)],
+)  # fmt: skip
+def test_hosts_with_a_port(text, host, port):
+    found = parse_host_port(text)
+    assert (found.host, found.port) == (host, port)
+    assert str(found) == text.strip()
+    assert found.is_any is (host == "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "head", ":5570", "head:", "head:0", "head:65536", "head:x", "fd00::1:5570", "tcp://h:1",
+     "head:5570/x", "h\u00e4:1", "head:-1", "a b:1", "[::1:5", "head:0000001"],
+)  # fmt: skip
+def test_what_names_no_host_and_port(text):
+    with pytest.raises(ValueError, match=r"^expected HOST:PORT, such as 10\.0\.0\.1:5570"):
+        parse_host_port(text)

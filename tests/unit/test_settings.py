@@ -72,6 +72,15 @@ def test_no_more_memory_than_there_is(name):
     assert env == {}
 
 
+@pytest.mark.parametrize("given", ["MOESCOPE_ROUTES_BIND", "MOESCOPE_ROUTES_KEY_FILE"])
+def test_an_address_and_a_key_go_together(given):
+    env = {"MOESCOPE_ROUTES_BIND": "head:5570", "MOESCOPE_ROUTES_KEY_FILE": "key"}
+    found = Settings.from_env(env)
+    assert (str(found.bind), found.key_file) == ("head:5570", Path("key"))
+    with pytest.raises(ValueError, match=r"BIND \(--routes-bind\) and .* go together: give both"):
+        Settings.from_env({given: env[given]})
+
+
 def test_a_log_may_be_larger_than_the_memory():
     size = 2 * settings.memory_bytes()
     found = Settings.from_env({"MOESCOPE_ROUTES_LOG_MAX_BYTES": f"{size}"})

@@ -96,6 +96,7 @@ def _counters(reply: MetricsReply) -> dict[str, Samples]:
         "moescope_hook_seconds": {(): reply.hook_s},
         "moescope_collector_restarts": {(): reply.info.epoch},
         "moescope_collector_errors": {(): reply.errors},
+        "moescope_links_refused": {(): reply.links_refused},
         "moescope_traces": by(reply.traces, ("complete", "incomplete")),
         "moescope_trace_rows": by(reply.trace_rows, [source.name.lower() for source in Source]),
         "moescope_trace_rows_stale": {(): reply.stale},

@@ -79,7 +79,7 @@ class MoescopeEndpoints:
         state.moescope_browsers = Browsers(
             allowed_origins(args), settings.allowed_hosts or (), checks_host=keys.is_open
         )
-        collector = CollectorClient(runtime.collector_address())
+        collector = CollectorClient(runtime.link_address())
         spec = await asyncio.to_thread(collector.wait_for_workers)
         state.moescope_collector = collector
         state.moescope_engine = engine_client

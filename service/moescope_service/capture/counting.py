@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from moescope_service.addresses import Address
 from moescope_service.capture.rows import Batch
 from moescope_service.histogram import PHASES
 from moescope_service.link import Link
@@ -75,7 +76,7 @@ class CountRecorder:
 
     def __init__(
         self,
-        address: str,
+        address: Address | str,
         spec: CaptureSpec,
         *,
         sink: CountSink,

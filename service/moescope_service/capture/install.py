@@ -47,7 +47,10 @@ def _capturing(init_device: Callable[..., None]) -> Callable[..., None]:
         init_device(self)
         with runtime.reported_refusal():
             check_internals(WORKER)
-            WorkerCapture(self.worker, Settings.from_env(), place_of(self.worker))
+            runtime.join_if_elsewhere()  # Ray starts workers where no process of ours looked
+            settings = Settings.from_env()
+            place = place_of(self.worker, all_nodes=settings.bind is not None)
+            WorkerCapture(self.worker, settings, place)
 
     return init_device_and_capture
 
@@ -140,7 +143,7 @@ class WorkerCapture:
         if self._counts_only:
             # No row is kept by its KV block: any model that routes can be counted.
             self._recorder = CountRecorder(
-                runtime.collector_address(), self._spec(1, 1), sink=self._sink,
+                runtime.link_address(), self._spec(1, 1), sink=self._sink,
                 read_batch=read_batch, cores=cores,
             )  # fmt: skip
             return
@@ -149,7 +152,7 @@ class WorkerCapture:
         config = self._worker.vllm_config
         overshoot = config.num_speculative_tokens * config.max_concurrent_batches
         self._recorder = Recorder(
-            runtime.collector_address(),
+            runtime.link_address(),
             self._spec(kv_cache_config.num_blocks, block_size),
             sink=self._sink,
             read_batch=read_batch,

@@ -17,9 +17,9 @@ class Place:
     """One worker's place."""
 
     engine: int
-    """Its data-parallel engine, counted from the first on this machine."""
+    """Its data-parallel engine, counted from the first that shares its collector."""
     num_engines: int
-    """Engines on this machine: they share one collector."""
+    """Engines that share one collector: those on this machine, or on all nodes."""
     stage: int
     """Its pipeline stage."""
     num_stages: int
@@ -31,8 +31,13 @@ class Place:
     """Whether each tensor-parallel worker may route a part of the tokens alone."""
 
 
-def place_of(worker: Any) -> Place:
-    """Return the place of a vLLM ``Worker`` whose device is initialized."""
+def place_of(worker: Any, *, all_nodes: bool) -> Place:
+    """Return the place of a vLLM ``Worker`` whose device is initialized.
+
+    Args:
+        worker: The worker.
+        all_nodes: Whether the engines of all nodes share one collector.
+    """
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     parallel = worker.vllm_config.parallel_config
@@ -40,7 +45,7 @@ def place_of(worker: Any) -> Place:
     own_rows = None
     if parallel.data_parallel_size > 1:
         own_rows = OwnRows(parallel.data_parallel_rank, tensor.world_size)
-    num_engines = parallel.data_parallel_size_local
+    num_engines = parallel.data_parallel_size if all_nodes else parallel.data_parallel_size_local
     return Place(
         engine=parallel.data_parallel_index % num_engines,
         num_engines=num_engines,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
+from moescope_service.addresses import Address
 from moescope_service.capture.control import ControlEncoder, NewSequence, StepMessage
 from moescope_service.capture.loads import read_notes
 from moescope_service.capture.rows import Batch, PendingRows, StepSink
@@ -48,7 +49,7 @@ class Recorder:
 
     def __init__(
         self,
-        address: str,
+        address: Address | str,
         spec: CaptureSpec,
         *,
         sink: StepSink,

@@ -12,18 +12,27 @@ from __future__ import annotations
 from typing import Any
 
 from moescope_service.errors import RefusedError
+from moescope_service.settings import Settings, flag
+from moescope_service.vllm_contract.nodes import needs_other_nodes
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, settings: Settings) -> None:
     """Refuse a configuration that moescope cannot capture.
 
     Args:
         config: A ``VllmConfig``.
+        settings: What is captured.
 
     Raises:
         RefusedError: With the first reason found, and what to do about it.
     """
-    for reason in (_model(config), _parallel(config), _mega_moe(config), _runner(config)):
+    for reason in (
+        _model(config),
+        _parallel(config),
+        _nodes(config, settings),
+        _mega_moe(config),
+        _runner(config),
+    ):
         if reason is not None:
             raise RefusedError(reason)
 
@@ -49,14 +58,6 @@ def _parallel(config: Any) -> str | None:
     for option, size in sizes.items():
         if size > 1:
             return f"{option} is {size}, which splits sequences between workers: set it to 1"
-    is_balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
-    if parallel.nnodes > 1 or (
-        not is_balanced and parallel.data_parallel_size_local != parallel.data_parallel_size
-    ):
-        return (
-            "workers of other machines cannot reach the collector of this one; this version of "
-            "moescope records the engines of one machine"
-        )
     if parallel.enable_elastic_ep:
         return (
             "--enable-elastic-ep adds and removes engines while the server runs, but their numbers "
@@ -70,6 +71,23 @@ def _parallel(config: Any) -> str | None:
         )
     if parallel.use_ubatching:
         return "micro-batches route parts of a step; start without --enable-dbo and --ubatch-size"
+    return None
+
+
+def _nodes(config: Any, settings: Settings) -> str | None:
+    option = needs_other_nodes(config.parallel_config)
+    if option is None:
+        return None
+    if settings.bind is None:
+        return (
+            f"{option}: workers of other machines reach the collector over tcp, encrypted: give "
+            f"{flag('bind')} HOST:PORT and {flag('key_file')} FILE on every node"
+        )
+    if settings.bind.is_any:
+        return (
+            f"{flag('bind')} is {settings.bind}, which names no machine to the others: give the "
+            "first node's name or address, on every node"
+        )
     return None
 
 

@@ -20,7 +20,7 @@ from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.log_file import LogFile
 from moescope_service.collector.reassembly import Reassembler
 from moescope_service.collector.routes_log import RoutesLog
-from moescope_service.collector.rows import CAUSES, Rows
+from moescope_service.collector.rows import Rows
 from moescope_service.collector.sequences import Sequence
 from moescope_service.collector.state import CollectorState
 from moescope_service.collector.stats import WorkerCounts
@@ -91,8 +91,9 @@ class Collector:
             case "worker":
                 self._on_worker(peer, *unpack_introduction(values))
             case "server":
-                self.state.servers.add(peer)
+                self._on_server(peer, **values)
             case "register" | "finish" | "alias":
+                self.state.receipts.count(peer)
                 if peer in self.state.servers:
                     self._on_sequence(kind, values, frames)
             case "lost":
@@ -100,6 +101,11 @@ class Collector:
                 self.state.store.note_lost(dict(values["lost"]))
             case _:
                 raise ValueError(f"unknown kind of message: {kind!r}")
+
+    def _on_server(self, peer: Peer, name: str = "") -> None:
+        if name and (before := self.state.receipts.begin(peer, name)) is not None:
+            self.state.servers.discard(before)
+        self.state.servers.add(peer)
 
     def _on_sequence(self, kind: str, values: dict[str, Any], frames: Frames) -> None:
         match kind:
@@ -116,10 +122,11 @@ class Collector:
     def tick(self) -> None:
         """Do what time demands; called at least every 50 ms."""
         for internal_id, rows in self.state.workers.overdue():
-            self._settle(self.state.sequences.end(internal_id, rows))
+            self._settle(self.state.sequences.end_unless_told(internal_id, rows))
         for sequence in self.state.sequences.overdue():
             self._settle(sequence, timed_out=True)
         self._answers.expire()
+        self.state.outbox += self.state.receipts.take()
         self._limited_logger.tick()
         if self.state.windows is not None:
             self.state.windows.tick()
@@ -162,10 +169,9 @@ class Collector:
             self._begin(spec_of_all)
         self.state.take_over_capturing(is_capturing)
         if worker_state is not None:
+            nothing_of_it = Rows.nothing(spec, worker.cause_before)
             for internal_id in worker_state.ended:
-                nothing = self.state.workers.end(
-                    worker, internal_id, Rows.nothing(spec, CAUSES["restart"])
-                )
+                nothing = self.state.workers.end(worker, internal_id, nothing_of_it)
                 if nothing is not None:
                     self._settle(self.state.sequences.end_unless_told(internal_id, nothing))
         self.state.outbox.append((peer, pack("capture", on=self.state.is_capturing)))
@@ -190,6 +196,7 @@ class Collector:
         worker = self.state.workers.get(peer)
         if worker is not None:
             for step in unpack_steps(values, frames, worker.spec):
+                self.state.stats.lag_s = self.state.workers.age_s(peer, step.time_s)
                 self._apply(worker, step)
 
     def _apply(self, worker: Reassembler, step: Step) -> None:
@@ -214,6 +221,7 @@ class Collector:
         shape = (len(PHASES), len(spec.layers), spec.num_experts)
         totals = np.frombuffer(frames[1], np.int64).reshape(shape)
         counts = WorkerCounts(selections=totals, rows=totals[:, 0].sum(-1) // spec.top_k, **values)
+        self.state.stats.lag_s = self.state.workers.age_s(peer, counts.time_s)
         place = spec.engine, spec.stage  # it may come again, on another connection
         # Its first message says where it stood: that was before this collector.
         before = self._counted.setdefault(place, counts)

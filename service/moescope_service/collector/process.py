@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -13,8 +14,11 @@ from types import FrameType
 
 import zmq
 
+from moescope_service.addresses import Address, node_address
 from moescope_service.collector.core import Collector
 from moescope_service.collector.log_file import check_log
+from moescope_service.collector.node_links import listening
+from moescope_service.errors import RefusedError
 from moescope_service.limited_logger import LimitedLogger
 from moescope_service.link import SOCKET_QUEUE
 from moescope_service.runtime import directory
@@ -29,7 +33,9 @@ _BETWEEN_PIECES_S = 0.005
 goes on: as long as a piece takes."""
 
 
-def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
+def run(
+    address: str, settings: Settings, parent: int, epoch: int, elsewhere: Address | None = None
+) -> None:
     """Serve until SIGTERM, or until the process that started this one is gone.
 
     In the second case it removes the deployment's directory, which nobody else is left to do.
@@ -45,15 +51,28 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
         settings: What is kept, and how much.
         parent: Id of the process that started this one.
         epoch: How many collectors the deployment had before this one.
+        elsewhere: Where to bind for other nodes; None: there are none.
+
+    Raises:
+        RefusedError: It cannot be bound.
     """
     told = _Signals()
     # A full collection looks at every trace that is kept, 0.5 s for 200,000, and finds nothing.
     gc.set_threshold(*gc.get_threshold()[:2], _NEVER)
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as socket,
+        contextlib.ExitStack() as stack,
+    ):
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, SOCKET_QUEUE)
         socket.setsockopt(zmq.SNDHWM, 0)
-        socket.bind(address)
+        try:
+            socket.bind(address)
+            take_refused = stack.enter_context(listening(context, socket, elsewhere))
+        except zmq.ZMQError as error:
+            where = f"{address} and {flag('bind')} {settings.bind}" if elsewhere else address
+            raise RefusedError(f"the collector cannot listen at {where}: {error}") from None
         collector = Collector(settings, epoch=epoch)
         limited_logger = LimitedLogger(logger)
         if settings.log is not None:
@@ -69,6 +88,7 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
             is_busy = _work(collector, limited_logger)
             if time.monotonic() >= next_tick_s:
                 _tick(collector, limited_logger)
+                collector.state.stats.links_refused += take_refused()
                 if told.take_reopens():
                     collector.reopen_log()
                 next_tick_s = time.monotonic() + _TICK_MS / 1000
@@ -165,4 +185,7 @@ def main() -> None:
             check_log(settings.log, settings.log_max_bytes)
     except OSError as error:
         sys.exit(f"moescope: {flag('log')}: cannot write {error.filename}: {error.strerror}")
-    run(sys.argv[1], settings, int(sys.argv[2]), epoch)
+    try:
+        run(sys.argv[1], settings, int(sys.argv[2]), epoch, node_address(settings))
+    except RefusedError as error:
+        sys.exit(f"moescope: {error}")

@@ -52,6 +52,7 @@ class Reassembler:
             is known, in no block: a later hit on one finds it missing.
         prefix_bytes: Memory for rows of blocks that leave the KV cache, and may be loaded again.
         first_weights_version: Number of the weights with which the worker's process started.
+        cause_before: Why rows of before ``worker_state`` are missing.
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class Reassembler:
         worker_state: WorkerState | None = None,
         prefix_bytes: int = 0,
         first_weights_version: int = 0,
+        cause_before: str = "restart",
     ) -> None:
         self.spec = spec
+        self.cause_before = CAUSES[cause_before]
+        """Why rows of before it introduced itself are missing, one of `CAUSES`' numbers."""
         self.first_weights_version = first_weights_version
         self.weights_version = first_weights_version
         """Number of the weights that the worker has now."""
@@ -79,7 +83,7 @@ class Reassembler:
             top_k=spec.top_k,
             id_dtype=spec.id_dtype,
             weights_dtype=spec.weights_dtype,
-            state=EMPTY if worker_state is None else CAUSES["restart"],
+            state=EMPTY if worker_state is None else self.cause_before,
         )
         # Tables by handle; they grow, since preempted sequences keep theirs.
         self._blocks = np.zeros((64, 16), np.int64)
@@ -132,6 +136,11 @@ class Reassembler:
         # A step that failed halfway is a gap.
         self._next = (step.number, step.part + 1) if step.has_more else (step.number + 1, 0)
         return ended, written
+
+    @property
+    def next_step(self) -> int:
+        """Number of the step that follows, or of the one that is not whole yet."""
+        return self._next[0]
 
     def describe(self, step: Step) -> list[tuple[str, int, int, int]]:
         """Return (internal id, first position, rows, prompt length) of a step's sequences."""
@@ -193,7 +202,7 @@ class Reassembler:
         # A preempted sequence may have routed more than its blocks still hold.
         self._widen_tables(-(-ongoing.num_rows // self.spec.block_size))
         self._num_rows[ongoing.admission.handle] = ongoing.num_rows
-        self._running[ongoing.admission.handle].cause_unheld = CAUSES["restart"]
+        self._running[ongoing.admission.handle].cause_unheld = self.cause_before
 
     def _double_handles(self) -> None:
         more = len(self._blocks)

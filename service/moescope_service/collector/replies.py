@@ -16,6 +16,7 @@ from moescope_service.collector.layer_rows import layer_rows
 from moescope_service.collector.sequences import Sequence
 from moescope_service.collector.state import CollectorState
 from moescope_service.collector.store import NUM_ADDED, Kept
+from moescope_service.nodes import alike
 from moescope_service.queries import (
     CaptureQuery,
     CaptureReply,
@@ -29,6 +30,8 @@ from moescope_service.queries import (
     LayerQuery,
     MetricsQuery,
     MetricsReply,
+    NodeQuery,
+    NodeReply,
     Query,
     RecentQuery,
     RecentReply,
@@ -150,6 +153,10 @@ def _collector_info(state: CollectorState) -> CollectorInfo:
     )
 
 
+def _node(state: CollectorState, query: NodeQuery) -> NodeReply:
+    return NodeReply(alike=alike(state.settings))
+
+
 def _metrics(state: CollectorState, query: MetricsQuery) -> MetricsReply:
     stats = state.stats
     reply = MetricsReply(
@@ -168,6 +175,7 @@ def _metrics(state: CollectorState, query: MetricsQuery) -> MetricsReply:
         running_bytes=state.sequences.size_bytes,
         prefix_bytes=state.workers.size_bytes,
         registrations_lost=stats.registrations_lost,
+        links_refused=stats.links_refused,
         errors=stats.errors,
         gaps=state.workers.num_gaps,
         unclaimed=state.sequences.num_unclaimed,
@@ -245,6 +253,7 @@ REPLIES: dict[type[Query[Any]], Callable[[CollectorState, Any], Reply]] = {
     ResetQuery: _reset,
     CaptureQuery: _capture,
     InfoQuery: _info,
+    NodeQuery: _node,
     MetricsQuery: _metrics,
 }
 """How each kind of query is answered that needs no wait and no pieces."""

@@ -180,6 +180,10 @@ class Sequence:
         )
 
 
+TOLD_AGAIN = frozenset({CAUSES["restart"], CAUSES["link_broken"]})
+"""Of ends that a worker tells once more when it comes again: some are told in vain."""
+
+
 class Sequences:
     """Every sequence that is registered and has no trace yet, by internal id.
 
@@ -306,7 +310,7 @@ class Sequences:
             if deadline_s > now:
                 break
             self._drop_unclaimed(internal_id)
-            self.num_unclaimed += rows.cause_beyond != CAUSES["restart"]  # some say so in vain
+            self.num_unclaimed += rows.cause_beyond not in TOLD_AGAIN
         overdue = []
         for waiting in self._deadlines.values():
             while waiting and waiting[0][0] <= now:

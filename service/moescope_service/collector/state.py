@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from moescope_service.collector.counters import ExpertCounters
+from moescope_service.collector.receipts import Receipts
 from moescope_service.collector.routes_log import RoutesLog
 from moescope_service.collector.sequences import Sequence, Sequences
 from moescope_service.collector.stats import Stats
@@ -48,6 +49,7 @@ class CollectorState:
         self.workers = Workers(clock, settings.prefix_bytes)
         self.servers: set[Peer] = set()
         """The API servers."""
+        self.receipts = Receipts()
         self.outbox: list[tuple[Peer, Frames]] = []
         """(peer, frames) to be sent."""
         # None: the collector before this one may have ordered a pause, which its workers know.

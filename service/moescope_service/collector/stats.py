@@ -68,6 +68,8 @@ class Stats:
         """Rows of finished traces that older weights computed than the trace's newest ones."""
         self.errors = 0
         """Messages, replies and traces that failed here and were left out."""
+        self.links_refused = 0
+        """Connections of other nodes that were refused: another key, or none."""
         self.registrations_lost = 0
         """Sequences whose API server gave up what it had to tell of them."""
         self.lag_s = 0.0
@@ -84,7 +86,6 @@ class Stats:
         rows = int(step.spans[:, 2].sum())
         self.steps += is_first and not step.part
         self.hook_s += step.hook_s
-        self.lag_s = max(0.0, time.time() - step.time_s)
         if step.lost is None:
             self.rows_captured += rows * is_first
         else:
@@ -94,7 +95,6 @@ class Stats:
         """Count what a worker that counts has counted anew; `is_first` as in `add_step`."""
         self.steps += new.steps * is_first
         self.hook_s += new.hook_s
-        self.lag_s = max(0.0, time.time() - new.time_s)
         self.rows_captured += int(new.rows.sum()) * is_first
         self.rows_lost.update(new.lost)
 

@@ -8,12 +8,14 @@ sequences of their own.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from moescope.trace import Source
 from moescope.version_runs import MIXED
+from moescope_service.collector.clocks import SenderClock
 from moescope_service.collector.reassembly import Reassembler
 from moescope_service.collector.rows import CAUSES, Rows
 from moescope_service.messages import CaptureSpec, WorkerState
@@ -124,6 +126,7 @@ class Workers:
         self._engines: dict[int, Engine] = {}
         self._by_peer: dict[Peer, Reassembler] = {}
         self._process: dict[Peer, Process] = {}
+        self._sender_clock: dict[Peer, SenderClock] = {}
         self._gaps_of_replaced = 0
 
     def __iter__(self) -> Iterator[Peer]:
@@ -132,6 +135,10 @@ class Workers:
     def get(self, peer: Peer) -> Reassembler | None:
         """Return what follows a worker; None where the peer never introduced itself."""
         return self._by_peer.get(peer)
+
+    def age_s(self, peer: Peer, sent_s: float) -> float:
+        """Return how many seconds ago a worker made a message; its clock may be another one."""
+        return self._sender_clock[peer].age_s(sent_s, time.time())
 
     @property
     def spec(self) -> CaptureSpec | None:
@@ -207,16 +214,19 @@ class Workers:
         """
         prefix_bytes = self._prefix_bytes // (spec.num_engines * spec.num_stages)
         first = self._first_weights_version(spec, process)
-        # Of what makes no sense: nothing.
-        worker = Reassembler(spec, worker_state, prefix_bytes, first)
         engine = self._engines.setdefault(spec.engine, Engine())
+        cause = "link_broken" if spec.stage in engine.stages else "restart"
+        # Of what makes no sense: nothing.
+        worker = Reassembler(spec, worker_state, prefix_bytes, first, cause)
         if spec.stage in engine.stages:  # it comes again, on another connection
             other, before = engine.stages[spec.stage]
-            self._gaps_of_replaced += before.gaps
-            del self._by_peer[other]
+            are_lost = worker_state is not None and worker_state.next_step != before.next_step
+            self._gaps_of_replaced += before.gaps + are_lost
+            del self._by_peer[other], self._sender_clock[other]
             self._process.pop(other, None)
         engine.stages[spec.stage] = peer, worker
         self._by_peer[peer] = worker
+        self._sender_clock[peer] = SenderClock(is_ours=process is None or process.is_here)
         if process is not None:
             self._process[peer] = process
         return worker
@@ -245,7 +255,7 @@ class Workers:
         ended = engine.ended.get(internal_id)
         if ended is None:
             ended = engine.ended[internal_id] = Ended({}, self._clock() + STAGE_TIMEOUT_S)
-        ended.parts[stage] = rows
+        ended.parts.setdefault(stage, rows)  # it may tell it again, on another connection
         if not engine.is_complete or len(ended.parts) < len(engine.routing_stages):
             return None
         del engine.ended[internal_id]

@@ -7,10 +7,13 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
+import secrets
 import time
 from typing import Any, TypeVar, cast
 
+from moescope_service.addresses import Address
 from moescope_service.errors import CollectorGoneError, RefusedError
+from moescope_service.frontend.journal import Journal
 from moescope_service.frontend.outbox import Outbox
 from moescope_service.link import Link
 from moescope_service.messages import CaptureSpec, Frames, RequestKey, pack, unpack
@@ -26,7 +29,7 @@ _CONSEQUENCE = (
     "started again, without the traces of requests that ended before"
 )
 
-_ENDED = f"the collector process has ended; {_CONSEQUENCE}"
+_ENDED = f"the collector process has ended, or the link to its node is broken; {_CONSEQUENCE}"
 _FULL = f"the collector process takes no queries, and too many wait already; {_CONSEQUENCE}"
 
 R = TypeVar("R", bound=Reply)
@@ -41,11 +44,12 @@ class CollectorClient:
         address: Where the collector is bound.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: Address | str) -> None:
         self._numbers = itertools.count()
         self._open: dict[int, _OpenQuery] = {}
         self._heard_s = -math.inf
-        self._outbox = Outbox()
+        may_break = isinstance(address, Address) and address.key is not None
+        self._outbox = Outbox(Journal(name=secrets.token_hex(8)) if may_break else None)
         self._link = Link(
             address,
             self._on_message,
@@ -193,6 +197,8 @@ class CollectorClient:
             query = self._open.get(values["number"])
             if query is not None and not query.future.done():
                 query.future.set_result(unpack_reply(query.reply, values, frames))
+        elif kind == "received":
+            self._outbox.received(values["count"])
         elif kind == "forget":
             self._outbox.forget(values["internal_ids"])
 

@@ -38,7 +38,9 @@ class _Message:
     internal_id: str = ""
     """Of ``register`` and ``finish``: the sequence."""
     is_held: bool = False
-    """Whether its request needs it, sent or not."""
+    """Whether its request needs it, told or not."""
+    is_told: bool = False
+    """Whether it was sent and, where there are receipts, arrived."""
 
     @property
     def size_bytes(self) -> int:
@@ -54,7 +56,7 @@ class _Told:
     running: set[str] = dataclasses.field(default_factory=set)
     """Sequences without a finish."""
     unfinished: set[str] = dataclasses.field(default_factory=set)
-    """Sequences whose finish was not sent."""
+    """Sequences whose finish was not told."""
 
     @property
     def registers(self) -> list[_Message]:
@@ -70,16 +72,21 @@ class Journal:
 
     Args:
         max_bytes: See `MAX_BYTES`.
+        name: Of a link that may break while the collector lives on. The collector tells under this
+            name what arrived, and what did not is told again. Empty: what is sent arrives.
     """
 
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, max_bytes: int = MAX_BYTES, name: str = "") -> None:
         self._max_bytes = max_bytes
+        self._name = name
         self.size_bytes = 0
         """Bytes of the messages that it has."""
         self._numbers = itertools.count()
         self._told: dict[RequestKey, _Told] = {}
         self._request: dict[str, RequestKey] = {}  # by sequence
         self._unsent: collections.OrderedDict[int, _Message] = collections.OrderedDict()
+        self._on_the_way: collections.deque[_Message] = collections.deque()  # without a receipt
+        self._num_received = 0  # since the connection began
         # Owners by the ids' hashes, the oldest first; and those that are yet to be told.
         self._lost: collections.OrderedDict[int, str | None] = collections.OrderedDict()
         self._untold: collections.OrderedDict[int, str | None] = collections.OrderedDict()
@@ -153,22 +160,26 @@ class Journal:
 
     def introduce(self) -> Frames:
         """Return the message that begins a connection; all that the journal has follows it."""
-        messages = dict(self._unsent)
+        messages = {one.number: one for one in (*self._on_the_way, *self._unsent.values())}
         for told in self._told.values():
             for own in told.messages.values():
                 messages.update((one.number, one) for one in own)
         self._unsent = collections.OrderedDict(sorted(messages.items()))
+        for message in messages.values():
+            message.is_told = False
+        self._on_the_way.clear()
+        self._num_received = 0
         self._untold = self._lost.copy()
-        return pack("server")
+        return pack("server", **({"name": self._name} if self._name else {}))
 
     def take(self) -> Frames | None:
         """Return the next message, which is sent now."""
         if self._unsent:
             _, message = self._unsent.popitem(last=False)
-            if not message.is_held:
-                self.size_bytes -= message.size_bytes
-            elif message.kind == "finish":
-                self._end(self._request[message.internal_id], message.internal_id)
+            if self._name:
+                self._on_the_way.append(message)
+            else:
+                self._note_told(message)
             return message.frames
         if not self.has_unsent:
             return None
@@ -177,6 +188,19 @@ class Journal:
         self._num_untold = 0
         return frames
 
+    def received(self, count: int) -> None:
+        """Take in how many messages of sequences have arrived since the connection began."""
+        while self._on_the_way and self._num_received < count:
+            self._num_received += 1
+            self._note_told(self._on_the_way.popleft())
+
+    def _note_told(self, message: _Message) -> None:
+        message.is_told = True
+        if not message.is_held:
+            self.size_bytes -= message.size_bytes
+        elif message.kind == "finish":
+            self._end(self._request[message.internal_id], message.internal_id)
+
     def _put(self, kind: str, frames: Frames, internal_id: str = "", *, is_held: bool) -> _Message:
         message = _Message(next(self._numbers), kind, frames, internal_id, is_held)
         self._unsent[message.number] = message
@@ -184,7 +208,7 @@ class Journal:
         return message
 
     def _end(self, request: RequestKey, internal_id: str) -> None:
-        """Take in that a sequence's finish is sent, and let go of a request that is over."""
+        """Take in that a sequence's finish is told, and let go of a request that is over."""
         told = self._told[request]
         told.unfinished.discard(internal_id)
         if not told.unfinished:
@@ -198,10 +222,10 @@ class Journal:
         return told
 
     def _release(self, messages: Iterable[_Message]) -> None:
-        """Keep messages no longer than until they are sent."""
+        """Keep messages no longer than until they are told."""
         for message in messages:
             message.is_held = False
-            if message.number not in self._unsent:
+            if message.is_told:
                 self.size_bytes -= message.size_bytes
 
     def _give_up(self, request: RequestKey) -> None:

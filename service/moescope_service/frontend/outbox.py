@@ -29,7 +29,7 @@ class Outbox:
 
     def __init__(self, journal: Journal | None = None) -> None:
         self._lock = threading.Lock()
-        self.journal = journal or Journal()
+        self.journal = Journal() if journal is None else journal
         self._urgent = _Queries(MAX_URGENT)
         self._others = _Queries(MAX_QUERIES)
 
@@ -55,6 +55,11 @@ class Outbox:
         """As of `Journal`."""
         with self._lock:
             self.journal.forget(internal_ids)
+
+    def received(self, count: int) -> None:
+        """As of `Journal`."""
+        with self._lock:
+            self.journal.received(count)
 
     def query(self, number: int, frames: Frames, *, is_urgent: bool = False) -> bool:
         """Take a query.

@@ -8,9 +8,10 @@ import os
 import shutil
 
 from moescope_service.errors import RefusedError
+from moescope_service.node_key import make_key
 from moescope_service.runtime import directory
 from moescope_service.runtime.supervisor import Supervisor
-from moescope_service.settings import RUNTIME_DIR
+from moescope_service.settings import RUNTIME_DIR, Settings
 
 logger = logging.getLogger("moescope")
 
@@ -63,6 +64,8 @@ def ensure_collector() -> None:
     A collector that ends before this process is started again: see `Supervisor`. Another
     deployment's directory, where that is inherited, is left to it.
 
+    Of an engine over several nodes it writes their key, where that is missing.
+
     Raises:
         RefusedError: It did not start.
     """
@@ -74,6 +77,9 @@ def ensure_collector() -> None:
             "%s names %s, which is another deployment's: this one has a directory of its own",
             RUNTIME_DIR, inherited,
         )  # fmt: skip
+    key_file = Settings.from_env().key_file
+    if key_file is not None:
+        make_key(key_file)
     directory.sweep()
     path = os.environ[RUNTIME_DIR] = directory.make()
     supervisor = Supervisor(directory.address_in(path))

@@ -202,9 +202,10 @@ FRONT_END = (
         "vllm.config:ParallelConfig",
         "prefill_context_parallel_size decode_context_parallel_size data_parallel_external_lb"
         " data_parallel_hybrid_lb data_parallel_size data_parallel_size_local data_parallel_rank"
-        " data_parallel_index nnodes enable_elastic_ep use_ubatching use_sequence_parallel_moe"
+        " data_parallel_index nnodes node_rank data_parallel_backend distributed_executor_backend"
+        " enable_elastic_ep use_ubatching use_sequence_parallel_moe"
         " tensor_parallel_size pipeline_parallel_size",
-        used_by="capture/refusals.py capture/ranks.py",
+        used_by="capture/refusals.py capture/ranks.py vllm_contract/nodes.py",
     ),
     _internal(
         "vllm.config:SchedulerConfig",
