@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results/"
-ALL_BYTES, RESULTS_BYTES, RESULT_BYTES, PICTURE_BYTES = 5_000_000, 500_000, 64 * 1024, 200_000
+ALL_BYTES, RESULTS_BYTES, RESULT_BYTES, PICTURE_BYTES = 6_000_000, 500_000, 64 * 1024, 200_000
 LEFT_OUT = ("service/moescope_service/bundled_model/checkpoint/",)
 
 
@@ -31,7 +31,7 @@ def is_counted(name: str) -> bool:
     return not name.startswith(LEFT_OUT) and not locked
 
 
-def test_all_files_but_the_model_and_locked_versions_are_five_megabytes(sizes) -> None:
+def test_all_files_but_the_model_and_locked_versions_are_six_megabytes(sizes) -> None:
     counted = {name: size for name, size in sizes.items() if is_counted(name)}
     largest = sorted(counted.items(), key=lambda item: -item[1])[:5]
     assert sum(counted.values()) <= ALL_BYTES, f"the largest are {largest}"
