@@ -13,6 +13,7 @@ from types import FrameType
 
 import zmq
 
+from moescope_service.collector.archive_queue import ArchiveQueue
 from moescope_service.collector.core import Collector
 from moescope_service.collector.log_file import check_log
 from moescope_service.limited_logger import LimitedLogger
@@ -54,7 +55,10 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
         socket.setsockopt(zmq.RCVHWM, SOCKET_QUEUE)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.bind(address)
-        collector = Collector(settings, epoch=epoch)
+        archive = (
+            None if settings.archive is None else ArchiveQueue(directory.archive_beside(address))
+        )
+        collector = Collector(settings, epoch=epoch, archive=archive)
         limited_logger = LimitedLogger(logger)
         if settings.log is not None:
             logger.info("the route log is %s; its process is %d", settings.log, os.getpid())

@@ -8,7 +8,7 @@ keys are hashed with (`salt`) and, where a worker refuses to capture, the reason
 from __future__ import annotations
 
 from moescope_service.runtime.deployment import Deployment, ensure_collector, release
-from moescope_service.runtime.directory import collector_address
+from moescope_service.runtime.directory import archive_address, collector_address
 from moescope_service.runtime.refusal import reported_reason, reported_refusal
 from moescope_service.runtime.salt import owner_salt
 from moescope_service.runtime.supervisor import Supervisor
@@ -16,6 +16,7 @@ from moescope_service.runtime.supervisor import Supervisor
 __all__ = [
     "Deployment",
     "Supervisor",
+    "archive_address",
     "collector_address",
     "ensure_collector",
     "owner_salt",

@@ -1,0 +1,9 @@
+"""Archives of traces: Parquet by hour, as ``moescope serve --routes-archive`` writes them.
+
+Needs the extra ``arrow``. DuckDB and polars scan the files directly; `Archive` reads traces.
+"""
+
+from moescope.archive.reading import Archive
+from moescope.archive.table import SCHEMA_VERSION, Archived
+
+__all__ = ["SCHEMA_VERSION", "Archive", "Archived"]
