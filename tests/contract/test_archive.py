@@ -14,12 +14,14 @@ import pytest
 
 from moescope import Client
 from moescope.archive import Archive
+from moescope.archive.store import Store
 from moescope.errors import MoescopeError, RequestNotFoundError
+from moescope_service.archive.process import locked
 from moescope_service.runtime import archive_address, collector_address
 from tests.waiting import DEADLINE_S, scrape, wait_until
 
 from .deployment import Deployment, start_collector
-from .test_log_faults import fill, small_disk  # noqa: F401 - a fixture
+from .disks import fill
 
 SOON = {"archive_interval": "0.05"}
 
@@ -211,13 +213,10 @@ def test_the_oldest_files_make_room(tmp_path):
     assert len(names) < 8
 
 
-def test_a_second_server_of_a_directory_is_refused(archiving, capfd):
-    command = [sys.executable, "-P", "-m", "moescope_service.archive", archive_address() + "2",
-               str(os.getpid()), "0"]  # fmt: skip
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.returncode == 1
-    assert "--routes-archive" in done.stderr
-    assert "another server writes it" in done.stderr
+def test_a_second_server_of_a_directory_is_refused(tmp_path):
+    store = Store(str(tmp_path / "archive"))
+    with locked(store), pytest.raises(OSError, match="another server writes it"), locked(store, 0):
+        pass
 
 
 def test_a_full_disk_costs_nothing_but_time(small_disk):

@@ -20,12 +20,13 @@ _PATH = re.compile(
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class Part:
-    """A file of an archive; the order is that of time, and within an hour that of numbers."""
+    """A file of an archive; the order is that in which one server's traces ended."""
 
     hour: int
     """Hours since 1970 in UTC."""
     collector: str
-    """The collector that made the traces, as hexadecimal digits."""
+    """The collector that made the traces, as hexadecimal digits: when it started, in milliseconds
+    since 1970 (12 digits), and 8 random ones."""
     first: int
     last: int
 

@@ -257,7 +257,8 @@ class Archive:
             is_failing=self._error is not None,
         )
         told, at_s = self._figures or (None, 0.0)
-        if figures == told or (told and now_s - at_s < _FIGURES_S):
+        is_news = told is None or told.is_failing != figures.is_failing
+        if not is_news and (figures == told or now_s - at_s < _FIGURES_S):
             return
         self._figures = figures, now_s
         message = pack("figures", figures=figures)

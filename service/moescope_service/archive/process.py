@@ -93,8 +93,12 @@ def _send(socket: zmq.Socket[bytes], archive: Archive, limited_logger: LimitedLo
 
 
 @contextmanager
-def locked(store: Store) -> Iterator[None]:
+def locked(store: Store, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
     """Hold a directory for this process alone; an object store cannot be held.
+
+    Args:
+        store: Where the files are.
+        wait_s: How long to wait for another process that holds it.
 
     Raises:
         OSError: It cannot be made or written, or another process holds it.
@@ -105,7 +109,7 @@ def locked(store: Store) -> Iterator[None]:
     store.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = os.open(store.path / "_lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        end_s = time.monotonic() + _LOCK_WAIT_S
+        end_s = time.monotonic() + wait_s
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

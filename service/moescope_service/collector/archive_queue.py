@@ -8,13 +8,13 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 from moescope_service.archive_messages import Handed, figures_of, pack_traces
 from moescope_service.causes import ARCHIVE_CAUSES
 from moescope_service.collector.store import OVERHEAD_BYTES, Kept
 from moescope_service.limited_logger import LimitedLogger
-from moescope_service.link import Link
 from moescope_service.messages import MESSAGE_BYTES, CaptureSpec, Frames, pack, unpack
 from moescope_service.queries import ArchiveFigures, ArchiveInfo
 
@@ -45,6 +45,16 @@ class _Item:
         return Handed(number=self.number, finished_s=self.finished_s, ids=ids, owner=owner)
 
 
+class Carrier(Protocol):
+    """What carries messages; `moescope_service.link.Link` is one."""
+
+    def wake(self) -> None:
+        """Ask for messages."""
+
+    def close(self, timeout_s: float = ...) -> None:
+        """Send what there is, for so long, and end."""
+
+
 class ArchiveQueue:
     """Holds traces until the archive's process has published them; its callers never wait.
 
@@ -53,19 +63,19 @@ class ArchiveQueue:
     Traces that find the queue full are left out and counted, by why it is full.
 
     Args:
-        address: Where the archive's process is bound.
+        carry: Makes what carries its messages, of which it is the source.
         max_waiting_bytes: Traces that may wait; one may always, however large it is.
         max_sent_bytes: Traces of these that may be handed over.
     """
 
     def __init__(
         self,
-        address: str,
+        carry: Callable[[ArchiveQueue], Carrier],
         *,
         max_waiting_bytes: int = MAX_WAITING_BYTES,
         max_sent_bytes: int = MAX_SENT_BYTES,
     ) -> None:
-        self._name = secrets.token_hex(8)
+        self._name = f"{int(time.time() * 1000):012x}{secrets.token_hex(4)}"
         self._max_waiting_bytes, self._max_sent_bytes = max_waiting_bytes, max_sent_bytes
         self._lock = threading.Lock()  # guards all that follows
         self._spec: CaptureSpec | None = None
@@ -78,14 +88,7 @@ class ArchiveQueue:
         self._dropped = dict.fromkeys(ARCHIVE_CAUSES, 0)
         self._figures: ArchiveFigures | None = None
         self._behind_logger = LimitedLogger(logger, _BEHIND_S)
-        self._link = Link(
-            address,
-            self._on_message,
-            name="moescope-archive-queue",
-            source=self,
-            introduce=self._introduce,
-            on_away=self._on_away,
-        )
+        self._carrier = carry(self)
 
     @property
     def info(self) -> ArchiveInfo:
@@ -113,7 +116,7 @@ class ArchiveQueue:
                 self._unsent.append(item)
                 self._waiting_bytes += item.size_bytes
         if cause is None:
-            self._link.wake()
+            self._carrier.wake()
         else:
             self._behind_logger.warning(
                 "traces are left out of the archive, and counted: %d MiB wait already (%s)",
@@ -126,7 +129,7 @@ class ArchiveQueue:
             return
         with self._lock:
             self._remove([one for one in self._items() if one.kept.uid in uids])
-        self._link.wake()
+        self._carrier.wake()
 
     def delete(self, request_id: str, owner: str | None) -> int:
         """Keep out of the archive what an id finds of the traces that wait.
@@ -144,14 +147,14 @@ class ArchiveQueue:
             ]
             own = [one for one in found if one.kept.request_id == request_id]
             self._remove(own or found)
-        self._link.wake()
+        self._carrier.wake()
         return len(own or found)
 
     def close(self) -> None:
         """Hand over what waits, for at most 10 s, and end the thread."""
         with self._lock:
             self._max_sent_bytes = self._max_waiting_bytes
-        self._link.close(_CLOSE_S)
+        self._carrier.close(_CLOSE_S)
         if self._unsent:
             logger.error("the archive lacks the last %d traces", len(self._unsent))
 
@@ -218,18 +221,21 @@ class ArchiveQueue:
         self._waiting_bytes -= sum(one.size_bytes for one in (*sent, *unsent))
         return len(sent) + len(unsent)
 
-    def _introduce(self) -> list[Frames]:
+    def introduce(self) -> list[Frames]:
+        """Begin a connection: what is not published is handed over, again where it was before."""
         with self._lock:
             self._unsent = collections.deque(self._items())
             self._sent.clear()
             self._sent_bytes = 0
         return [pack("archive", collector=self._name)]
 
-    def _on_away(self) -> None:
+    def on_away(self) -> None:
+        """Take in that the archive's process is gone."""
         with self._lock:
             self._figures = None
 
-    def _on_message(self, frames: Frames) -> None:
+    def on_message(self, frames: Frames) -> None:
+        """Take in what the archive's process tells."""
         kind, values = unpack(frames)
         with self._lock:
             if kind == "archived":

@@ -17,7 +17,7 @@ from moescope_service.collector.archive_queue import ArchiveQueue
 from moescope_service.collector.core import Collector
 from moescope_service.collector.log_file import check_log
 from moescope_service.limited_logger import LimitedLogger
-from moescope_service.link import SOCKET_QUEUE
+from moescope_service.link import SOCKET_QUEUE, Link
 from moescope_service.runtime import directory
 from moescope_service.settings import Settings, flag
 
@@ -55,9 +55,7 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
         socket.setsockopt(zmq.RCVHWM, SOCKET_QUEUE)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.bind(address)
-        archive = (
-            None if settings.archive is None else ArchiveQueue(directory.archive_beside(address))
-        )
+        archive = None if settings.archive is None else _archive_queue(address)
         collector = Collector(settings, epoch=epoch, archive=archive)
         limited_logger = LimitedLogger(logger)
         if settings.log is not None:
@@ -82,6 +80,22 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
         collector.close()
     if not told.stops:
         directory.remove(Path(address.removeprefix("ipc://")).parent)
+
+
+def _archive_queue(address: str) -> ArchiveQueue:
+    """Return the way to the archive's process of the collector at an address."""
+
+    def carry(queue: ArchiveQueue) -> Link:
+        return Link(
+            directory.archive_beside(address),
+            queue.on_message,
+            name="moescope-archive-queue",
+            source=queue,
+            introduce=queue.introduce,
+            on_away=queue.on_away,
+        )
+
+    return ArchiveQueue(carry)
 
 
 class _Signals:
