@@ -1,4 +1,4 @@
-"""Which inputs there are: run directories, route logs, ``.npz`` and Parquet, with labels."""
+"""Which inputs there are: run directories, archives, logs, ``.npz`` and Parquet, with labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moescope.received import MALFORMED, shown
 from moescope.run_dir import RunDir
 
 _SUFFIXES = (".npz", ".parquet", ".jsonl")
-_EXPECTED = "a run directory, a route log (.jsonl), .npz or .parquet"
+_EXPECTED = "a run directory, an archive, a route log (.jsonl), .npz or .parquet"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,7 @@ def _inputs(path: Path, label: str) -> list[Input]:
     if run_dir.routes.exists():
         return [Input(path=run_dir.routes, label=label, run_dir=run_dir)]
     files = [one for one in sorted(path.iterdir()) if one.suffix in {".npz", ".parquet"}]
+    files = files or sorted(path.rglob("part-*.parquet"))  # of an archive
     if not files:
         raise CommandError(
             f"{path} holds no {run_dir.routes.name}, .npz or .parquet: `moescope replay` writes one"

@@ -1,4 +1,4 @@
-"""Reads a Parquet file of traces some rows at a time; needs the extra ``arrow``."""
+"""Reads a Parquet file of traces, or of an archive, some rows at a time; needs pyarrow."""
 
 from __future__ import annotations
 
@@ -30,13 +30,7 @@ def read(path: Path, label: str) -> Iterator[Batch]:
     """
     with _open(path) as file:
         shared = parse_json((file.schema_arrow.metadata or {})[b"moescope"])
-        sequences = Sequences(shared["traces"], label)
-        model = Model(
-            layers=tuple(shared["layers"]),
-            num_experts=sequences.num_experts,
-            top_k=shared["top_k"],
-            name=sequences.name,
-        )
+        model = _model(shared, label)
         columns = [*_COLUMNS, *(["topk_weights"] if shared["weights_dtype"] else [])]
         num_done = 0
         for table in file.iter_batches(model.batch_rows, columns=columns):
@@ -56,6 +50,9 @@ def texts(path: Path) -> Iterator[tuple[Key, Text]]:
     """
     with _open(path) as file:
         shared = parse_json((file.schema_arrow.metadata or {})[b"moescope"])
+        if "archive" in shared:
+            yield from _archived_texts(file)
+            return
         tokens = file.read(columns=["token_id"])["token_id"].fill_null(NO_TOKEN).to_numpy()
     first = 0
     for meta in shared["traces"]:
@@ -72,6 +69,32 @@ def texts(path: Path) -> Iterator[tuple[Key, Text]]:
         first = last
     if first != len(tokens):
         raise ValueError(f"it has {len(tokens):,} tokens, and its traces {first:,}")
+
+
+def _model(shared: dict[str, Any], label: str) -> Model:
+    """Return what a file is of, by its metadata; a file of an archive has one model."""
+    of = Sequences([] if "archive" in shared else shared["traces"], label)
+    return Model(
+        layers=tuple(shared["layers"]),
+        num_experts=int(shared["num_experts"]) if "archive" in shared else of.num_experts,
+        top_k=shared["top_k"],
+        name=str(shared["spec"]["model"]) if "archive" in shared else of.name,
+    )
+
+
+def _archived_texts(file: Any) -> Iterator[tuple[Key, Text]]:  # noqa: ANN401
+    """Read the tokens of the sequences of a file of an archive."""
+    table = file.read(columns=["number", "request_id", "index", "prompt_len", "token_id"])
+    bounds = np.flatnonzero(np.diff(table["number"].to_numpy(), prepend=-1))
+    heads = table.select(["request_id", "index", "prompt_len"]).take(bounds).to_pylist()
+    tokens = table["token_id"]
+    for head, first, last in zip(heads, bounds, [*bounds[1:], len(table)], strict=True):
+        own = tokens.slice(first, last - first)
+        text = Text(
+            prompt_len=head["prompt_len"],
+            token_ids=None if own.null_count else own.to_numpy(),
+        )
+        yield (head["request_id"], head["index"]), text
 
 
 def _open(path: Path) -> Any:  # noqa: ANN401
