@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from benchmarks.simulation.parts import make_spec
+from moescope.analyze import inputs
 from moescope.archive import Archive as Reading
+from moescope.archive import reading, table
 from moescope.archive.store import Store
+from moescope.arrow import dump_parquet
+from moescope.errors import FormatError
 from moescope.trace import RouteTrace
-from moescope_service.archive import core
+from moescope_service.archive import core, files
 from moescope_service.archive_messages import Handed, pack_traces
 from moescope_service.messages import pack, unpack
 from moescope_service.queries import DeleteQuery, RoutesQuery, Wanted, pack_query, unpack_reply
@@ -261,3 +265,62 @@ def test_a_broken_file_is_left_alone(bench):
     assert bench.routes("a")[0].status == "unknown"
     assert bench.routes("b")[0].status == "finished"
     assert broken.exists()
+
+
+def test_an_archive_is_scanned_by_time_model_and_adapter(bench):
+    bench.publish(make_trace("a"), make_trace("b", lora="math"))
+    bench.now_s += 3600
+    bench.publish(make_trace("c", lora="code"), make_trace("d"))
+
+    def names(**chosen):
+        return [one.trace.request_id for one in Reading(bench.folder).scan(**chosen)]
+
+    assert names() == ["a", "b", "c", "d"]
+    assert names(until_s=START_S + 3600) == ["a", "b"]
+    assert names(since_s=START_S + 1) == ["c", "d"]
+    assert names(lora="math") == ["b"]
+    assert names(lora="", since_s=START_S) == ["a", "d"]
+    assert names(model="other") == []
+    assert len(Reading(bench.folder).parts(since_s=START_S + 3600)) == 1
+
+
+def test_traces_that_span_row_groups_are_whole(bench, monkeypatch):
+    monkeypatch.setattr(files, "batch_rows", lambda shared: 7)
+    monkeypatch.setattr(reading, "batch_rows", lambda shared: 5)
+    traces = [make_trace(str(count), num_tokens=count) for count in (3, 20, 1, 11)]
+    traces[2] = make_trace("1", num_tokens=1, weights_versions=np.empty((0, 2), np.int64))
+    bench.publish(*traces)
+    back = [one.trace for one in Reading(bench.folder).scan()]
+    assert [same(*pair) for pair in zip(back, traces, strict=True)] == [True] * 4
+    for trace in traces:
+        assert same(bench.routes(trace.request_id)[1][0], trace)
+
+
+def test_a_later_schema_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(table, "SCHEMA_VERSION", 2)
+    bench.publish(make_trace("a"))
+    monkeypatch.undo()
+    with pytest.raises(FormatError, match="schema version 2"):
+        list(Reading(bench.folder).scan())
+
+
+def test_analyze_reads_an_archive_as_it_reads_a_file(bench, tmp_path):
+    traces = [make_trace("a", num_tokens=30), make_trace("b", num_tokens=20, index=1)]
+    bench.publish(traces[0])
+    bench.publish(traces[1])
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "all.parquet").write_bytes(dump_parquet(traces))
+    read = []
+    for folder in (bench.folder, tmp_path / "plain"):
+        found = inputs.find([str(folder)])
+        batches = [batch for one in found for batch in inputs.read(one)]
+        read.append(
+            (
+                batches[0].model,
+                np.concatenate([batch.rows.topk_ids for batch in batches]).tolist(),
+                [key for batch in batches for key in batch.keys],
+                [(key, text.prompt_len, [*text.token_ids])
+                 for one in found for key, text in inputs.texts(one)],
+            )
+        )  # fmt: skip
+    assert read[0] == read[1]
