@@ -17,9 +17,16 @@ from moescope.arrow import dump_parquet
 from moescope.errors import FormatError
 from moescope.trace import RouteTrace
 from moescope_service.archive import core, files
-from moescope_service.archive_messages import Handed, pack_traces
+from moescope_service.archive_messages import Handed, figures_of, pack_traces
 from moescope_service.messages import pack, unpack
-from moescope_service.queries import DeleteQuery, RoutesQuery, Wanted, pack_query, unpack_reply
+from moescope_service.queries import (
+    ArchiveFigures,
+    DeleteQuery,
+    RoutesQuery,
+    Wanted,
+    pack_query,
+    unpack_reply,
+)
 from moescope_service.settings import Settings
 
 COLLECTOR, API = b"collector", b"api"
@@ -47,8 +54,9 @@ def make_trace(request_id: str, *, index: int = 0, num_tokens: int = 6, **change
 class Bench:
     """An archive and a collector that hands traces over, message by message."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.folder, self.now_s = folder, START_S
+    def __init__(self, folder: Path | str, **settings: Any) -> None:
+        self.folder: Any = folder
+        self.now_s = START_S
         self.settings = Settings(archive=str(folder), archive_interval_s=10.0, **settings)
         self.number, self._query = 0, 0
         self.begin()
@@ -82,6 +90,11 @@ class Bench:
         """Return up to which number traces are published, as the collector was told."""
         told = [unpack(frames) for peer, frames in self.archive.outbox if peer == COLLECTOR]
         return max((values["last"] for kind, values in told if kind == "archived"), default=0)
+
+    def figures(self) -> list[ArchiveFigures]:
+        """Return what the collector was told of the files."""
+        told = [unpack(frames) for peer, frames in self.archive.outbox if peer == COLLECTOR]
+        return [figures_of(values) for kind, values in told if kind == "figures"]
 
     def ask(self, query: Any) -> Any:
         self._query += 1

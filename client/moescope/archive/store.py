@@ -40,7 +40,7 @@ class Store:
 
     Args:
         location: A directory, or ``s3://bucket/prefix``. Credentials, region and endpoint of S3
-            come from the environment and AWS' own files, as `pyarrow.fs.S3FileSystem` takes them.
+            come from the environment and AWS' own files.
 
     Raises:
         CommandError: The location is none.
@@ -54,7 +54,7 @@ class Store:
             self._root = str(Path(location).expanduser().absolute())
             return
         self._root = location.removeprefix(S3).strip("/")
-        self._files = fs.S3FileSystem(connect_timeout=5, request_timeout=20)
+        self._files = _s3()
 
     @property
     def path(self) -> Path:
@@ -136,6 +136,14 @@ class Store:
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def _s3() -> fs.FileSystem:
+    """Return S3 as the environment describes it; pyarrow reads all of that but the endpoint."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    scheme, separator, host = endpoint.partition("://")
+    options = {"scheme": scheme, "endpoint_override": host.rstrip("/")} if separator else {}
+    return fs.S3FileSystem(connect_timeout=5, request_timeout=20, **options)
 
 
 def _write(path: Path, data: Any) -> None:  # noqa: ANN401

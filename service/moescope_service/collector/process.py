@@ -55,7 +55,7 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
         socket.setsockopt(zmq.RCVHWM, SOCKET_QUEUE)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.bind(address)
-        archive = None if settings.archive is None else _archive_queue(address)
+        archive = None if settings.archive is None else archive_queue(address)
         collector = Collector(settings, epoch=epoch, archive=archive)
         limited_logger = LimitedLogger(logger)
         if settings.log is not None:
@@ -82,7 +82,7 @@ def run(address: str, settings: Settings, parent: int, epoch: int) -> None:
         directory.remove(Path(address.removeprefix("ipc://")).parent)
 
 
-def _archive_queue(address: str) -> ArchiveQueue:
+def archive_queue(address: str) -> ArchiveQueue:
     """Return the way to the archive's process of the collector at an address."""
 
     def carry(queue: ArchiveQueue) -> Link:
