@@ -74,10 +74,15 @@ class Archiving(Deployment):
         ended = self.frontend.serve(name, **options)
         self.engine.step(finished=ended)
 
-    def metric(self, name: str, labels: str = "") -> float:
-        start = f'moescope_archive_{name}{{model_name="tiny"{labels}}} '
-        (line,) = [one for one in scrape(self.url).splitlines() if one.startswith(start)]
-        return float(line.removeprefix(start))
+    def metric(self, name: str) -> float:
+        """Return a metric of the archive, summed over its labels."""
+        start = f"moescope_archive_{name}{{"
+
+        def told() -> list[str]:
+            return [one for one in scrape(self.url).splitlines() if one.startswith(start)]
+
+        lines = wait_until(told, "workers have told a new collector what they capture")
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def wait_archived(self, count: int) -> None:
         wait_until(
