@@ -251,6 +251,16 @@ def test_the_collector_s_word_deletes_what_is_published(bench):
         assert bench.routes(name)[0].status == status
 
 
+def test_the_collector_s_word_holds_though_the_files_are_not_read_yet(bench):
+    bench.publish(*map(make_trace, "ab"))
+    archive = core.Archive(Store(str(bench.folder)), bench.settings, lambda: bench.now_s)
+    archive.handle(COLLECTOR, pack("archive", collector=NAME))
+    archive.handle(COLLECTOR, pack("forget", numbers=[1]))
+    bench.archive = archive
+    bench.pass_s(0)
+    assert [bench.routes(name)[0].status for name in "ab"] == ["unknown", "finished"]
+
+
 def test_traces_leave_at_their_age(tmp_path):
     bench = Bench(tmp_path / "archive", archive_ttl_s=100.0)
     bench.publish(make_trace("a"))

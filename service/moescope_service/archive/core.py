@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -63,6 +64,7 @@ class Archive:
         self._collectors: dict[bytes, str] = {}  # by the connection
         self._received: dict[str, int] = {}  # the last number, by collector
         self._told: dict[str, int] = {}  # the last number that is published or given up
+        self._forgotten: dict[str, set[int]] = {}  # numbers that are yet to be deleted
         self._queries: list[tuple[bytes, int, Query[Any]]] = []
         self._error: OSError | None = None
         self._retry_at_s, self._pause_s = 0.0, _FIRST_PAUSE_S
@@ -134,6 +136,7 @@ class Archive:
         if self._pending_bytes >= FILE_BYTES or now_s - oldest_s >= self._interval_s:
             self._publish()
         self._files.read_next(now_s)
+        self._delete_forgotten()
         self._files.tidy(now_s)
 
     def _on_collector(self, peer: bytes, collector: str) -> None:
@@ -192,14 +195,18 @@ class Archive:
         self._pending_bytes = sum(one.size_bytes for one in self._pending)
 
     def _forget(self, collector: str, numbers: set[int]) -> None:
-        self._drop(
-            [
-                one
-                for one in self._pending
-                if one.collector == collector and one.entry.number in numbers
-            ]
-        )
-        self._files.delete_numbers(collector, numbers, self._clock())
+        """Take in that the collector deleted traces, which may be in a file that is not read yet."""
+        gone = [one for one in self._pending if one.collector == collector]
+        self._drop([one for one in gone if one.entry.number in numbers])
+        self._forgotten.setdefault(collector, set()).update(numbers)
+        with contextlib.suppress(OSError):  # it is tried again
+            self._delete_forgotten()
+
+    def _delete_forgotten(self) -> None:
+        while self._forgotten and self._files.are_read:
+            collector, numbers = next(iter(self._forgotten.items()))
+            self._files.delete_numbers(collector, numbers, self._clock())
+            del self._forgotten[collector]
 
     def _ask(self, peer: bytes, number: int, query: Query[Any]) -> None:
         if self._files.are_read:
