@@ -17,6 +17,7 @@ from moescope.archive import Archive
 from moescope.archive.store import Store
 from moescope.errors import MoescopeError, RequestNotFoundError
 from moescope_service.archive.process import locked
+from moescope_service.metric_names import METRICS
 from moescope_service.runtime import archive_address, collector_address
 from tests.waiting import DEADLINE_S, scrape, wait_until
 
@@ -91,6 +92,13 @@ class Archiving(Deployment):
         )
 
 
+OURS = [
+    spec.sample_name.removeprefix("moescope_archive_")
+    for spec in METRICS.values()
+    if spec.name.startswith("moescope_archive_")
+]
+
+
 def in_files(folder: Path) -> list[str]:
     return [one.trace.request_id for one in Archive(folder).scan()]
 
@@ -116,6 +124,12 @@ def test_what_the_store_does_not_keep_is_found_in_the_archive(archiving):
         with pytest.raises(RequestNotFoundError):
             client.routes("c")
     assert in_files(archiving.folder) == ["a", "b", "b"]
+    shown = {name: archiving.metric(name) for name in OURS}
+    assert shown.pop("bytes") > 0
+    assert shown == {
+        "traces_total": 3, "traces_dropped_total": 0, "traces_waiting": 0, "up": 1,
+        "files": len(Archive(archiving.folder).parts()),
+    }  # fmt: skip
 
 
 def test_an_archive_process_that_is_killed_loses_nothing(archiving):

@@ -195,7 +195,7 @@ class Archive:
         self._pending_bytes = sum(one.size_bytes for one in self._pending)
 
     def _forget(self, collector: str, numbers: set[int]) -> None:
-        """Take in that the collector deleted traces, which may be in a file that is not read yet."""
+        """Take in that the collector deleted traces; they may be in a file not read yet."""
         gone = [one for one in self._pending if one.collector == collector]
         self._drop([one for one in gone if one.entry.number in numbers])
         self._forgotten.setdefault(collector, set()).update(numbers)
