@@ -17,8 +17,11 @@ from moescope.archive import Archive
 from moescope.archive.store import Store
 from moescope.errors import MoescopeError, RequestNotFoundError
 from moescope_service.archive.process import locked
+from moescope_service.errors import RefusedError
+from moescope_service.imports import check_archive
 from moescope_service.metric_names import METRICS
 from moescope_service.runtime import archive_address, collector_address
+from moescope_service.settings import Settings
 from tests.waiting import DEADLINE_S, scrape, wait_until
 
 from .deployment import Deployment, start_collector, stop_collector
@@ -249,3 +252,26 @@ def test_a_full_disk_costs_nothing_but_time(small_disk):
         assert archiving.metric("up") == 1
     assert in_files(folder) == ["a", "b"]
     assert not list(folder.rglob("*.new"))
+
+
+def test_a_server_without_pyarrow_or_with_another_place_is_refused():
+    code = """
+import sys
+sys.modules["pyarrow"] = None
+from moescope_service.errors import RefusedError
+from moescope_service.imports import check_archive
+try:
+    check_archive("/data")
+except RefusedError as error:
+    print(error)
+"""
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.stdout == (
+        "--routes-archive: archives need pyarrow, moescope's extra `arrow`: pip install pyarrow\n"
+    )
+    with pytest.raises(RefusedError, match="--routes-archive: invalid archive 'gs://bucket'"):
+        check_archive("gs://bucket")
+    counts = {"MOESCOPE_ROUTES_MODE": "counts", "MOESCOPE_ROUTES_ARCHIVE": "/data"}
+    with pytest.raises(ValueError, match="there are no routes to archive"):
+        Settings.from_env(counts)

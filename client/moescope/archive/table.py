@@ -31,18 +31,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import orjson
+import pyarrow as pa
 
 from moescope import arrow
 from moescope.errors import FormatError
 from moescope.received import MALFORMED, parse_json, shown
 from moescope.trace import RouteTrace
-
-try:
-    import pyarrow as pa
-except ImportError as error:
-    raise ImportError(
-        "archives need pyarrow, moescope's extra `arrow`: pip install pyarrow"
-    ) from error
 
 SCHEMA_VERSION = 1
 """Grows with each change that a reader has to know of."""
