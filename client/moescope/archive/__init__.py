@@ -4,7 +4,7 @@ Needs the extra ``arrow``. DuckDB and polars scan the files directly; `Archive` 
 """
 
 try:
-    import pyarrow  # noqa: F401
+    import pyarrow as pa  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "archives need pyarrow, moescope's extra `arrow`: pip install pyarrow"
