@@ -155,6 +155,23 @@ def _completeness() -> Iterator[Any]:
               "registrations lost"), span=8,
     )  # fmt: skip
     yield lines(
+        "Archive", "Traces that come into files of the archive, and those that it lacks, by cause "
+        "(--routes-archive).", Axis("count:traces/s"),
+        query(f"sum(rate(moescope_archive_traces_total{{{OURS}}}[$__rate_interval]))", "archived"),
+        query(f"sum by (cause) (rate(moescope_archive_traces_dropped_total{{{OURS}}}"
+              "[$__rate_interval]))", "{{cause}}"), span=8,
+    )  # fmt: skip
+    yield lines(
+        "Waiting for the archive", "Traces that are in no file of the archive yet, and its files.",
+        Axis("count:traces or files"),
+        query(f"sum(moescope_archive_traces_waiting{{{OURS}}})", "traces waiting"),
+        query(f"sum(moescope_archive_files{{{OURS}}})", "files"), span=8,
+    )  # fmt: skip
+    yield lines(
+        "Size of the archive", "Bytes of its files.", Axis("bytes"),
+        query(f"sum(moescope_archive_bytes{{{OURS}}})", "files"), span=8,
+    )  # fmt: skip
+    yield lines(
         "Gaps, restarts and errors", "Times that steps were lost altogether, that the collector "
         "was started again, that it left out what failed there, and that it refused another node, "
         "within an interval of the graph.", Axis("count:times"),

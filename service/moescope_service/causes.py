@@ -20,3 +20,7 @@ with steps that were lost altogether), one of `LOST_CAUSES`, its block went to a
 sequence was aborted before the token was routed, its worker never reported the sequence's end, it
 was routed before this collector was started in the place of another, or before its worker came
 again, whose link to the collector was broken."""
+
+ARCHIVE_CAUSES = ("away", "failing", "behind", "unwritable")
+"""Why the archive lacks a trace: the queue was full since no process of the archive ran, since it
+could not write its files, or since it wrote too slowly; or the trace itself cannot be written."""

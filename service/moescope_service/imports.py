@@ -11,13 +11,16 @@ import importlib.metadata
 import pkgutil
 
 import moescope_service
+from moescope.errors import CommandError
 from moescope.service import INSTALL
 from moescope_service.errors import RefusedError
+from moescope_service.settings import flag
 
 _ENDPOINTS = "moescope_service.api"
 _CUDA = "moescope_service.capture.cuda"
 """Needs Triton, which machines without an NVIDIA GPU may lack."""
 _NOT_NEEDED = (
+    "moescope_service.archive.",  # needs pyarrow: see `check_archive`
     "moescope_service.bundled_model.",  # makes the model; it is there
     "moescope_service.collector.__main__",  # runs the collector when it is imported
     "moescope_service.verify",  # a command of its own
@@ -50,6 +53,27 @@ def check_imports(*, with_endpoints: bool, with_cuda: bool = False) -> None:
             "vLLM does not find moescope's endpoints: its entry points are not installed, or those "
             f"of an older version are; {INSTALL}"
         )
+
+
+def check_archive(location: str | None) -> None:
+    """Check that there is what an archive needs, where there is to be one.
+
+    Args:
+        location: Where it is; None: there is none.
+
+    Raises:
+        RefusedError: pyarrow is not installed, or the location is none.
+    """
+    if location is None:
+        return
+    try:
+        from moescope.archive.store import check_location
+    except ImportError as error:
+        raise RefusedError(f"{flag('archive')}: {error}") from error
+    try:
+        check_location(location)
+    except CommandError as error:
+        raise RefusedError(f"{flag('archive')}: {error}") from error
 
 
 def _import(name: str) -> None:

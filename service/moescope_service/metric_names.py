@@ -145,6 +145,12 @@ _TRACES = (
     _gauge("traces_kept", "Traces in the store."),
     _counter("traces_evicted", "Traces that made room for newer ones."),
     _counter("log_traces_dropped", "Traces that the route log lacks, in whole or in part."),
+    _counter("archive_traces", "Traces in published files of the archive."),
+    _counter("archive_traces_dropped", "Traces that the archive lacks, by cause.", "cause"),
+    _gauge("archive_traces_waiting", "Traces that are not in a file of the archive yet."),
+    _gauge("archive_up", "Whether the archive's process runs and its store takes files."),
+    _gauge("archive_files", "Files of the archive."),
+    _gauge("archive_bytes", "Size of these, in bytes."),
     _counter("sequences_unclaimed", "Ended sequences that no API server asked for."),
     _counter(
         "registrations_lost",

@@ -129,6 +129,18 @@ def parse_window(text: str) -> float:
     return seconds
 
 
+def parse_age(text: str) -> float:
+    """Return the seconds of an age, at least a minute.
+
+    Raises:
+        ValueError: The text is no such number.
+    """
+    seconds = _number(text)
+    if not 60.0 <= seconds < float("inf"):
+        raise ValueError("expected seconds, at least 60, such as 2592000 for 30 days")
+    return seconds
+
+
 def parse_share(text: str) -> float:
     """Return a share, from 0 to 1.
 

@@ -165,6 +165,8 @@ class DeleteReply(Reply):
     """How many sequences were deleted."""
 
     deleted: int
+    is_own: bool = False
+    """Whether the id was that of their response."""
     others: int = 0
     """How many the id finds that another owner made: they stay."""
 
@@ -177,6 +179,8 @@ class DeleteQuery(Query[DeleteReply]):
     request_id: str
     owner: str | None = None
     """Only what this owner's key made is deleted; as of `RoutesQuery`."""
+    own_only: bool = False
+    """Whether nothing is deleted but what has the response of that id."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,6 +384,30 @@ class StepMetrics:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveFigures:
+    """What the archive's process says of its files."""
+
+    files: int = 0
+    bytes: int = 0
+    is_failing: bool = False
+    """Whether it cannot write."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveInfo:
+    """What became of the traces that the collector had for the archive."""
+
+    archived: int
+    """Traces in published files."""
+    waiting: int
+    """Traces that are not published yet."""
+    dropped: dict[str, int]
+    """Traces that were left out, by cause."""
+    figures: ArchiveFigures | None
+    """None while no process of the archive is there."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsReply(Reply):
     """All counters; see `moescope_service.collector.stats.Stats` for those of that name.
 
@@ -417,6 +445,8 @@ class MetricsReply(Reply):
     """Rows since the start, by phase."""
     window_rows: list[int] = dataclasses.field(default_factory=list)
     """Rows in the window, by phase."""
+    archive: ArchiveInfo | None = None
+    """None where there is none."""
     read: list[StepMetrics] = dataclasses.field(default_factory=list)
     """Of each engine that has run steps; none where experts are only counted."""
 

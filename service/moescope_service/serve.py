@@ -19,7 +19,7 @@ from moescope import servers
 from moescope_service import bundled_model, plugin, runtime, settings
 from moescope_service.collector.log_file import check_log
 from moescope_service.errors import RefusedError
-from moescope_service.imports import check_imports
+from moescope_service.imports import check_archive, check_imports
 from moescope_service.vllm_contract.guard import check_vllm
 from moescope_service.vllm_contract.nodes import copy_to_ray
 
@@ -108,6 +108,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check_private(args, exported)
     _check_front_end(args, exported)
     _check_log(exported)
+    check_archive(exported.archive)
     _choose_model(args, argv)
     return args
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from moescope_service.parsers import (
     HostPort,
+    parse_age,
     parse_choice,
     parse_host_port,
     parse_hosts,
@@ -140,6 +141,34 @@ class Settings:
         "Size at which the log is renamed to PATH.1, PATH.1 to PATH.2 and so on to PATH.9, and "
         "begun anew.",
     )
+    archive: str | None = _setting(
+        "archive",
+        "",
+        str,
+        "DIR|s3://BUCKET/PREFIX",
+        "Also keep finished traces there as Parquet, by hour; needs pyarrow.",
+    )
+    archive_interval_s: float = _setting(
+        "archive_interval",
+        "300",
+        parse_window,
+        "SECONDS",
+        "Longest time until a finished trace is in a file of the archive, up to 3600.",
+    )
+    archive_ttl_s: float | None = _setting(
+        "archive_ttl",
+        "",
+        parse_age,
+        "SECONDS",
+        "Age at which traces leave the archive.",
+    )
+    archive_max_bytes: int | None = _setting(
+        "archive_max_bytes",
+        "",
+        parse_size,
+        "SIZE",
+        "Size of the archive's files beyond which the oldest ones are removed.",
+    )
     metrics_window_s: float = _setting(
         "metrics_window",
         "60",
@@ -242,6 +271,11 @@ class Settings:
             raise ValueError(
                 f"{variable('bind')} ({flag('bind')}) and {variable('key_file')} "
                 f"({flag('key_file')}) go together: give both on every node, or neither"
+            )
+        if values.get("mode") == "counts" and values.get("archive"):
+            raise ValueError(
+                f"{variable('mode')} is counts: there are no routes to archive; leave "
+                f"{variable('archive')} out"
             )
         return cls(**values)
 

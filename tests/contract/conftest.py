@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ with warnings.catch_warnings():  # torch's and vLLM's own, at their import
     from moescope_service.vllm_contract.compat import keep_warnings
 
     from .deployment import Deployment
+    from .disks import mounted
 
 keep_warnings()  # as the plugin does
 server_args()  # vLLM's command line changes handlers of the root logger: here pytest has none yet
@@ -42,3 +44,10 @@ def client(deployment: Deployment) -> Iterator[Client]:
 
     with Client(deployment.url) as client:
         yield client
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    with mounted(tmp_path / "disk"):
+        yield tmp_path / "disk"

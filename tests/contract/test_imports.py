@@ -42,7 +42,7 @@ cases = json.loads(sys.argv[1])
 with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
     print(json.dumps(pool.map(check, cases, chunksize=1)))
 """
-NEEDED_ELSEWHERE = ("bundled_model", "verify")
+NEEDED_ELSEWHERE = ("archive", "bundled_model", "verify")
 
 
 def needed() -> dict[str, set[Path]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from moescope_service.queries import InfoQuery, InfoReply, pack_query, unpack_re
 from tests.waiting import DEADLINE_S, scrape, wait_until
 
 from .deployment import Deployment, start_collector, stop_collector
+from .disks import fill
 from .fake_engine import SPEC
 
 
@@ -28,30 +27,6 @@ def records(path: Path) -> list[dict[str, object]]:
 
 def request_ids(path: Path) -> list[object]:
     return list(dict.fromkeys(r["req_id"] for r in records(path) if r["type"] == "route"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "moescope-test", str(path)]
-    try:
-        mounted = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
-    except FileNotFoundError:
-        pytest.skip("there is no mount")
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", str(path)], check=True, timeout=30)
-
-
-def fill(disk: Path) -> Path:
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1024))
-    return filler
 
 
 def test_a_disk_that_was_full_for_a_while_costs_no_line(small_disk):

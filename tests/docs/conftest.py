@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,17 @@ NAMES = ("moescope-demo", "Qwen/Qwen1.5-MoE-A2.7B-Chat")
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server keeps its archive."""
+    return tmp_path_factory.mktemp("docs") / "archive"
+
+
+@pytest.fixture(scope="package")
+def server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (port,) = free_ports(1)
     flags = ["--served-model-name", *NAMES, "--enforce-eager", "--max-model-len", "1024"]
     flags += ["--host", "127.0.0.1", "--port", str(port)]
+    flags += ["--routes-archive", str(archive), "--routes-archive-interval", "0.1"]
     server = Server(
         "docs",
         captured_command([str(bundled_model.path()), *flags]),

@@ -3,7 +3,8 @@
 A page's Python is one script in a process of its own, in which a traceback names the page's lines;
 its ``curl`` commands come first. Blocks whose info string says ``no-run`` are left out. The
 addresses of the documents become those of the server, and ids that a server made up
-(``chatcmpl-…``, ``chatcmpl-b194bf42e374a6b2``) those of requests that it has answered.
+(``chatcmpl-…``, ``chatcmpl-b194bf42e374a6b2``) those of requests that it has answered; its archive
+is at the documents' path.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 
 from moescope import Client
 from moescope.servers import Server
+from tests.waiting import wait_until
 
 from .blocks import PAGES, ROOT, commands, python_of
 
@@ -30,6 +32,7 @@ CURLS = [one for path in PAGES for one in commands(path) if one.text.startswith(
 WITH_CURL = sorted({one.block.path for one in CURLS})
 
 _ADDRESS = re.compile(r"(?:http://)?(?:localhost|127\.0\.0\.1):8000\b")
+_ARCHIVE = "/data/routes"
 _MADE_UP_ID = re.compile(r"\b(?:chat)?cmpl-(?:…|[0-9a-f]{16,32}\b)")
 
 RUN = """
@@ -46,15 +49,25 @@ def name(path: Path) -> str:
 
 
 @pytest.fixture
-def real(server: Server) -> Callable[[str], str]:
-    """Return a function that puts the server's address and ids in place of a document's."""
+def real(server: Server, archive: Path) -> Callable[[str], str]:
+    """Return a function that puts the server's own in place of a document's.
+
+    That is its address, ids of requests, and its archive, which then has a file.
+    """
 
     def request_id(_: re.Match[str]) -> str:
         body = {"model": "moescope-demo", "prompt": "Tom has 3 apples.", "max_tokens": 8}
         response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
         return str(response.raise_for_status().json()["id"])
 
-    return lambda text: _ADDRESS.sub(server.url, _MADE_UP_ID.sub(request_id, text))
+    def replaced(text: str) -> str:
+        if _ARCHIVE in text:
+            _MADE_UP_ID.sub(request_id, "cmpl-…")
+            wait_until(lambda: [*archive.rglob("part-*.parquet")], "a file of the archive")
+        text = text.replace(_ARCHIVE, str(archive))
+        return _ADDRESS.sub(server.url, _MADE_UP_ID.sub(request_id, text))
+
+    return replaced
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Which inputs there are: run directories, route logs, ``.npz``, Arrow and Parquet, with labels."""
+"""Which inputs there are: run directories, archives and files of routes, with labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moescope.run_dir import RunDir
 
 _ARRAYS = (".npz", ".arrow", ".parquet")
 _SUFFIXES = (*_ARRAYS, ".jsonl")
-_EXPECTED = "a run directory, a route log (.jsonl), .npz, .arrow or .parquet"
+_EXPECTED = "a run directory, an archive, a route log (.jsonl), .npz, .arrow or .parquet"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,7 @@ def _inputs(path: Path, label: str) -> list[Input]:
     if run_dir.routes.exists():
         return [Input(path=run_dir.routes, label=label, run_dir=run_dir)]
     files = [one for one in sorted(path.iterdir()) if one.suffix in _ARRAYS]
+    files = files or sorted(path.rglob("part-*.parquet"))  # of an archive
     if not files:
         raise CommandError(
             f"{path} holds no {run_dir.routes.name}, .npz, .arrow or .parquet: `moescope replay` "

@@ -1,4 +1,7 @@
-"""Reads a Parquet or Arrow file of traces some rows at a time; needs the extra ``arrow``."""
+"""Reads a Parquet or Arrow file of traces, or one of an archive, some rows at a time.
+
+Needs the extra ``arrow``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy.typing as npt
 
 from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
 from moescope.analyze.batches import Batch, Key, Model, Sequences, Text, check_ids
-from moescope.columns_file import columns_file
+from moescope.columns_file import ColumnsFile, columns_file
 
 _COLUMNS = ("request_id", "index", "position", "is_prompt", "token_id", "source", "topk_ids")
 
@@ -29,15 +32,9 @@ def read(path: Path, label: str) -> Iterator[Batch]:
         Exception: It is no such file; what it is depends on where it is broken.
     """
     with columns_file(path) as file:
-        sequences = Sequences(file.shared["traces"], label)
-        model = Model(
-            layers=tuple(file.shared["layers"]),
-            num_experts=sequences.num_experts,
-            top_k=file.shared["top_k"],
-            name=sequences.name,
-        )
+        model, num_tokens = _model(file.shared, label)
         columns = [*_COLUMNS, *({"topk_weights", "token"} & set(file.names))]
-        num_rows = file.num_rows or sequences.num_tokens
+        num_rows = file.num_rows or num_tokens
         num_done = 0
         for table in file.batches(model.batch_rows, columns):
             num_done += len(table)
@@ -57,6 +54,9 @@ def texts(path: Path) -> Iterator[tuple[Key, Text]]:
     with columns_file(path) as file:
         from moescope.arrow import table_rows  # noqa: PLC0415 - the light base has no pyarrow
 
+        if "archive" in file.shared:
+            yield from _archived_texts(file)
+            return
         metas = file.shared["traces"]
         columns = [one["token_id"] for one in file.batches(2**20, ["token_id"])]
     parts = [one.fill_null(NO_TOKEN).to_numpy(zero_copy_only=False) for one in columns]
@@ -76,6 +76,37 @@ def texts(path: Path) -> Iterator[tuple[Key, Text]]:
         first = last
     if first != len(tokens):
         raise ValueError(f"it has {len(tokens):,} tokens, and its traces {first:,}")
+
+
+def _model(shared: dict[str, Any], label: str) -> tuple[Model, int]:
+    """Return what a file is of, and its tokens; a file of an archive does not say how many."""
+    is_archived = "archive" in shared
+    of = Sequences([] if is_archived else shared["traces"], label)
+    model = Model(
+        layers=tuple(shared["layers"]),
+        num_experts=int(shared["num_experts"]) if is_archived else of.num_experts,
+        top_k=shared["top_k"],
+        name=str(shared["spec"]["model"]) if is_archived else of.name,
+    )
+    return model, of.num_tokens
+
+
+def _archived_texts(file: ColumnsFile) -> Iterator[tuple[Key, Text]]:
+    """Read the tokens of the sequences of a file of an archive."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    columns = ["number", "request_id", "index", "prompt_len", "token_id"]
+    table = pa.Table.from_batches(file.batches(2**20, columns))
+    bounds = np.flatnonzero(np.diff(table["number"].to_numpy(), prepend=-1))
+    heads = table.select(["request_id", "index", "prompt_len"]).take(bounds).to_pylist()
+    tokens = table["token_id"]
+    for head, first, last in zip(heads, bounds, [*bounds[1:], len(table)], strict=True):
+        own = tokens.slice(first, last - first)
+        text = Text(
+            prompt_len=head["prompt_len"],
+            token_ids=None if own.null_count else own.to_numpy(),
+        )
+        yield (head["request_id"], head["index"]), text
 
 
 def _batch(table: Any, model: Model, label: str, done: float) -> Batch:  # noqa: ANN401

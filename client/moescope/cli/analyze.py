@@ -14,8 +14,8 @@ def analyze(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Run directories, route logs (.jsonl), .npz, .arrow and .parquet, or globs of "
-            "them; label=path gives a domain.",
+            help="Run directories, archives, route logs (.jsonl), .npz, .arrow and .parquet, or "
+            "globs of them; label=path gives a domain.",
             metavar="INPUT...",
             show_default=False,
         ),

@@ -21,6 +21,7 @@ from moescope import arrow
 from moescope.arrow.long import METADATA
 from moescope.arrow.long import of as long_of
 from moescope.columns_file import columns_file
+from moescope.errors import FormatError
 from moescope.received import MAX_BYTES
 from moescope.route_files.spool import Kept, Server, Stored
 from moescope.trace import RouteTrace
@@ -131,10 +132,15 @@ def read(path: Path) -> tuple[Server, Iterator[Kept]]:
     """Return what a table says of its server, and its traces, every value checked.
 
     Raises:
-        FormatError: It is of the long form, or a table of something else.
+        FormatError: It is of the long form, or of an archive, or a table of something else.
         Exception: It is no such file; what it is depends on where it is broken.
     """
     with columns_file(path) as file:
+        if "archive" in file.shared:
+            raise FormatError(
+                "it is a file of an archive: `moescope analyze` and `diff` read it, and in Python "
+                "`moescope.archive`"
+            )
         return file.shared.get("server", {}), _traces(path)
 
 

@@ -136,7 +136,7 @@ async def routes_batch(
         request,
         (wanted.model_dump_json(), owner, gzip),
         max_bytes=making_bytes(wanted.format, tokens=wanted.tokens),
-        ask=lambda: ask_for_rows(collector, query, responses, text, wanted.format, layers),
+        ask=lambda: ask_for_rows(collector.ask, query, responses, text, wanted.format, layers),
         make=make,
     )
 

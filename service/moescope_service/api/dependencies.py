@@ -76,6 +76,15 @@ def store_of(collector: CollectorDep, settings: SettingsDep) -> CollectorClient:
 StoreDep = Annotated[CollectorClient, Depends(store_of)]
 
 
+def archive_of(request: Request) -> CollectorClient | None:
+    """Return the app's link to the archive's process; None where there is none."""
+    client: CollectorClient | None = request.app.state.moescope_archive
+    return client
+
+
+ArchiveDep = Annotated[CollectorClient | None, Depends(archive_of)]
+
+
 def responses_of(request: Request) -> SharedResponses:
     """Return what makes the app's large responses."""
     responses: SharedResponses = request.app.state.moescope_responses

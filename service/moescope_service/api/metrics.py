@@ -27,13 +27,19 @@ from starlette.concurrency import run_in_threadpool
 from moescope import analysis
 from moescope.trace import Source
 from moescope_service.api.dependencies import SettingsDep
-from moescope_service.causes import LOST_CAUSES, MISSING_CAUSES
+from moescope_service.causes import ARCHIVE_CAUSES, LOST_CAUSES, MISSING_CAUSES
 from moescope_service.errors import CollectorGoneError
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.histogram import KINDS, MIN_TOKENS, PHASES, expert_bounds
 from moescope_service.messages import CaptureSpec
 from moescope_service.metric_names import METRICS
-from moescope_service.queries import CollectorInfo, MetricsQuery, MetricsReply, StepMetrics
+from moescope_service.queries import (
+    ArchiveFigures,
+    CollectorInfo,
+    MetricsQuery,
+    MetricsReply,
+    StepMetrics,
+)
 
 Samples = dict[tuple[str, ...], float]
 """Values by label values, ``model_name`` left out."""
@@ -70,7 +76,7 @@ class MoescopeMetrics(PrometheusCollector):
         if reply is None or reply.info.spec is None:
             return
         spec = reply.info.spec
-        for name, samples in (_counters(reply) | _gauges(reply, spec)).items():
+        for name, samples in (_counters(reply) | _gauges(reply, spec) | _archive(reply)).items():
             yield _family(name, samples, spec.model)
         shape = (len(PHASES), len(spec.layers), spec.num_experts)
         totals, window = (np.frombuffer(array, np.int64).reshape(shape) for array in reply.arrays)
@@ -122,6 +128,24 @@ def _gauges(reply: MetricsReply, spec: CaptureSpec) -> dict[str, Samples]:
         "moescope_top_k": {(): spec.top_k},
         "moescope_layers": {(): len(spec.layers)},
         "moescope_window_rows": _by_phase(reply.window_rows),
+    }
+
+
+def _archive(reply: MetricsReply) -> dict[str, Samples]:
+    """Return what became of traces that the archive was to hold; nothing where there is none."""
+    info = reply.archive
+    if info is None:
+        return {}
+    figures = info.figures or ArchiveFigures(is_failing=True)
+    return {
+        "moescope_archive_traces": {(): info.archived},
+        "moescope_archive_traces_dropped": {
+            (cause,): info.dropped.get(cause, 0) for cause in ARCHIVE_CAUSES
+        },
+        "moescope_archive_traces_waiting": {(): info.waiting},
+        "moescope_archive_up": {(): float(not figures.is_failing)},
+        "moescope_archive_files": {(): figures.files},
+        "moescope_archive_bytes": {(): figures.bytes},
     }
 
 

@@ -82,6 +82,10 @@ class MoescopeEndpoints:
         collector = CollectorClient(runtime.link_address())
         spec = await asyncio.to_thread(collector.wait_for_workers)
         state.moescope_collector = collector
+        state.moescope_archive = None
+        if settings.archive is not None:
+            address = runtime.archive_address()
+            state.moescope_archive = CollectorClient(address, is_archive=True)
         state.moescope_engine = engine_client
         state.moescope_token_text = None
         if settings.mode == "counts":

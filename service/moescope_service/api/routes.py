@@ -8,6 +8,7 @@ import orjson
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from moescope.version_runs import MAX_VERSION
+from moescope_service.api.archived import delete_archived, with_archived
 from moescope_service.api.auth import ADMIN, DeleterDep, ReaderDep
 from moescope_service.api.bodies import PAGE_BYTES, Format, NpyOptions, Page, making_bytes
 from moescope_service.api.dependencies import (
@@ -20,6 +21,7 @@ from moescope_service.api.dependencies import (
     WAIT_S,
     WEIGHTS,
     WEIGHTS_VERSION,
+    ArchiveDep,
     CollectorDep,
     ResponsesDep,
     SettingsDep,
@@ -140,6 +142,7 @@ async def routes(
     request: Request,
     request_id: RequestId,
     collector: StoreDep,
+    archive: ArchiveDep,
     responses: ResponsesDep,
     owner: ReaderDep,
     form: Annotated[
@@ -191,6 +194,9 @@ async def routes(
     )
     gzip = wants_gzip(request)
 
+    async def ask(query: RoutesQuery) -> RoutesReply:
+        return await with_archived(archive, query, await collector.ask(query))
+
     def make(reply: RoutesReply) -> MadeBody:
         found_id, found = first_known(meant, reply)
         if found.status == "running":
@@ -230,23 +236,28 @@ async def routes(
             tokens,
         ),
         max_bytes=making_bytes(form, tokens=tokens),
-        ask=lambda: ask_for_rows(collector, query, responses, text, form, chosen),
+        ask=lambda: ask_for_rows(ask, query, responses, text, form, chosen),
         make=make,
     )
 
 
 @router.delete("/routes/{request_id:path}", summary="Forget a request")
 async def forget(
-    request_id: RequestId, collector: StoreDep, settings: SettingsDep, owner: DeleterDep
+    request_id: RequestId,
+    collector: StoreDep,
+    archive: ArchiveDep,
+    settings: SettingsDep,
+    owner: DeleterDep,
 ) -> dict[str, Any]:
     """Forget the traces of a request; one that is running will leave none.
 
     Of several that an id finds, those whose response has it; others only where none has.
     """
     for meant in meant_ids(request_id):
-        reply = await collector.ask(DeleteQuery(request_id=short_id(meant), owner=owner))
-        if reply.deleted:
-            return {"request_id": meant, "deleted": reply.deleted}
+        query = DeleteQuery(request_id=short_id(meant), owner=owner)
+        reply = await collector.ask(query)
+        if deleted := await delete_archived(archive, query, reply):
+            return {"request_id": meant, "deleted": deleted}
         if reply.others and not settings.is_private:
             raise HTTPException(
                 403,

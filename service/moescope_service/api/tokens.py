@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable
 
 from fastapi import HTTPException, Request
 
 from moescope_service.api.bodies import TEXT_BYTES, Format
 from moescope_service.api.sharing import SharedResponses
-from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.queries import RoutesQuery, RoutesReply
 from moescope_service.token_text import TokenText
 
@@ -36,7 +36,7 @@ def text_of(request: Request, *, is_wanted: bool) -> TokenText | None:
 
 
 async def ask_for_rows(
-    collector: CollectorClient,
+    ask: Callable[[RoutesQuery], Awaitable[RoutesReply]],
     query: RoutesQuery,
     responses: SharedResponses,
     text: TokenText | None,
@@ -46,18 +46,18 @@ async def ask_for_rows(
     """Ask for rows, and again for fewer while the text of their tokens is more than `TEXT_BYTES`.
 
     Args:
-        collector: Is asked.
+        ask: Asks the collector.
         query: For what.
         responses: Whose threads measure the text.
         text: Makes it; None: it is not wanted.
         form: Of the response; JSON Lines have the text of a token in each layer.
         layers: Which layers the response has; None: all.
     """
-    reply = await collector.ask(query)
+    reply = await ask(query)
     if text is None:
         return reply
     while max_bytes := await responses.in_thread(_fewer_bytes, reply, text, form, layers):
-        reply = await collector.ask(dataclasses.replace(query, max_bytes=max_bytes))
+        reply = await ask(dataclasses.replace(query, max_bytes=max_bytes))
     return reply
 
 

@@ -151,6 +151,12 @@ class Answers:
         found, kept = state.find(query.request_id, query.owner)
         others = sum(map(len, state.find(query.request_id))) - len(found) - len(kept)
         running, uids = list(found.values()), [*kept, *found]
+        is_own = query.request_id in {
+            *(one.request_id for one in found.values()),
+            *(one.request_id for one in kept.values()),
+        }
+        if state.archive is not None and not uids:
+            deleted += state.archive.delete(query.request_id, query.owner)
         for some in _pieces(running):
             ids = [one for sequence in some for one in sequence.ids]
             deleted += state.forget(some)
@@ -159,8 +165,10 @@ class Answers:
         # Of those that ended between two pieces there are traces now.
         for these in _pieces(uids):
             deleted += sum(map(state.store.remove, these))
+            if state.archive is not None:
+                state.archive.forget(these)
             yield None
-        yield DeleteReply(deleted=deleted, others=max(0, others))
+        yield DeleteReply(deleted=deleted, is_own=is_own, others=max(0, others))
 
     def _wait(self, peer: Peer, number: int, query: WaitQuery) -> None:
         waits = {one: self._wait_s(one, query) for one in query.request_ids}

@@ -16,6 +16,7 @@ import orjson
 
 from moescope import version_runs
 from moescope_service.collector.answers import Answers
+from moescope_service.collector.archive_queue import ArchiveQueue
 from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.log_file import LogFile
 from moescope_service.collector.reassembly import Reassembler
@@ -59,15 +60,22 @@ class Collector:
         settings: What is kept, and how much.
         clock: Monotonic seconds.
         epoch: How many collectors the deployment had before this one.
+        archive: The way to the archive, where there is one.
     """
 
     def __init__(
-        self, settings: Settings, clock: Callable[[], float] = time.monotonic, *, epoch: int = 0
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        epoch: int = 0,
+        archive: ArchiveQueue | None = None,
     ) -> None:
         self.state = CollectorState(settings, clock, epoch=epoch)
         if settings.log is not None:
             file = LogFile(settings.log, settings.log_max_bytes)
             self.state.log = RoutesLog(file, settings.log_layers)
+        self.state.archive = archive
         self._limited_logger = LimitedLogger(logger)
         self._answers = Answers(self.state)
         self._counted: dict[tuple[int, int], WorkerCounts] = {}  # by engine and stage
@@ -141,9 +149,11 @@ class Collector:
             self.state.log.wake()
 
     def close(self) -> None:
-        """Write out the log."""
+        """Write out the log, and hand over what the archive lacks."""
         if self.state.log is not None:
             self.state.log.close()
+        if self.state.archive is not None:
+            self.state.archive.close()
 
     def _on_worker(
         self,
@@ -257,6 +267,8 @@ class Collector:
                 versions = version_runs.span(trace.weights_versions)
                 kept = Kept(sequence.uid, trace, ids, sequence.owner, trace.coverage, versions)
                 self.state.store.add(kept)
+                if self.state.archive is not None:
+                    self.state.archive.add(kept, self.state.spec)
         except Exception:  # the others of this step, or of this tick, are not to suffer
             self.state.stats.errors += 1
             self._limited_logger.exception("left out a trace that cannot be made, of %s", ids)

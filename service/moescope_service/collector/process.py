@@ -15,12 +15,13 @@ from types import FrameType
 import zmq
 
 from moescope_service.addresses import Address, node_address
+from moescope_service.collector.archive_queue import ArchiveQueue
 from moescope_service.collector.core import Collector
 from moescope_service.collector.log_file import check_log
 from moescope_service.collector.node_links import listening
 from moescope_service.errors import RefusedError
 from moescope_service.limited_logger import LimitedLogger
-from moescope_service.link import SOCKET_QUEUE
+from moescope_service.link import SOCKET_QUEUE, Link
 from moescope_service.runtime import directory
 from moescope_service.settings import Settings, flag
 
@@ -73,7 +74,8 @@ def run(
         except zmq.ZMQError as error:
             where = f"{address} and {flag('bind')} {settings.bind}" if elsewhere else address
             raise RefusedError(f"the collector cannot listen at {where}: {error}") from None
-        collector = Collector(settings, epoch=epoch)
+        archive = None if settings.archive is None else archive_queue(address)
+        collector = Collector(settings, epoch=epoch, archive=archive)
         limited_logger = LimitedLogger(logger)
         if settings.log is not None:
             logger.info("the route log is %s; its process is %d", settings.log, os.getpid())
@@ -98,6 +100,22 @@ def run(
         collector.close()
     if not told.stops:
         directory.remove(Path(address.removeprefix("ipc://")).parent)
+
+
+def archive_queue(address: str) -> ArchiveQueue:
+    """Return the way to the archive's process of the collector at an address."""
+
+    def carry(queue: ArchiveQueue) -> Link:
+        return Link(
+            directory.archive_beside(address),
+            queue.on_message,
+            name="moescope-archive-queue",
+            source=queue,
+            introduce=queue.introduce,
+            on_away=queue.on_away,
+        )
+
+    return ArchiveQueue(carry)
 
 
 class _Signals:

@@ -179,6 +179,7 @@ def _metrics(state: CollectorState, query: MetricsQuery) -> MetricsReply:
         errors=stats.errors,
         gaps=state.workers.num_gaps,
         unclaimed=state.sequences.num_unclaimed,
+        archive=None if state.archive is None else state.archive.info,
     )
     if state.counters is None or state.windows is None:
         return reply

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from moescope_service.collector.archive_queue import ArchiveQueue
 from moescope_service.collector.counters import ExpertCounters
 from moescope_service.collector.receipts import Receipts
 from moescope_service.collector.routes_log import RoutesLog
@@ -46,6 +47,8 @@ class CollectorState:
         self.stats = Stats()
         self.log: RoutesLog | None = None
         """The route log, where there is one."""
+        self.archive: ArchiveQueue | None = None
+        """The way to the archive, where there is one."""
         self.workers = Workers(clock, settings.prefix_bytes)
         self.servers: set[Peer] = set()
         """The API servers."""

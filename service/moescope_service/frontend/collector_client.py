@@ -28,9 +28,10 @@ _CONSEQUENCE = (
     "serving goes on without routes and counts; where it ended (the server's log says so) it is "
     "started again, without the traces of requests that ended before"
 )
+_OF_ARCHIVE = "serving goes on, and what is kept in memory can still be fetched"
 
-_ENDED = f"the collector process has ended, or the link to its node is broken; {_CONSEQUENCE}"
-_FULL = f"the collector process takes no queries, and too many wait already; {_CONSEQUENCE}"
+_ENDED = "has ended, or the link to its node is broken"
+_FULL = "takes no queries, and too many wait already"
 
 R = TypeVar("R", bound=Reply)
 
@@ -42,9 +43,12 @@ class CollectorClient:
 
     Args:
         address: Where the collector is bound.
+        is_archive: Whether it is the archive's process in its place.
     """
 
-    def __init__(self, address: Address | str) -> None:
+    def __init__(self, address: Address | str, *, is_archive: bool = False) -> None:
+        self._name = "archive" if is_archive else "collector"
+        self._consequence = _OF_ARCHIVE if is_archive else _CONSEQUENCE
         self._numbers = itertools.count()
         self._open: dict[int, _OpenQuery] = {}
         self._heard_s = -math.inf
@@ -100,7 +104,7 @@ class CollectorClient:
         try:
             return cast("R", await asyncio.wait_for(asyncio.wrap_future(future), timeout_s))
         except TimeoutError:
-            raise _gone(timeout_s) from None
+            raise self._gone(f"has not answered within {timeout_s:g} s") from None
         finally:
             self._close(number)
 
@@ -121,7 +125,7 @@ class CollectorClient:
             reply = asyncio.wrap_future(future)
             while not (await asyncio.wait({reply}, timeout=timeout_s))[0]:
                 if not self.is_up or time.monotonic() > end_s:
-                    raise _gone(timeout_s)
+                    raise self._gone(f"has not answered within {timeout_s:g} s")
             return cast("R", await reply)
         finally:
             self._close(number)
@@ -136,7 +140,7 @@ class CollectorClient:
         try:
             return cast("R", future.result(timeout_s))
         except TimeoutError:
-            raise _gone(timeout_s) from None
+            raise self._gone(f"has not answered within {timeout_s:g} s") from None
         finally:
             self._close(number)
 
@@ -172,7 +176,7 @@ class CollectorClient:
         self, query: Query[Any], *, is_urgent: bool = False
     ) -> tuple[int, concurrent.futures.Future[Reply]]:
         if self._link.is_away:
-            raise CollectorGoneError(_ENDED)
+            raise self._gone(_ENDED)
         number = next(self._numbers)
         frames = pack_query(number, query)
         future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
@@ -180,7 +184,7 @@ class CollectorClient:
         self._open[number] = _OpenQuery(query.reply, future)
         if not self._outbox.query(number, frames, is_urgent=is_urgent):
             del self._open[number]
-            raise CollectorGoneError(_FULL)
+            raise self._gone(_FULL)
         self._link.wake()
         return number, future
 
@@ -206,7 +210,10 @@ class CollectorClient:
         self._outbox.drop_queries()
         for query in list(self._open.values()):
             if not query.future.done():
-                query.future.set_exception(CollectorGoneError(_ENDED))
+                query.future.set_exception(self._gone(_ENDED))
+
+    def _gone(self, what: str) -> CollectorGoneError:
+        return CollectorGoneError(f"the {self._name} process {what}; {self._consequence}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,9 +222,3 @@ class _OpenQuery:
 
     reply: type[Reply]
     future: concurrent.futures.Future[Reply]
-
-
-def _gone(timeout_s: float) -> CollectorGoneError:
-    return CollectorGoneError(
-        f"the collector process has not answered within {timeout_s:g} s; {_CONSEQUENCE}"
-    )

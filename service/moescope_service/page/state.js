@@ -10,6 +10,7 @@ const LOSSES = {
   moescope_trace_rows_missing_total: ["Missing rows of traces", "cause"],
   moescope_registrations_lost_total: ["Requests whose registration was lost", null],
   moescope_log_traces_dropped_total: ["Traces that the log lacks", null],
+  moescope_archive_traces_dropped_total: ["Traces that the archive lacks", "cause"],
   moescope_collector_errors_total: ["Errors in the collector", null],
   moescope_collector_restarts_total: ["Restarts of the collector", null],
 };

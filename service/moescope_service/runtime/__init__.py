@@ -9,7 +9,7 @@ nodes of the engine have none: they reach the collector over tcp (`joining`).
 from __future__ import annotations
 
 from moescope_service.runtime.deployment import Deployment, ensure_collector, release
-from moescope_service.runtime.directory import collector_address
+from moescope_service.runtime.directory import archive_address, collector_address
 from moescope_service.runtime.joining import join, join_if_elsewhere, link_address, owner_salt
 from moescope_service.runtime.refusal import reported_reason, reported_refusal
 from moescope_service.runtime.supervisor import Supervisor
@@ -17,6 +17,7 @@ from moescope_service.runtime.supervisor import Supervisor
 __all__ = [
     "Deployment",
     "Supervisor",
+    "archive_address",
     "collector_address",
     "ensure_collector",
     "join",

@@ -8,9 +8,10 @@ import os
 import shutil
 
 from moescope_service.errors import RefusedError
+from moescope_service.imports import check_archive
 from moescope_service.node_key import make_key
 from moescope_service.runtime import directory
-from moescope_service.runtime.supervisor import Supervisor
+from moescope_service.runtime.supervisor import ARCHIVE, Supervisor
 from moescope_service.settings import RUNTIME_DIR, Settings
 
 logger = logging.getLogger("moescope")
@@ -27,11 +28,15 @@ class Deployment:
     Args:
         path: The directory.
         supervisor: Keeps the collector; None where another process started it.
+        archive: Keeps the archive's process, where there is one.
     """
 
-    def __init__(self, path: str, supervisor: Supervisor | None = None) -> None:
+    def __init__(
+        self, path: str, supervisor: Supervisor | None = None, archive: Supervisor | None = None
+    ) -> None:
         self._path = path
         self._supervisor = supervisor
+        self._archive = archive
         self._owner = os.getpid()
         if supervisor is not None:
             atexit.register(self._stop)
@@ -55,6 +60,8 @@ class Deployment:
         if self._supervisor is None or os.getpid() != self._owner:
             return
         self._supervisor.stop()
+        if self._archive is not None:  # the collector has handed over the last traces
+            self._archive.stop()
         shutil.rmtree(self._path, ignore_errors=True)
 
 
@@ -81,18 +88,29 @@ def ensure_collector() -> None:
     if key_file is not None:
         make_key(key_file)
     directory.sweep()
+    location = Settings.from_env().archive
+    check_archive(location)
     path = os.environ[RUNTIME_DIR] = directory.make()
     supervisor = Supervisor(directory.address_in(path))
-    _started[path] = Deployment(path, supervisor)
+    archive = None
+    if location is not None:
+        archive = Supervisor(directory.archive_beside(directory.address_in(path)), program=ARCHIVE)
+    _started[path] = Deployment(path, supervisor, archive)
+    if archive is not None:
+        _start(archive, "archive")
+    _start(supervisor, "collector")
+
+
+def _start(supervisor: Supervisor, name: str) -> None:
     try:
         code = supervisor.start()
     except OSError as error:
         release().end()
-        raise RefusedError(f"the collector process cannot be started: {error}") from error
+        raise RefusedError(f"the {name} process cannot be started: {error}") from error
     if code is not None:
         release().end()
         raise RefusedError(
-            f"the collector process did not start; its message stands above (exit code {code})"
+            f"the {name} process did not start; its message stands above (exit code {code})"
         )
 
 

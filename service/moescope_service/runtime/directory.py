@@ -45,7 +45,7 @@ def remove(directory: Path) -> None:
     if (directory / _MAKER).exists():
         shutil.rmtree(directory, ignore_errors=True)
         return
-    for name in ("collector.sock", "refused", "salt"):
+    for name in ("collector.sock", "archive.sock", "refused", "salt"):
         (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another program's files are not moescope's to remove
         directory.rmdir()
@@ -102,3 +102,17 @@ def address_in(directory: str) -> str:
 def collector_address() -> str:
     """Return the address at which the collector of this process's deployment is bound."""
     return address_in(os.environ[RUNTIME_DIR])
+
+
+def archive_beside(address: str) -> str:
+    """Return the address of the archive's process in the deployment of a collector.
+
+    Args:
+        address: That of the collector.
+    """
+    return f"{address.rpartition('/')[0]}/archive.sock"
+
+
+def archive_address() -> str:
+    """Return the address at which the archive's process of this deployment is bound."""
+    return archive_beside(collector_address())

@@ -1,7 +1,8 @@
-"""Starts the collector, watches it, and ends it."""
+"""Starts the collector, or the archive's process, watches it, and ends it."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -19,6 +20,26 @@ _LIVED_S = 10.0
 _MAX_PAUSE_S = 30.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Program:
+    """What a supervisor keeps."""
+
+    module: str
+    name: str
+    lost: str
+    """What its end costs, for the log."""
+
+
+COLLECTOR = Program(
+    "moescope_service.collector", "collector", "its traces and counts are gone, another one is"
+)
+ARCHIVE = Program(
+    "moescope_service.archive",
+    "archive",
+    "what it had not published is handed over again to another one, which is",
+)
+
+
 class Supervisor:
     """Keeps a collector at an address: one that ends is followed by another.
 
@@ -29,10 +50,14 @@ class Supervisor:
     Args:
         address: Where the collectors are bound.
         first_pause_s: The shortest pause, in seconds.
+        program: What is kept there: another one in the collector's place.
     """
 
-    def __init__(self, address: str, *, first_pause_s: float = 0.5) -> None:
+    def __init__(
+        self, address: str, *, first_pause_s: float = 0.5, program: Program | None = None
+    ) -> None:
         self._address = address
+        self._program = program or COLLECTOR
         self._first_pause_s = first_pause_s
         self._is_stopping = threading.Event()
         self._starting = threading.Lock()
@@ -73,13 +98,14 @@ class Supervisor:
             return process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             logger.warning(
-                "the collector process %d did not end in time: it is killed", process.pid
-            )
+                "the %s process %d did not end in time: it is killed",
+                self._program.name, process.pid,
+            )  # fmt: skip
             process.kill()
             return process.wait()
 
     def _spawn(self) -> subprocess.Popen[str] | None:
-        command = [sys.executable, "-P", "-m", "moescope_service.collector"]
+        command = [sys.executable, "-P", "-m", self._program.module]
         with self._starting:
             if self._is_stopping.is_set():
                 return None
@@ -100,21 +126,21 @@ class Supervisor:
                 pause_s = self._first_pause_s
             if not self._is_stopping.is_set():
                 logger.error(
-                    "the collector process %d ended with code %d; its traces and counts are gone, "
-                    "another one is started in %g s", process.pid, code, pause_s,
+                    "the %s process %d ended with code %d; %s started in %g s",
+                    self._program.name, process.pid, code, self._program.lost, pause_s,
                 )  # fmt: skip
             self._is_stopping.wait(pause_s)
             pause_s, started_s = min(2 * pause_s, _MAX_PAUSE_S), time.monotonic()
             try:
                 follower = self._spawn()
             except OSError as error:  # too little memory or too many processes: try again later
-                logger.warning("no collector process can be started: %s", error)
+                logger.warning("no %s process can be started: %s", self._program.name, error)
                 continue
             if follower is None:
                 return
             process = follower
             if _is_ready(process):
-                logger.warning("the collector process %d has started", process.pid)
+                logger.warning("the %s process %d has started", self._program.name, process.pid)
             else:
                 process.kill()
 
