@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 LIGHT := .venv-light
 DOCS := .venv-docs
+S3 := .venv-s3
 BIN := $(VENV)/bin
 # PyTorch's own wheel index: the CPU build is published there alone.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
@@ -66,9 +67,16 @@ test: ## Run every test, and print what each stage took: about 20 minutes
 test-unit: $(LIGHT)/.unit ## Unit tests, with the light base alone
 	$(LIGHT)/bin/python -m pytest tests/unit
 
-test-contract: $(VENV)/.test ## The real app and collector around a fake engine; packages, pages
-	$(BIN)/python -m pytest tests/contract tests/fuzz tests/packaging tests/docs/test_docs.py \
+test-contract: $(VENV)/.test $(S3)/.done ## The real app and collector around a fake engine; packages, pages
+	MOESCOPE_S3_SERVER=$(abspath $(S3))/bin/moto_server $(BIN)/python -m pytest \
+		tests/contract tests/fuzz tests/packaging tests/docs/test_docs.py \
 		tests/docs/test_console.py
+
+# A server of S3, which wants packages that others pin otherwise.
+$(S3)/.done: requirements/s3.txt
+	$(PYTHON) -m venv $(S3)
+	$(S3)/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/s3.txt
+	@touch $@
 
 test-kernels: $(VENV)/.test ## GPU kernels, interpreted where there is no GPU; rest is skipped
 	$(BIN)/python -m pytest tests/kernels tests/gpu
@@ -180,10 +188,11 @@ lock: ## Compile requirements/*.in anew (needs uv)
 	done
 	cd requirements && $(UV_COMPILE) --no-config cuda.in -o cuda.txt
 	cd requirements && $(UV_COMPILE) --no-config docs.in -o docs.txt
+	cd requirements && $(UV_COMPILE) --no-config s3.in -o s3.txt
 
 image: ## Build moescope:cpu, the container image for the CPU (needs Docker)
 	docker build --file docker/Dockerfile.cpu --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 		--tag moescope:cpu .
 
 clean: ## Remove the environments
-	rm -rf $(VENV) $(LIGHT) $(DOCS)
+	rm -rf $(VENV) $(LIGHT) $(DOCS) $(S3)

@@ -1,11 +1,9 @@
-"""The archive in S3, as moto's server has it; skipped where there is no ``moto_server``."""
+"""The archive in S3, as moto's server has it: ``make test-contract`` says where that is."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from moescope_service.archive.process import locked
 from tests.unit.test_archive_files import Bench, make_trace
 from tests.waiting import DEADLINE_S, wait_until
 
-MOTO = shutil.which("moto_server", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+MOTO = os.environ.get("MOESCOPE_S3_SERVER")
 
 
 def answers(url: str) -> bool:
@@ -34,7 +32,7 @@ def answers(url: str) -> bool:
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """A server with an empty bucket, which the environment names as AWS' tools want it."""
     if MOTO is None:
-        pytest.skip("no moto_server: pip install 'moto[server]' in an environment on the PATH")
+        pytest.skip("MOESCOPE_S3_SERVER names no moto_server: make test-contract installs one")
     (port,) = free_ports(1)
     env = {
         "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",

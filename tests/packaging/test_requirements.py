@@ -77,7 +77,7 @@ def test_users_get_nothing_that_is_for_developers() -> None:
 
 def test_developers_get_what_they_run() -> None:
     assert installed_lists("test-unit") == {"light", "build", "unit"}
-    assert installed_lists("test-contract") == {"cpu", "build", "test"}
+    assert installed_lists("test-contract") == {"cpu", "build", "test", "s3"}
     assert installed_lists("lint") == {"cpu", "build", "dev"}
     known = [pins(name).keys() for name in ("test", "dev")]
     assert set().union(*known) >= FOR_DEVELOPERS

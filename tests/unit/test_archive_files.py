@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from moescope.archive import Archive as Reading
 from moescope.archive import reading, table
 from moescope.archive.store import Store
 from moescope.arrow import dump_parquet
+from moescope.cli import main
 from moescope.errors import FormatError
 from moescope.trace import RouteTrace
 from moescope_service.archive import core, files
@@ -347,3 +349,32 @@ def test_analyze_reads_an_archive_as_it_reads_a_file(bench, tmp_path):
             )
         )  # fmt: skip
     assert read[0] == read[1]
+
+
+def run(*arguments: str) -> int | str:
+    """The exit status of moescope."""
+    try:
+        return main([*arguments])
+    except SystemExit as error:
+        return error.code or 0
+
+
+def test_diff_reads_an_archive_and_convert_says_who_does(bench, tmp_path, capsys):
+    traces = [make_trace("a", num_tokens=30), make_trace("b", num_tokens=20)]
+    for trace in traces:
+        trace.topk_ids[..., 1] = (trace.topk_ids[..., 0] + 1) % 8  # no expert twice
+    bench.publish(*traces)
+    (tmp_path / "plain.parquet").write_bytes(dump_parquet(traces))
+    plain, out = str(tmp_path / "plain.parquet"), tmp_path / "out"
+    assert run("diff", str(bench.folder), plain, "-o", str(out)) == 0
+    said = capsys.readouterr().out
+    assert "2 of 2 and 2 sequences are paired: 2 by id" in said
+    assert "48 rows compared" in said
+    with (out / "diff.csv").open() as file:
+        layers = list(csv.DictReader(file))
+    assert [layer["layer"] for layer in layers] == ["1", "3"]
+    assert not any(
+        float(layer[name]) for layer in layers for name in ("rows", "near_ties", "order", "weights")
+    )
+    assert run("convert", str(bench.folder), "-o", str(tmp_path / "all.npz")) == 1
+    assert "it is a file of an archive: `moescope analyze` and `diff`" in capsys.readouterr().err
