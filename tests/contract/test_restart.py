@@ -295,11 +295,11 @@ def test_one_that_ends_at_once_is_not_started_without_pause(tmp_path, monkeypatc
         os.kill(supervisor.pid, signal.SIGKILL)
         wait_until(lambda: len(caplog.records) >= 4, "it is tried again")
     ended = [record.args for record in caplog.records]
-    assert [pause_s for _, _, pause_s in ended[:4]] == [0.01, 0.02, 0.04, 0.08]
+    assert [pause_s for *_, pause_s in ended[:4]] == [0.01, 0.02, 0.04, 0.08]
     (tmp_path / "s").unlink()
     monkeypatch.delenv("MOESCOPE_ROUTES_MEMORY")
     wait_until((tmp_path / "s").exists, "the next one starts")
-    assert supervisor.pid not in [pid for pid, _, _ in ended]
+    assert supervisor.pid not in [pid for _, pid, *_ in ended]
     assert supervisor.stop() in {0, -signal.SIGTERM}
 
 
