@@ -28,7 +28,8 @@ RANGE_S, RATE_INTERVAL_S = 60, 10
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("dashboards")
-    command = captured_command([str(bundled_model.path()), "--enforce-eager"])
+    archive = ["--routes-archive", str(directory / "archive")]
+    command = captured_command([str(bundled_model.path()), "--enforce-eager", *archive])
     with serving(command, {}, directory / "server.log") as server:
         yield server
 
