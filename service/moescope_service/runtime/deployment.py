@@ -84,16 +84,15 @@ def ensure_collector() -> None:
             "%s names %s, which is another deployment's: this one has a directory of its own",
             RUNTIME_DIR, inherited,
         )  # fmt: skip
-    key_file = Settings.from_env().key_file
-    if key_file is not None:
-        make_key(key_file)
+    settings = Settings.from_env()
+    if settings.key_file is not None:
+        make_key(settings.key_file)
     directory.sweep()
-    location = Settings.from_env().archive
-    check_archive(location)
+    check_archive(settings.archive)
     path = os.environ[RUNTIME_DIR] = directory.make()
     supervisor = Supervisor(directory.address_in(path))
     archive = None
-    if location is not None:
+    if settings.archive is not None:
         archive = Supervisor(directory.archive_beside(directory.address_in(path)), program=ARCHIVE)
     _started[path] = Deployment(path, supervisor, archive)
     if archive is not None:
