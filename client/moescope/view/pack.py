@@ -62,12 +62,10 @@ def _facts(one: Shown, texts: Mapping[int, str]) -> dict[str, Any]:
 
 def _tokens(one: Shown, texts: Mapping[int, str]) -> Sequence[str | None] | None:
     """Return the text of each token: that of the trace, or else that of its id."""
-    token_ids = one.trace.token_ids
-    if token_ids is None or not texts:
-        return one.tokens
-    own = one.tokens or [None] * len(token_ids)
-    pairs = zip(own, token_ids.tolist(), strict=True)
-    return [texts.get(token) if text is None else text for text, token in pairs]
+    trace = one.trace
+    if trace.tokens is not None or trace.token_ids is None or not texts:
+        return trace.tokens
+    return [texts.get(token) for token in trace.token_ids.tolist()]
 
 
 def _arrays(one: Shown) -> tuple[npt.NDArray[Any] | None, ...]:

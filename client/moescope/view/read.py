@@ -57,4 +57,4 @@ def _add(path: Path, kept: Kept, selection: Selection) -> None:
             "without start and limit"
         )
     if selection.wants(trace.request_id):
-        selection.add(Shown(trace=trace, tokens=trace.tokens, has_phases=kept.knows_prompt))
+        selection.add(Shown(trace=trace, has_phases=kept.knows_prompt))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from moescope.analyze.batches import Model
@@ -21,8 +20,6 @@ class Shown:
     """A trace, and what its input does not know of it."""
 
     trace: RouteTrace
-    tokens: Sequence[str | None] | None = None
-    """The text of its tokens, ``[num_tokens]``."""
     has_phases: bool = True
     """Whether ``prompt_len`` is known."""
 
@@ -87,7 +84,7 @@ class Selection:
             CommandError: There is no room for it.
         """
         trace = shown.trace
-        size = TRACE_BYTES + sum(len((one or "").encode()) for one in shown.tokens or ())
+        size = TRACE_BYTES + sum(len((one or "").encode()) for one in trace.tokens or ())
         size += trace.topk_ids.nbytes
         size += 0 if trace.topk_weights is None else trace.topk_weights.nbytes
         self._done_bytes += size
