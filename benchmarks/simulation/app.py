@@ -54,7 +54,9 @@ def make_app(args: argparse.Namespace, output_processor: OutputProcessor, **post
         client = SimpleNamespace(output_processor=output_processor)
         await plugin.init_state(client, app.state, args)
         yield
-        app.state.moescope_collector.close()
+        for one in (app.state.moescope_collector, app.state.moescope_archive):
+            if one is not None:
+                one.close()
 
     app = FastAPI(lifespan=lifespan)
     app.state.args = args

@@ -34,13 +34,13 @@ class Request:
         self.engine, self.frontend = deployment.engine, deployment.frontend
         self.names = self.frontend.add(name, n, prompt=prompt)
         self.running = [self.engine.start(one, prompt) for one in self.names]
-
-        self.name = name
+        self.name, self.prompt_len = name, len(prompt)
 
     def await_rows(self, deployment):
         """Wait until the collector has the rows of the prompt."""
         with lines_of(deployment, self.name) as lines:
-            next(line for line in lines if num_rows(line))
+            so_far = itertools.accumulate(map(num_rows, lines))
+            next(number for number in so_far if number >= self.prompt_len)
 
     def decode(self, num_tokens=1, choice=0):
         for _ in range(num_tokens):

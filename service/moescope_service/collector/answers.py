@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -151,10 +152,9 @@ class Answers:
         found, kept = state.find(query.request_id, query.owner)
         others = sum(map(len, state.find(query.request_id))) - len(found) - len(kept)
         running, uids = list(found.values()), [*kept, *found]
-        is_own = query.request_id in {
-            *(one.request_id for one in found.values()),
-            *(one.request_id for one in kept.values()),
-        }
+        # All of them have the id of the response, or none of them has: see `find`.
+        first = next(itertools.chain(found.values(), kept.values()), None)
+        is_own = first is not None and first.request_id == query.request_id
         if state.archive is not None and not uids:
             deleted += state.archive.delete(query.request_id, query.owner)
         for some in _pieces(running):
