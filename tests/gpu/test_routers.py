@@ -138,12 +138,11 @@ def test_the_kernel_of_gpt_oss_selects_as_vllms_router(num_experts):
 
     def check(num_rows):
         weights, ids = router._compute_routing(logits, logits, None)
-        written = sink.buffers.topk_ids[0, :num_rows].clone()
         taken = sink.take(num_rows)
         taken.wait()
         got = taken.read()
-        wrong = ((written < 0) | (written >= num_experts)).any(-1).nonzero()[:, 0]
-        assert got is not None, (len(wrong), wrong[:5], written[wrong[:5]])
+        assert got is not None
+        np.testing.assert_array_equal(got.positions, np.arange(num_rows))
         there = torch.from_numpy(got.topk_ids[:, 0].astype(np.int64)).cuda()
         assert (there.sort(-1).values == ids[:num_rows].long().sort(-1).values).all()
         want = weights.float().cpu().numpy()[:num_rows]  # by descending weight, as ours

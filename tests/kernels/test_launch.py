@@ -44,17 +44,18 @@ def test_a_kernel_is_launched(num_rows, num_programs, monkeypatch):
     assert kernel.launched == (*grid, *context, *pointers, 30, num_rows, 500, 4, 96, 8, 128)
 
 
-def test_the_compiled_kernel_lives_as_long_as_its_launcher():
+def test_the_compiled_kernel_and_its_tensors_live_as_long_as_their_launcher():
     class Compiled:
         function, packed_metadata, run = "function", "metadata", staticmethod(lambda *_: None)
 
         def _init_handles(self):
             pass
 
-    compiled = [Compiled()]
-    alive = weakref.ref(compiled[0])
+    compiled, tensors = [Compiled()], [torch.zeros(4)]
+    alive = [weakref.ref(one) for one in (*compiled, *tensors)]
     kernel = SimpleNamespace(warmup=lambda *_, **__: compiled.pop())
-    launcher = KernelLauncher(kernel, (), 2, CONSTANTS)
-    assert alive() is not None
+    launcher = KernelLauncher(kernel, tensors, 2, CONSTANTS)
+    tensors.clear()
+    assert None not in [one() for one in alive]
     del launcher
-    assert alive() is None
+    assert [one() for one in alive] == [None, None]

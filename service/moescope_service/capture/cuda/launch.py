@@ -18,7 +18,7 @@ class KernelLauncher:
     Args:
         kernel: The ``triton.jit`` function; it takes the tensors, then 32-bit integers that it does
             not specialize on, the second of them the number of rows, then the constants.
-        tensors: Aligned to 16 bytes; their owner keeps them alive.
+        tensors: Aligned to 16 bytes; held, for the kernel is given their addresses alone.
         num_scalars: How many integers.
         constants: In the kernel's order; see `kernels.pack_blocks`.
     """
@@ -38,6 +38,7 @@ class KernelLauncher:
         self._run = compiled.run
         # Launch metadata and hooks, for profilers of Triton's own, are None.
         self._handles = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._tensors = tuple(tensors)
         self._pointers = [tensor.data_ptr() for tensor in tensors]
         self._constants = tuple(constants.values())
         self._block_rows = constants["BLOCK_ROWS"]
