@@ -203,8 +203,8 @@ class Settings:
         "",
         parse_key,
         "KEY",
-        "Key that pause, resume, reset, the label of the weights and the deletion of others' routes "
-        "want; set the variable, since other users of the machine see flags.",
+        "Key that pause, resume, reset, the label of the weights and the deletion of others' "
+        "routes want; set the variable, since other users of the machine see flags.",
         is_secret=True,
     )
     bind: HostPort | None = _setting(
