@@ -58,7 +58,7 @@ setup-dev: $(VENV)/.test $(VENV)/.dev $(LIGHT)/.unit ## Both, with tools for tes
 demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 8 minutes on 2 cores
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR) --force
 
-test: ## Run every test, and print what each stage took: about 20 minutes
+test: ## Run every test, and print what each stage took: about 45 minutes on 2 cores
 	@for stage in unit contract kernels e2e fidelity; do \
 		SECONDS=0; $(MAKE) --no-print-directory test-$$stage || exit; \
 		echo "== make test-$$stage: $$SECONDS s"; \

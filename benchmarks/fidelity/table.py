@@ -28,7 +28,7 @@ NOTES = """
 * Cells of a GPU are those of `python -m benchmarks.gpu.measure`
   ([Qwen1.5-MoE's shape](../gpu/fidelity_h200.json), [gpt-oss's](../gpu/gpt_oss_h200.json)) and of
   `python -m benchmarks.gpu.situations` ([layouts, sleep, FP8](../gpu/situations_h200.json),
-  [the balancer](../gpu/situations_h200_2026-11-30.json)) and of
+  [the balancer, linear attention, MTP](../gpu/situations_h200_2026-11-30.json)) and of
   `python -m benchmarks.gpu.weight_transfer` ([file](../gpu/weight_transfer_h200.json)), kept in
   `gpu.jsonl` beside this table. In the situations all rows were vLLM's own too, where it captures
   (not with pipeline stages).
@@ -45,13 +45,13 @@ NOTES = """
 * Models that call their experts' kernels themselves (MiniCPM, Moondream 3), monolithic kernels that
   do not tell what they select, and dense models are refused at start. Those that do are compared
   on GPUs alone: gpt-oss's on Hopper; for Blackwell's none was at hand.
-* LoRA: vLLM's CPU build serves no MoE model with it (it takes Triton kernels that are not there).
-  Asynchronous scheduling: the CPU build switches it off. Both are compared where there is a GPU.
+* LoRA: vLLM's CPU build serves no MoE model with it (it takes Triton kernels that are not there);
+  a test compares it where there is a GPU, of which no run is recorded here. Asynchronous
+  scheduling: the CPU build switches it off; on GPUs it is on by default.
 * Ranks: data parallelism fails in the MoE layers of the CPU build, which has no all-to-all
-  communication: it was compared on GPUs alone. Not compared yet with HF transformers, for want of
-  time on GPUs: drafters with experts (MTP), linear attention on a GPU;
-  `python -m benchmarks.gpu.situations` has a case of each. With MTP in DeepSeek-V3's shape 16,004
-  of 16,021 rows were those of vLLM's own capture, none was missing. Why 17 are not was
+  communication: it was compared on GPUs alone. Drafters with experts (MTP), linear attention on a
+  GPU, FP8 and the balancer were compared with vLLM's own ids, not with HF transformers. In an
+  earlier run with MTP 16,004 of 16,021 rows were vLLM's own, none was missing. Why 17 are not was
   not measured: vLLM's has the rows of whoever computed a block's prefix first.
 """
 

@@ -28,8 +28,8 @@ _DEMO_KV_CACHE_BYTES = 256 * 2**20
 
 USAGE = "moescope serve [model] [vLLM's flags] [--routes-… flags]"
 DESCRIPTION = """vLLM's OpenAI-compatible server, with the routing of every token at
-/routes/{request_id}, /experts and /metrics. Takes every flag of `vllm serve`; without a model it
-serves the small mixture-of-experts model that comes with moescope."""
+/routes/{request_id}, /experts and /metrics, and a page at /moescope. Takes every flag of `vllm
+serve`; without a model it serves the small mixture-of-experts model that comes with moescope."""
 EPILOG = """vLLM's flags:
   --help=all             all of them
   --help=ModelConfig     a group of them, such as ParallelConfig, CacheConfig or Frontend

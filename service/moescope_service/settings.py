@@ -102,7 +102,7 @@ class Settings:
         "weights_dtype",
         "float16",
         parse_choice("float16", "float32"),
-        "DTYPE",
+        "float16|float32",
         "Type of the routing weights.",
     )
     keeps_by_default: bool = _setting(
@@ -160,7 +160,7 @@ class Settings:
         "",
         parse_age,
         "SECONDS",
-        "Age at which traces leave the archive.",
+        "Age at which traces leave the archive, at least 60.",
     )
     archive_max_bytes: int | None = _setting(
         "archive_max_bytes",
@@ -203,8 +203,8 @@ class Settings:
         "",
         parse_key,
         "KEY",
-        "Key that pause, resume, reset and the deletion of others' routes want; set the variable, "
-        "since other users of the machine see flags.",
+        "Key that pause, resume, reset, the label of the weights and the deletion of others' "
+        "routes want; set the variable, since other users of the machine see flags.",
         is_secret=True,
     )
     bind: HostPort | None = _setting(

@@ -14,8 +14,8 @@ def diff(
     a: Annotated[
         str,
         typer.Argument(
-            help="Routes of the first server: a run directory, a route log (.jsonl), .npz, "
-            ".arrow or .parquet, or a glob of them.",
+            help="Routes of the first server: a run directory, an archive, a route log (.jsonl), "
+            ".npz, .arrow or .parquet, or a glob of them.",
             show_default=False,
         ),
     ],
