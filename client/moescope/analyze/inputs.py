@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moescope import route_files
-from moescope.analyze import read_columns, read_log, read_npz
+from moescope.analyze import choosing, read_columns, read_log, read_npz
 from moescope.analyze.batches import Batch, Key, Model, Text
 from moescope.errors import CommandError
+from moescope.filters import EVERY, Filter
 from moescope.route_files import Kept, Server, named
 from moescope.run_dir import RunDir
 
@@ -28,6 +29,8 @@ class Input:
     """Its domain; empty where none was given."""
     run_dir: RunDir | None = None
     """The run that the file is of, where a directory was named."""
+    where: Filter = EVERY
+    """Which of its traces are read."""
 
     @property
     def size_bytes(self) -> int:
@@ -35,11 +38,17 @@ class Input:
         return self.path.stat().st_size
 
 
-def find(arguments: Sequence[str]) -> list[Input]:
+def find(arguments: Sequence[str], where: Filter = EVERY) -> list[Input]:
     """Return the files that arguments name: paths and globs, each with ``label=`` or without.
 
+    Args:
+        arguments: The arguments.
+        where: Which traces of archives; files whose hour rules them out are not opened.
+
     Raises:
-        CommandError: One names nothing that can be read, or only some have a label.
+        CommandError: One names nothing that can be read, or nothing that is wanted, or no archive
+            where not all traces are wanted; or only some have a label.
+        FormatError: A file is broken.
     """
     found: dict[tuple[Path, str], Input] = {}
     for argument in arguments:
@@ -49,9 +58,12 @@ def find(arguments: Sequence[str]) -> list[Input]:
             names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
         if not names:
             raise CommandError(f"no file matches {pattern}")
-        for name in names:
-            for one in _inputs(Path(name), label):
-                found[one.path.resolve(), label] = one
+        named_files = [one for name in names for one in _inputs(Path(name), label)]
+        if where:
+            chosen = choosing.chosen(argument, [one.path for one in named_files], where)
+            named_files = [Input(path=path, label=label, where=where) for path in chosen]
+        for one in named_files:
+            found[one.path.resolve(), label] = one
     labels = {one.label for one in found.values()}
     if len(labels) > 1 and "" in labels:
         without = next(one.path for one in found.values() if not one.label)
@@ -104,7 +116,7 @@ def read(one: Input, num_experts: int | None = None, top_k: int | None = None) -
         if one.path.suffix == ".npz":
             yield from read_npz.read(one.path, one.label)
         elif one.path.suffix in _ARRAYS:
-            yield from read_columns.read(one.path, one.label)
+            yield from read_columns.read(one.path, one.label, one.where)
         else:
             known = read_log.known_of(one.run_dir) if one.run_dir else {}
             yield from read_log.read(
@@ -134,7 +146,12 @@ def traces(
     with named(one.path):
         known = read_log.known_of(one.run_dir) if one.run_dir else {}
         server, found = route_files.read(
-            one.path, known, num_experts=num_experts, top_k=top_k, folder=folder
+            one.path,
+            known,
+            num_experts=num_experts,
+            top_k=top_k,
+            folder=folder,
+            where=one.where,
         )
         for kept in found:
             yield server, kept
@@ -154,7 +171,7 @@ def texts(one: Input) -> Iterator[tuple[Key, Text]]:
         if one.path.suffix == ".npz":
             yield from read_npz.texts(one.path)
         elif one.path.suffix in _ARRAYS:
-            yield from read_columns.texts(one.path)
+            yield from read_columns.texts(one.path, one.where)
         elif one.run_dir:
             for request_id, text in read_log.known_of(one.run_dir).items():
                 yield (request_id, 0), text

@@ -15,19 +15,22 @@ import numpy.typing as npt
 from moescope.analysis import NO_TOKEN, PHASES, Rows, request_number
 from moescope.analyze.batches import Batch, Key, Model, Sequences, Text, check_ids
 from moescope.columns_file import ColumnsFile, columns_file
+from moescope.filters import EVERY, Filter
 
 _COLUMNS = ("request_id", "index", "position", "is_prompt", "token_id", "source", "topk_ids")
 
 
-def read(path: Path, label: str) -> Iterator[Batch]:
+def read(path: Path, label: str, where: Filter = EVERY) -> Iterator[Batch]:
     """Read a table of `moescope.arrow.to_table`: ``.parquet``, ``.arrow``, or an Arrow stream.
 
     Args:
         path: The file.
         label: The label of the input.
+        where: Which traces, of a file of an archive.
 
     Raises:
-        CommandError: pyarrow is not installed, or the file holds several models.
+        CommandError: pyarrow is not installed, the file holds several models, or is none of an
+            archive and not all traces are wanted.
         FormatError: It is of the long form.
         Exception: It is no such file; what it is depends on where it is broken.
     """
@@ -36,16 +39,17 @@ def read(path: Path, label: str) -> Iterator[Batch]:
         columns = [*_COLUMNS, *({"topk_weights", "token"} & set(file.names))]
         num_rows = file.num_rows or num_tokens
         num_done = 0
-        for table in file.batches(model.batch_rows, columns):
+        for table in file.batches(model.batch_rows, columns, where):
             num_done += len(table)
             yield _batch(table, model, label, min(1.0, num_done / num_rows))
 
 
-def texts(path: Path) -> Iterator[tuple[Key, Text]]:
+def texts(path: Path, where: Filter = EVERY) -> Iterator[tuple[Key, Text]]:
     """Read the tokens of the sequences of a file, of those whose prompt is known.
 
     Args:
         path: The file.
+        where: As of `read`.
 
     Raises:
         CommandError: pyarrow is not installed.
@@ -55,10 +59,10 @@ def texts(path: Path) -> Iterator[tuple[Key, Text]]:
         from moescope.arrow import table_rows  # noqa: PLC0415 - the light base has no pyarrow
 
         if "archive" in file.shared:
-            yield from _archived_texts(file)
+            yield from _archived_texts(file, where)
             return
         metas = file.shared["traces"]
-        columns = [one["token_id"] for one in file.batches(2**20, ["token_id"])]
+        columns = [one["token_id"] for one in file.batches(2**20, ["token_id"], where)]
     parts = [one.fill_null(NO_TOKEN).to_numpy(zero_copy_only=False) for one in columns]
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
     first = 0
@@ -91,12 +95,15 @@ def _model(shared: dict[str, Any], label: str) -> tuple[Model, int]:
     return model, of.num_tokens
 
 
-def _archived_texts(file: ColumnsFile) -> Iterator[tuple[Key, Text]]:
+def _archived_texts(file: ColumnsFile, where: Filter) -> Iterator[tuple[Key, Text]]:
     """Read the tokens of the sequences of a file of an archive."""
     import pyarrow as pa  # noqa: PLC0415
 
     columns = ["number", "request_id", "index", "prompt_len", "token_id"]
-    table = pa.Table.from_batches(file.batches(2**20, columns))
+    batches = [*file.batches(2**20, columns, where)]
+    if not batches:
+        return
+    table = pa.Table.from_batches(batches)
     bounds = np.flatnonzero(np.diff(table["number"].to_numpy(), prepend=-1))
     heads = table.select(["request_id", "index", "prompt_len"]).take(bounds).to_pylist()
     tokens = table["token_id"]

@@ -160,6 +160,8 @@ def _facts(subject: Subject, found: Sequence[Input]) -> dict[str, str]:
         "inputs": f"{len(found)}: {', '.join(one.path.name for one in found[:5])}"
         + (" …" if len(found) > 5 else ""),
     }
+    if found[0].where:
+        facts["traces"] = f"only those {found[0].where}"
     return facts | ({"domains": ", ".join(labels)} if labels else {})
 
 
@@ -175,4 +177,5 @@ def _values(subject: Subject, found: Sequence[Input]) -> dict[str, Any]:
         "missing_rows": subject.num_missing,
         "seed": subject.profile.seed,
         "inputs": [{"path": str(one.path), "label": one.label} for one in found],
+        "filter": found[0].where.given,
     }

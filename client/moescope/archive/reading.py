@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from pyarrow import parquet
 
 from moescope.archive.layout import Part
 from moescope.archive.store import Store
-from moescope.archive.table import Archived, entries_of, firsts, shared_of
+from moescope.archive.table import FILTERED, Archived, entries_of, firsts, mask, shared_of
 from moescope.errors import FormatError
+from moescope.filters import Filter
 from moescope.received import MALFORMED, shown
 
 _BATCH_BYTES = 16 * 2**20
@@ -66,31 +66,64 @@ class Archive:
             FormatError: A file is broken; the message names it.
             OSError: A file cannot be read.
         """
+        where = Filter(since_s=since_s, until_s=until_s, model=model, lora=lora)
         for part in self.parts(since_s=since_s, until_s=until_s):
             try:
-                for table, shared in self._tables(part):
-                    kept = _filtered(table, since_s, until_s, model, lora)
-                    yield from entries_of(kept, shared)
+                with self._store.opened(part.path) as source:
+                    yield from entries(parquet.ParquetFile(source, pre_buffer=False), where)
             except FileNotFoundError:
                 continue
             except (*MALFORMED, pa.ArrowException, FormatError) as error:
                 raise FormatError(f"{part.path}: {shown(error)}") from error
 
-    def _tables(self, part: Part) -> Iterator[tuple[pa.Table, dict[str, Any]]]:
-        """Yield the rows of a file as tables of whole traces."""
-        with self._store.opened(part.path) as source:
-            file = parquet.ParquetFile(source, pre_buffer=False)
-            shared = shared_of(file.schema_arrow)
-            rest = None
-            for batch in file.iter_batches(batch_rows(shared)):
-                table = pa.Table.from_batches([batch])
-                table = table if rest is None else pa.concat_tables([rest, table])
-                last = int(firsts(table)[-2])
-                if last:
-                    yield table.slice(0, last).combine_chunks(), shared
-                rest = table.slice(last)
-            if rest is not None:
-                yield rest.combine_chunks(), shared
+
+def entries(file: parquet.ParquetFile, where: Filter) -> Iterator[Archived]:
+    """Yield the traces of a file, one row group in memory at a time.
+
+    Args:
+        file: The file.
+        where: Which traces.
+
+    Raises:
+        FormatError: It is no file of an archive, or one of a later version.
+        Exception: It is broken; what it is depends on where.
+    """
+    shared = shared_of(file.schema_arrow)
+    for table in _tables(file, batch_rows(shared), groups(file, where)):
+        yield from entries_of(table.filter(mask(table, where)) if where else table, shared)
+
+
+def groups(file: parquet.ParquetFile, where: Filter) -> list[int]:
+    """Return the row groups that have a trace which is wanted.
+
+    Of the others nothing is read but the columns that say it.
+
+    Args:
+        file: A file of an archive.
+        where: Which traces.
+    """
+    every = range(file.num_row_groups)
+    return [one for one in every if not where or _has(file, one, where)]
+
+
+def _has(file: parquet.ParquetFile, row_group: int, where: Filter) -> bool:
+    table = file.read_row_group(row_group, columns=FILTERED)
+    table.validate(full=True)  # indices of damaged bytes lead anywhere
+    return bool(pc.any(mask(table, where)).as_py())
+
+
+def _tables(file: parquet.ParquetFile, num_rows: int, row_groups: list[int]) -> Iterator[pa.Table]:
+    """Yield the rows of row groups as tables of whole traces."""
+    rest = None
+    for batch in file.iter_batches(num_rows, row_groups=row_groups):
+        table = pa.Table.from_batches([batch])
+        table = table if rest is None else pa.concat_tables([rest, table])
+        last = int(firsts(table)[-2])
+        if last:
+            yield table.slice(0, last).combine_chunks()
+        rest = table.slice(last)
+    if rest is not None:
+        yield rest.combine_chunks()
 
 
 def batch_rows(shared: dict[str, Any]) -> int:
@@ -101,22 +134,3 @@ def batch_rows(shared: dict[str, Any]) -> int:
     """
     row_bytes = 5 * max(1, len(shared["layers"]) * int(shared["top_k"]))
     return int(np.clip(_BATCH_BYTES // row_bytes, 1024, 122_880))
-
-
-def _filtered(
-    table: pa.Table,
-    since_s: float | None,
-    until_s: float | None,
-    model: str | None,
-    lora: str | None,
-) -> pa.Table:
-    conditions = []
-    if since_s is not None:
-        conditions.append(pc.greater_equal(table["finished_s"], since_s))
-    if until_s is not None:
-        conditions.append(pc.less(table["finished_s"], until_s))
-    if model is not None:
-        conditions.append(pc.equal(table["model"].cast(pa.string()), model))
-    if lora is not None:
-        conditions.append(pc.equal(table["lora"].cast(pa.string()).fill_null(""), lora))
-    return table.filter(functools.reduce(pc.and_, conditions)) if conditions else table

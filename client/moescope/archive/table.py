@@ -25,6 +25,7 @@ Columns of strings are dictionary-encoded. The schema's metadata hold under ``mo
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,11 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from moescope import arrow
 from moescope.errors import FormatError
+from moescope.filters import Filter
 from moescope.received import MALFORMED, parse_json, shown
 from moescope.trace import RouteTrace
 
@@ -59,6 +62,8 @@ _OF_TRACE = {
 _OF_ENTRY = {"number": pa.int64(), "finished_s": pa.float64(), "owner": pa.string()}
 COLUMNS = ("request_id", "index", "position", *_OF_TRACE, *_OF_ENTRY, "ids", "weight_labels")
 """Those that say which trace a row is of."""
+FILTERED = ["finished_s", "model", "lora"]
+"""Those that `mask` needs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +145,25 @@ def firsts(table: pa.Table) -> npt.NDArray[np.int64]:
     number = table["number"].to_numpy()
     changes = np.flatnonzero(np.diff(number)) + 1
     return np.concatenate([[0], changes, [len(number)]] if len(number) else [[0]]).astype(np.int64)
+
+
+def mask(table: Any, where: Filter) -> Any:  # noqa: ANN401 - a table or a batch, an array
+    """Return which rows are of traces that are wanted.
+
+    Args:
+        table: Rows of an archive, with the columns `FILTERED`.
+        where: Which traces; it wants something.
+    """
+    conditions = []
+    if where.since_s is not None:
+        conditions.append(pc.greater_equal(table["finished_s"], where.since_s))
+    if where.until_s is not None:
+        conditions.append(pc.less(table["finished_s"], where.until_s))
+    if where.model is not None:
+        conditions.append(pc.equal(table["model"].cast(pa.string()), where.model))
+    if where.lora is not None:
+        conditions.append(pc.equal(table["lora"].cast(pa.string()).fill_null(""), where.lora))
+    return functools.reduce(pc.and_, conditions)
 
 
 def entries_of(table: pa.Table, shared: dict[str, Any]) -> list[Archived]:

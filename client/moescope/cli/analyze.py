@@ -31,6 +31,10 @@ def analyze(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals.")] = 0,
+    since: _options.SinceOption = None,
+    until: _options.UntilOption = None,
+    model: _options.OfModelOption = None,
+    lora: _options.LoraOption = None,
     num_experts: _options.NumExpertsOption = None,
     top_k: _options.TopKOption = None,
     force: _options.ForceOption = False,
@@ -39,7 +43,7 @@ def analyze(
     from moescope.analyze import inputs as finding
     from moescope.analyze import run
 
-    found = finding.find(inputs)
+    found = finding.find(inputs, _options.filter_of(since, until, model, lora))
     run.check(out, force=force)
     options = run.Options(tokenizer=tokenizer, seed=seed, num_experts=num_experts, top_k=top_k)
     for path in run.analyze(found, out, options, _options.console())[:2]:

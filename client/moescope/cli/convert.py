@@ -14,8 +14,8 @@ def convert(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Run directories, route logs (.jsonl), .npz, .arrow and .parquet, or globs of "
-            "them.",
+            help="Run directories, archives, route logs (.jsonl), .npz, .arrow and .parquet, or "
+            "globs of them.",
             metavar="INPUT...",
             show_default=False,
         ),
@@ -37,6 +37,10 @@ def convert(
     missing: Annotated[
         bool, typer.Option("--missing", help="With --long: missing rows too, without experts.")
     ] = False,
+    since: _options.SinceOption = None,
+    until: _options.UntilOption = None,
+    model: _options.OfModelOption = None,
+    lora: _options.LoraOption = None,
     num_experts: _options.NumExpertsOption = None,
     top_k: _options.TopKOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
@@ -50,7 +54,8 @@ def convert(
     )
     chosen = converting.check(out, options, force=force)
     console = _options.console()
-    done = converting.convert(finding.find(inputs), out, chosen, options, console)
+    found = finding.find(inputs, _options.filter_of(since, until, model, lora))
+    done = converting.convert(found, out, chosen, options, console)
     for sentence in done.unsaid:
         console.print(sentence)
     print(f"{done.sequences:,} sequences, {done.rows:,} rows, {done.missing_rows:,} missing: {out}")

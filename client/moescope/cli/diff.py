@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,8 @@ def diff(
     a: Annotated[
         str,
         typer.Argument(
-            help="Routes of the first server: a run directory, an archive, a route log (.jsonl), "
-            ".npz, .arrow or .parquet, or a glob of them.",
+            help="Routes of the first server: a run directory, an archive, a route log "
+            "(.jsonl), .npz, .arrow or .parquet, or a glob of them.",
             show_default=False,
         ),
     ],
@@ -45,11 +46,18 @@ def diff(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals.")] = 0,
+    since: Annotated[list[dt.datetime] | None, _options.SINCE] = None,
+    until: Annotated[list[dt.datetime] | None, _options.UNTIL] = None,
+    model: Annotated[list[str] | None, _options.MODEL] = None,
+    lora: Annotated[list[str] | None, _options.LORA] = None,
     num_experts: _options.NumExpertsOption = None,
     top_k: _options.TopKOption = None,
     force: _options.ForceOption = False,
 ) -> None:
-    """Compare the routes of the same prompts on two servers, and name the layers that changed."""
+    """Compare the routes of the same prompts on two servers, and name the layers that changed.
+
+    What chooses from archives is given once for all sides, or once for each: A, B and --again.
+    """
     from moescope.analyze import inputs
     from moescope.diff import bounds, findings, run
     from moescope.diff.result import Source
@@ -61,7 +69,11 @@ def diff(
         raise typer.BadParameter(str(error), param_hint="--fail-above") from error
     console = _options.console()
     names = [a, b, *([] if again is None else [again])]
-    sources = [Source(name=name, inputs=inputs.find([name])) for name in names]
+    wheres = _options.filters_of(len(names), since, until, model, lora)
+    sources = [
+        Source(name=f"{name}, {where}" if where else name, inputs=inputs.find([name], where))
+        for name, where in zip(names, wheres, strict=True)
+    ]
     run.check(sources, out, force=force)
     options = run.Options(near_tie=near_tie, seed=seed, num_experts=num_experts, top_k=top_k)
     result = run.diff(sources, out, options, console)

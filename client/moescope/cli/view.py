@@ -14,7 +14,8 @@ def view(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Run directories, route logs (.jsonl), .npz, .arrow and .parquet, or globs.",
+            help="Run directories, archives, route logs (.jsonl), .npz, .arrow and .parquet, or "
+            "globs.",
             metavar="INPUT...",
             show_default=False,
         ),
@@ -30,6 +31,10 @@ def view(
             help="tokenizer.json, or the checkpoint's directory, for the texts of token ids."
         ),
     ] = None,
+    since: _options.SinceOption = None,
+    until: _options.UntilOption = None,
+    model: _options.OfModelOption = None,
+    lora: _options.LoraOption = None,
     num_experts: _options.NumExpertsOption = None,
     top_k: _options.TopKOption = None,
 ) -> None:
@@ -37,7 +42,7 @@ def view(
     from moescope.analyze import inputs as finding
     from moescope.view import run
 
-    found = finding.find(inputs)
+    found = finding.find(inputs, _options.filter_of(since, until, model, lora))
     run.check(found, out)
     options = run.Options(limit=limit, tokenizer=tokenizer, num_experts=num_experts, top_k=top_k)
     print(run.view(found, out, options))

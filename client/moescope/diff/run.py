@@ -44,10 +44,12 @@ def check(sources: Sequence[Source], out: Path, *, force: bool) -> None:
     if labeled:
         raise CommandError(f"{labeled[0].path} has the label {labeled[0].label}: diff takes none")
     for source, other in itertools.combinations(sources, 2):
-        paths, others = ({one.path.resolve() for one in each.inputs} for each in (source, other))
-        if paths & others:
+        others = {one.path.resolve(): one.where for one in other.inputs}
+        pairs = ((one.where, others.get(one.path.resolve())) for one in source.inputs)
+        if any(where is not None and not one.excludes(where) for one, where in pairs):
             raise CommandError(
-                f"{source.name} and {other.name} are the same files: expected two runs"
+                f"{source.name} and {other.name} are the same files: expected two runs, or parts "
+                "of an archive that have no trace in common"
             )
     if (out / "diff.json").exists() and not force:
         raise CommandError(

@@ -76,6 +76,7 @@ def values(result: Result) -> dict[str, Any]:
         **{
             name: {
                 "inputs": [str(one.path) for one in source.inputs],
+                "filter": source.inputs[0].where.given,
                 "model": side.model.name,
                 "sequences": len(side.sequences),
                 "rows": side.num_rows,

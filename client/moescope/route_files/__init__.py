@@ -14,6 +14,7 @@ import numpy as np
 from moescope import columns_file, routes_log
 from moescope.analyze.read_log import Known
 from moescope.errors import CommandError
+from moescope.filters import EVERY, Filter
 from moescope.route_files import log, npz
 from moescope.route_files.broken import named
 from moescope.route_files.spool import Kept, Server, Spool, Stored
@@ -79,6 +80,7 @@ def read(
     num_experts: int | None = None,
     top_k: int | None = None,
     folder: Path | None = None,
+    where: Filter = EVERY,
 ) -> tuple[Server, Iterator[Kept]]:
     """Return what a file says of its server, and its traces one after the other.
 
@@ -88,6 +90,7 @@ def read(
         num_experts: Routed experts a layer, for a route log that does not say it.
         top_k: Experts a token and layer, for a route log that does not say it.
         folder: Where the rows of a route log lie meanwhile; its own directory where None.
+        where: Which traces, of a file of an archive.
 
     Raises:
         CommandError: pyarrow is missing.
@@ -100,7 +103,7 @@ def read(
     check(path.suffix.removeprefix("."))
     from moescope.route_files import columns  # noqa: PLC0415
 
-    return columns.read(path)
+    return columns.read(path, where)
 
 
 def counted(

@@ -1,5 +1,7 @@
 """Reads and writes tables of traces some rows at a time: Parquet, and Arrow files.
 
+Files of an archive are read, too.
+
 An Arrow file, which polars, pandas and others open by its name, has one dictionary a column: those
 of the whole file are known before its rows are written. Needs the extra ``arrow``.
 """
@@ -18,10 +20,11 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from moescope import arrow
+from moescope.archive.reading import entries
 from moescope.arrow.long import METADATA
 from moescope.arrow.long import of as long_of
 from moescope.columns_file import columns_file
-from moescope.errors import FormatError
+from moescope.filters import EVERY, Filter
 from moescope.received import MAX_BYTES
 from moescope.route_files.spool import Kept, Server, Stored
 from moescope.trace import RouteTrace
@@ -128,20 +131,30 @@ def _wide(page: RouteTrace, meta: dict[str, Any], *, has_text: bool) -> pa.Table
     return table
 
 
-def read(path: Path) -> tuple[Server, Iterator[Kept]]:
+def read(path: Path, where: Filter = EVERY) -> tuple[Server, Iterator[Kept]]:
     """Return what a table says of its server, and its traces, every value checked.
 
+    Args:
+        path: The file.
+        where: Which traces, of a file of an archive.
+
     Raises:
-        FormatError: It is of the long form, or of an archive, or a table of something else.
+        FormatError: It is of the long form, or a table of something else.
         Exception: It is no such file; what it is depends on where it is broken.
     """
     with columns_file(path) as file:
         if "archive" in file.shared:
-            raise FormatError(
-                "it is a file of an archive: `moescope analyze` and `diff` read it, and in Python "
-                "`moescope.archive`"
-            )
+            spec = file.shared["spec"]
+            return {name: spec[name] for name in ("device", "seed")}, _archived(path, where)
         return file.shared.get("server", {}), _traces(path)
+
+
+def _archived(path: Path, where: Filter) -> Iterator[Kept]:
+    with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        num_done = 0
+        for one in entries(file, where):
+            num_done += one.trace.num_tokens
+            yield Kept(one.trace, done=min(1.0, num_done / file.metadata.num_rows))
 
 
 def _traces(path: Path) -> Iterator[Kept]:

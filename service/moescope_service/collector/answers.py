@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from moescope_service.collector.ids import Identified
 from moescope_service.collector.pages import Pages
 from moescope_service.collector.replies import REPLIES
 from moescope_service.collector.state import CollectorState
@@ -153,7 +154,7 @@ class Answers:
         others = sum(map(len, state.find(query.request_id))) - len(found) - len(kept)
         running, uids = list(found.values()), [*kept, *found]
         # All of them have the id of the response, or none of them has: see `find`.
-        first = next(itertools.chain(found.values(), kept.values()), None)
+        first = next(itertools.chain[Identified](found.values(), kept.values()), None)
         is_own = first is not None and first.request_id == query.request_id
         if state.archive is not None and not uids:
             deleted += state.archive.delete(query.request_id, query.owner)
