@@ -14,7 +14,7 @@ from moescope.archive.store import Store
 from moescope.archive.table import Archived, to_table
 from moescope.errors import FormatError
 from moescope_service.archive import lookup
-from moescope_service.archive.files import Files
+from moescope_service.archive.files import BROKEN, Files
 from moescope_service.archive.index import id_key
 from moescope_service.archive.pending import Pending, groups, matching, part_of
 from moescope_service.archive_messages import unpack_traces
@@ -128,16 +128,34 @@ class Archive:
             logger.warning("the archive lacks the last %d traces: %s", len(self._pending), error)
 
     def _work(self, now_s: float) -> None:
+        """Do all that is due, whatever of it fails: on a full disk, what is too old makes room.
+
+        Raises:
+            OSError: The first thing that failed.
+        """
         if not self._files.is_listed:
             self._files.list_all()
             for peer, collector in self._collectors.items():
                 self._acknowledge(peer, collector)
+        failed: list[OSError] = []
+        for job in (
+            self._publish_due,
+            self._files.read_next,
+            self._delete_forgotten,
+            self._files.expire,
+            self._files.compact,
+        ):
+            try:
+                job(now_s)
+            except OSError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def _publish_due(self, now_s: float) -> None:
         oldest_s = min((one.entry.finished_s for one in self._pending), default=now_s)
         if self._pending_bytes >= FILE_BYTES or now_s - oldest_s >= self._interval_s:
             self._publish()
-        self._files.read_next(now_s)
-        self._delete_forgotten()
-        self._files.tidy(now_s)
 
     def _on_collector(self, peer: bytes, collector: str) -> None:
         self._collectors = {p: c for p, c in self._collectors.items() if c != collector}
@@ -200,12 +218,12 @@ class Archive:
         self._drop([one for one in gone if one.entry.number in numbers])
         self._forgotten.setdefault(collector, set()).update(numbers)
         with contextlib.suppress(OSError):  # it is tried again
-            self._delete_forgotten()
+            self._delete_forgotten(self._clock())
 
-    def _delete_forgotten(self) -> None:
+    def _delete_forgotten(self, now_s: float) -> None:
         while self._forgotten and self._files.are_read:
             collector, numbers = next(iter(self._forgotten.items()))
-            self._files.delete_numbers(collector, numbers, self._clock())
+            self._files.delete_numbers(collector, numbers, now_s)
             del self._forgotten[collector]
 
     def _ask(self, peer: bytes, number: int, query: Query[Any]) -> None:
@@ -224,7 +242,7 @@ class Archive:
                     reply = DeleteReply(deleted=self._delete(query))
                 case _:
                     raise ValueError(f"the archive answers no {type(query).__name__}")
-        except OSError as error:
+        except BROKEN as error:
             logger.warning("a query of the archive is not answered: %s", error)
             return
         self.outbox.append((peer, pack_reply(number, reply)))

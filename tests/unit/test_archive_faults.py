@@ -1,0 +1,184 @@
+"""The archive when its store, its files or another hand do what they should not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from moescope.archive import table
+from moescope.archive.layout import Part
+from moescope.archive.store import Store
+from moescope_service.archive import core
+from moescope_service.messages import pack, unpack
+from moescope_service.queries import ArchiveFigures, RoutesQuery, Wanted, pack_query
+
+from .test_archive_files import API, COLLECTOR, NAME, Bench, make_trace
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path / "archive")
+
+
+def damage(path: Path) -> None:
+    """Change what a file has of routes; its footer and the columns of ids stay readable."""
+    data = bytearray(path.read_bytes())
+    column = parquet.ParquetFile(path).metadata.row_group(0)
+    (place,) = (
+        column.column(number).data_page_offset
+        for number in range(column.num_columns)
+        if column.column(number).path_in_schema.startswith("topk_weights")
+    )
+    data[place : place + 40] = bytes(40)
+    path.write_bytes(data)
+
+
+def test_a_damaged_file_ends_no_process_and_keeps_what_is_deleted_of_others(bench):
+    bench.publish(*map(make_trace, "ab"))
+    bench.publish(*map(make_trace, "cd"))
+    damaged, _ = (bench.folder / path for path in bench.paths())
+    damage(damaged)
+    before = damaged.read_bytes()
+    for name in "ac":
+        assert bench.delete(name) == 1
+    bench.pass_s(31)
+    assert damaged.read_bytes() == before
+    assert not any(one.is_failing for one in bench.figures())
+    damaged.unlink()
+    assert bench.names() == ["d"]
+    damaged.write_bytes(before)
+    bench.begin()
+    assert bench.routes("a")[0].status == "unknown"
+
+
+def test_a_query_that_waits_ends_no_process_where_its_file_is_no_archive_s_any_more(bench):
+    for name in "ab":
+        bench.publish(make_trace(name))
+    begin_failing(bench)
+    bench.archive.tick()  # it reads the newest file
+    newest = bench.folder / bench.paths()[1]
+    parquet.write_table(parquet.read_table(newest).replace_schema_metadata(None), newest)
+    for number, name in ((98, "a"), (99, "b")):
+        query = RoutesQuery(wanted=[Wanted(request_id=name)])
+        bench.archive.handle(API, pack_query(number, query))
+    bench.pass_s(0)
+    told = [unpack(frames)[1]["number"] for peer, frames in bench.archive.outbox if peer == API]
+    assert told == [98]
+
+
+def test_files_of_a_later_version_are_not_looked_at_and_leave_at_their_age(tmp_path, monkeypatch):
+    bench = Bench(tmp_path / "archive", archive_ttl_s=4000.0)
+    monkeypatch.setattr(table, "SCHEMA_VERSION", 2)
+    bench.publish(*map(make_trace, "ab"))
+    assert bench.delete("a") == 1
+    (path,) = (bench.folder / path for path in bench.paths())
+    monkeypatch.undo()
+    before = path.read_bytes()
+    bench.begin()
+    bench.publish(make_trace("c"))
+    assert bench.delete("c") == 1
+    bench.pass_s(31)
+    assert [bench.routes(name)[0].status for name in "abc"] == ["unknown"] * 3
+    assert path.read_bytes() == before
+    assert bench.figures()[-1].files == 1
+    bench.pass_s(4000)
+    assert not path.exists()
+
+
+def test_a_large_file_that_cannot_be_read_does_not_cost_the_others(bench):
+    bench.publish(make_trace("a"))
+    size_bytes = (bench.folder / bench.paths()[0]).stat().st_size
+    (bench.folder / bench.paths()[0]).write_bytes(bytes(10 * size_bytes))
+    small = Bench(bench.folder, archive_max_bytes=3 * size_bytes)
+    small.number = 1
+    small.publish(make_trace("b"))
+    assert small.names() == ["b"]
+
+
+def test_a_file_that_another_hand_removed_is_not_waited_for(bench):
+    for name in "abc":
+        bench.publish(make_trace(name))
+    for path in bench.paths()[:2]:
+        (bench.folder / path).unlink()
+    assert bench.delete("b") == 1
+    with pytest.raises(AssertionError, match="no reply"):
+        bench.routes("a")
+    assert bench.routes("a")[0].status == "unknown"
+    bench.pass_s(31)
+    assert bench.figures()[-1] == ArchiveFigures(
+        files=1, bytes=(bench.folder / bench.paths()[0]).stat().st_size
+    )
+
+
+class Failing(Store):
+    """A store of which some calls fail while told."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.fails: set[str] = set()
+        self.fails_late = False
+
+    def parts(self) -> Any:
+        self._check("parts")
+        return super().parts()
+
+    def opened(self, name: str) -> Any:
+        if Part.parse(name):
+            self._check("opened")
+        return super().opened(name)
+
+    def put(self, name: str, data: Any) -> None:
+        self._check("put")
+        super().put(name, data)
+        if self.fails_late:
+            raise OSError("no answer")
+
+    def _check(self, name: str) -> None:
+        if name in self.fails:
+            raise OSError("away")
+
+
+def begin_failing(bench: Bench) -> Failing:
+    store = Failing(bench.folder)
+    bench.archive = core.Archive(store, bench.settings, lambda: bench.now_s)
+    bench.archive.handle(COLLECTOR, pack("archive", collector=NAME))
+    return store
+
+
+def test_a_store_that_is_away_for_long_leaves_no_file_out(bench):
+    for name in "ab":
+        bench.publish(make_trace(name))
+    store = begin_failing(bench)
+    store.fails = {"opened"}
+    bench.archive.tick()  # it lists them
+    store.fails = {"opened", "parts"}
+    for _ in range(10):
+        bench.pass_s(60)
+    store.fails = set()
+    bench.pass_s(60)
+    assert [bench.routes(name)[0].status for name in "ab"] == ["finished"] * 2
+
+
+def test_what_is_too_old_leaves_though_nothing_can_be_written(tmp_path):
+    bench = Bench(tmp_path / "archive", archive_ttl_s=100.0)
+    store = begin_failing(bench)
+    bench.publish(make_trace("a"))
+    store.fails = {"put"}
+    bench.hand_over(make_trace("b"))
+    bench.pass_s(100)
+    assert bench.figures()[-1].is_failing
+    assert bench.paths() == []
+
+
+def test_what_says_what_is_deleted_is_missed_where_it_is_damaged(bench):
+    bench.publish(*map(make_trace, "ab"))
+    assert bench.delete("a") == 1
+    (bench.folder / "_deleted.json").write_bytes(b"[]")
+    bench.begin()
+    assert bench.figures()[-1].is_failing
+    (bench.folder / "_deleted.json").unlink()
+    bench.pass_s(1)
+    assert not bench.figures()[-1].is_failing
