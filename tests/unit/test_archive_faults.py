@@ -11,11 +11,10 @@ from pyarrow import parquet
 from moescope.archive import table
 from moescope.archive.layout import Part
 from moescope.archive.store import Store
-from moescope_service.archive import core
 from moescope_service.messages import pack, unpack
 from moescope_service.queries import ArchiveFigures, RoutesQuery, Wanted, pack_query
 
-from .test_archive_files import API, COLLECTOR, NAME, Bench, make_trace
+from tests.unit.test_archive_files import API, COLLECTOR, NAME, Bench, make_trace
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ class Failing(Store):
 
 def begin_failing(bench: Bench) -> Failing:
     store = Failing(bench.folder)
-    bench.archive = core.Archive(store, bench.settings, lambda: bench.now_s)
+    bench.archive = bench.make(store)
     bench.archive.handle(COLLECTOR, pack("archive", collector=NAME))
     return store
 
@@ -182,3 +181,67 @@ def test_what_says_what_is_deleted_is_missed_where_it_is_damaged(bench):
     (bench.folder / "_deleted.json").unlink()
     bench.pass_s(1)
     assert not bench.figures()[-1].is_failing
+
+
+def test_what_was_published_without_an_answer_is_not_there_twice(bench):
+    store = begin_failing(bench)
+    bench.pass_s(0)
+    store.fails_late = True
+    bench.publish(*map(make_trace, "abc"))
+    assert bench.names() == ["a", "b", "c"]
+    assert bench.acknowledged() == 0
+    bench.archive.handle(COLLECTOR, pack("forget", numbers=[1]))
+    bench.hand_over(make_trace("d"))
+    store.fails_late = False
+    bench.pass_s(10)
+    assert bench.names() == ["b", "c", "d"]
+    assert bench.acknowledged() == 4
+
+
+def test_what_was_published_without_an_answer_and_then_deleted_is_in_no_file(bench):
+    store = begin_failing(bench)
+    bench.pass_s(0)
+    store.fails_late = True
+    bench.publish(make_trace("a"))
+    bench.archive.handle(COLLECTOR, pack("forget", numbers=[1]))
+    store.fails_late = False
+    bench.pass_s(10)
+    bench.publish(make_trace("b"))
+    assert bench.names() == ["b"]
+
+
+def test_a_trace_that_makes_no_sense_is_told_to_be_lost(bench):
+    bad = make_trace("bad")
+    bad.topk_ids[0] = 99
+    bench.publish(make_trace("a"))
+    bench.hand_over(bad)
+    bench.publish(make_trace("b"))
+    told = [unpack(frames) for peer, frames in bench.archive.outbox if peer == COLLECTOR]
+    assert [values for kind, values in told if kind == "lost"] == [{"numbers": [2]}]
+    assert bench.names() == ["a", "b"]
+
+
+def test_an_id_that_comes_late_finds_what_is_not_published_yet(bench):
+    bench.hand_over(make_trace("a"), make_trace("b"))
+    bench.archive.handle(COLLECTOR, pack("alias", ids=[(2, "late"), (7, "of none")]))
+    assert [one.request_id for one in bench.routes("late")[1]] == ["b"]
+    bench.pass_s(10)
+    assert [one.request_id for one in bench.routes("late")[1]] == ["b"]
+
+
+def test_a_clock_that_is_set_back_holds_nothing_up(bench):
+    store = begin_failing(bench)
+    store.fails = {"put"}
+    bench.publish(make_trace("a"))
+    bench.now_s -= 7200
+    store.fails = set()
+    bench.pass_s(1)
+    assert bench.names() == ["a"]
+    bench.hand_over(make_trace("b"))
+    bench.now_s -= 7200
+    bench.pass_s(1)
+    assert bench.names() == ["b", "a"]
+    assert bench.delete("a") == 1
+    bench.now_s -= 7200
+    bench.pass_s(31)
+    assert bench.names() == ["b"]

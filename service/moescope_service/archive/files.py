@@ -156,6 +156,14 @@ class Files:
         self._store.put(part.path, data)
         self._add(FileIndex.of(part, data.size, table))
 
+    def remove_unsure(self, part: Part) -> None:
+        """Remove a file whose publication failed, if it is there all the same.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        self._store.remove(part.path)
+
     def find(self, key: int, *, own_only: bool = False) -> list[Places]:
         """Return the traces that an id finds, by their file.
 
