@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
+from moescope.archive import Archive as Reading
 from moescope.archive import table
 from moescope.archive.layout import Part
 from moescope.archive.store import Store
+from moescope.trace import Source
 from moescope_service.messages import pack, unpack
 from moescope_service.queries import ArchiveFigures, RoutesQuery, Wanted, pack_query
-
 from tests.unit.test_archive_files import API, COLLECTOR, NAME, Bench, make_trace
 
 
@@ -245,3 +248,46 @@ def test_a_clock_that_is_set_back_holds_nothing_up(bench):
     bench.now_s -= 7200
     bench.pass_s(31)
     assert bench.names() == ["b"]
+
+
+def test_a_trace_of_a_very_long_context_is_read(bench):
+    """Of more than 256 MiB of weights as float32; most rows are missing, which takes no time."""
+    shape = (6000, 12, 1024)
+    ids, source = np.zeros(shape, np.uint8), np.full(shape[0], Source.MISSING, np.uint8)
+    ids[-1], source[-1] = 7, Source.COMPUTED
+    bench.publish(
+        make_trace(
+            "long", num_tokens=shape[0] + 1, num_hidden_layers=12, complete=False, source=source,
+            layers=np.arange(12, dtype=np.int32), topk_ids=ids, topk_weights=None,
+        )
+    )  # fmt: skip
+    (archived,) = Reading(bench.folder).scan()
+    assert np.array_equal(archived.trace.topk_ids, ids)
+
+
+def test_nothing_is_left_of_a_list_of_deleted_traces_that_was_not_written_whole(bench):
+    left = bench.folder / "._deleted.0123.new"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"{")
+    bench.begin()
+    assert not left.exists()
+
+
+def test_what_is_published_or_removed_is_so_after_the_machine_failed(tmp_path, monkeypatch):
+    """A directory's own entry is in the one above, which is flushed on its own."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def note(file: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    store = Store(str(tmp_path / "archive"))
+    part = Part(500_000, NAME, 1, 1).path
+    store.put(part, b"x")
+    folders = [str(store.path / folder) for folder in Path(part).parents]
+    assert flushed[1:] == folders
+    flushed.clear()
+    store.remove(part)
+    assert flushed == folders[-1:]

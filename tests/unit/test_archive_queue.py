@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from builders import Bench
 
 from benchmarks.simulation.parts import make_spec
 from moescope_service.archive_messages import unpack_traces
@@ -180,3 +181,32 @@ def test_the_id_of_a_response_deletes_what_has_it_alone():
     assert queue.delete("x", None, own_only=True) == {3}
     assert queue.delete("x", None, own_only=True) == set()
     assert queue.delete("x", None) == {1}
+
+
+def make_collector(queue: ArchiveQueue, **settings: Any) -> Bench:
+    bench = Bench(**settings)
+    bench.collector.state.archive = queue
+    return bench
+
+
+def test_an_id_that_comes_after_the_end_of_its_request_is_archived():
+    queue = make_queue()
+    bench = make_collector(queue)
+    bench.run("a")
+    bench.alias("late", "a-i")
+    frames = queue.take()
+    assert frames is not None
+    (handed,) = unpack_traces(unpack(frames)[1], frames)[1]
+    assert handed.ids == ("a", "a-i", "late")
+
+
+def test_a_deletion_reaches_what_waits_and_is_not_kept_any_more():
+    queue = make_queue()
+    bench = make_collector(queue)
+    for created_s in (1.0, 2.0):
+        bench.run("a", created_s=created_s, internal_id=f"{created_s}-i", ids=["a"])
+    for uid in [*bench.collector.state.store.ids.any("a")][:1]:
+        bench.collector.state.store.remove(uid)
+    assert queue.info.waiting == 2
+    assert bench.delete("a").deleted == 2
+    assert queue.info.waiting == 0

@@ -28,7 +28,7 @@ def check_location(location: str) -> None:
         raise CommandError(
             f"invalid archive {location!r}: expected a directory or s3://bucket/prefix"
         )
-    if separator and not rest.strip("/"):
+    if separator and not all(rest.strip("/").split("/")):
         raise CommandError(f"invalid archive {location!r}: expected s3://bucket/prefix")
 
 
@@ -107,7 +107,7 @@ class Store:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
-        _flush(path.parent)
+        self._flush_above(name)
 
     def remove(self, name: str) -> None:
         """Remove a file, and the directories that it leaves empty; one that is gone is no error.
@@ -123,6 +123,7 @@ class Store:
                 for folder in (parent, parent.parent):
                     if folder != self.path:
                         folder.rmdir()
+            self._flush_above(name)
 
     def sweep(self) -> None:
         """Remove what killed writers left behind; for the only one that writes.
@@ -131,8 +132,18 @@ class Store:
             OSError: It cannot be removed.
         """
         if self.is_local:
-            for left in self.path.glob("date=*/hour=*/.*.new"):
-                left.unlink(missing_ok=True)
+            for folder in (".", "date=*/hour=*"):
+                for left in self.path.glob(f"{folder}/.*.new"):
+                    left.unlink(missing_ok=True)
+
+    def _flush_above(self, name: str) -> None:
+        """Flush the directories of a file to the disk, which may be new, as far as they are there.
+
+        Without it a machine that fails may lose the file, or bring back one that was removed.
+        """
+        for folder in Path(name).parents:
+            with contextlib.suppress(FileNotFoundError):
+                _flush(self.path / folder)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
