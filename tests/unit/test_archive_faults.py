@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+from moescope.analyze import inputs
 from moescope.archive import Archive as Reading
 from moescope.archive import table
 from moescope.archive.layout import Part
@@ -279,7 +280,7 @@ def test_what_is_published_or_removed_is_so_after_the_machine_failed(tmp_path, m
     fsync = os.fsync
 
     def note(file: int) -> None:
-        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        flushed.append(str(Path(f"/proc/self/fd/{file}").readlink()))
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", note)
@@ -291,3 +292,13 @@ def test_what_is_published_or_removed_is_so_after_the_machine_failed(tmp_path, m
     flushed.clear()
     store.remove(part)
     assert flushed == folders[-1:]
+
+
+def test_a_part_of_an_archive_is_named_from_within(bench, monkeypatch):
+    """Its directories have an equals sign, as labels do."""
+    bench.publish(make_trace("a"))
+    monkeypatch.chdir(bench.folder)
+    for name in ("date=2027-01-15", "date=2027*", "date=2027-01-15/hour=0*"):
+        assert [str(one.path) for one in inputs.find([name])] == bench.paths()
+    (one,) = inputs.find(["label=date=2027*"])
+    assert one.label == "label"
