@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import queue
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -191,6 +193,40 @@ def test_nobody_is_let_in_where_nobody_looks_at_keys(key):
         port = int(router.last_endpoint.rsplit(b":", 1)[1])
         Stranger(port, key).with_a_key_of_its_own()
         assert not router.poll(0)
+
+
+def test_strangers_by_the_thousand_do_not_hold_up_the_end(key):
+    """More than ZMQ queues events: its thread then waits until they are taken."""
+    greeting = b"\xff" + bytes(8) + b"\x7f\3\1" + b"NULL".ljust(20, b"\0") + bytes(32)
+    ended = threading.Event()
+
+    def serve(started, may_end):
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+            router.linger = 0
+            with listening(context, router, Address("tcp://127.0.0.1:*", key)):
+                started.put(int(router.last_endpoint.rsplit(b":", 1)[1]))
+                may_end.wait()
+        ended.set()
+
+    started, may_end = queue.Queue(), threading.Event()
+    threading.Thread(target=serve, args=[started, may_end], daemon=True).start()
+    where = "127.0.0.1", started.get(timeout=DEADLINE_S)
+    try:
+        for _ in range(4000):
+            with (
+                contextlib.suppress(ConnectionError),
+                socket.create_connection(where, timeout=DEADLINE_S) as one,
+            ):
+                one.settimeout(0.5)
+                one.sendall(greeting)
+                while one.recv(1000):  # until it is closed
+                    pass
+    except TimeoutError:  # ZMQ's thread waits
+        pass
+    else:
+        pytest.fail("ZMQ queues any number of events: nothing is tested here")
+    may_end.set()
+    assert ended.wait(DEADLINE_S)
 
 
 @pytest.mark.parametrize("is_encrypted", [True, False])
