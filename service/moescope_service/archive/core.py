@@ -230,8 +230,9 @@ class Archive:
                     is_lost = True
                 else:
                     # What has no answer may be there: in the same place it is not there twice.
-                    is_again = self._unsure is not None and new[0].belongs(self._unsure)
-                    part = self._unsure = self._unsure if is_again else part_of(new)
+                    part = self._unsure
+                    if part is None or not new[0].belongs(part):
+                        part = self._unsure = part_of(new)
                     self._files.publish(part, table)
                     self._unsure = None
             self._drop(group)
