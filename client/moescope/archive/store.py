@@ -107,7 +107,8 @@ class Store:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
-        self._flush_above(name)
+        for folder in path.parents[: len(Path(name).parents)]:  # each may be new
+            _flush(folder)
 
     def remove(self, name: str) -> None:
         """Remove a file, and the directories that it leaves empty; one that is gone is no error.
@@ -123,7 +124,7 @@ class Store:
                 for folder in (parent, parent.parent):
                     if folder != self.path:
                         folder.rmdir()
-            self._flush_above(name)
+            _flush(next(one for one in (parent, *parent.parents) if one.exists()))
 
     def sweep(self) -> None:
         """Remove what killed writers left behind; for the only one that writes.
@@ -135,15 +136,6 @@ class Store:
             for folder in (".", "date=*/hour=*"):
                 for left in self.path.glob(f"{folder}/.*.new"):
                     left.unlink(missing_ok=True)
-
-    def _flush_above(self, name: str) -> None:
-        """Flush the directories of a file to the disk, which may be new, as far as they are there.
-
-        Without it a machine that fails may lose the file, or bring back one that was removed.
-        """
-        for folder in Path(name).parents:
-            with contextlib.suppress(FileNotFoundError):
-                _flush(self.path / folder)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -169,6 +161,7 @@ def _write(path: Path, data: Any) -> None:  # noqa: ANN401
 
 
 def _flush(folder: Path) -> None:
+    """Let what was made or removed in a directory be so after the machine fails, too."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)
