@@ -62,6 +62,8 @@ class Address:
             _set_up(socket, self.key)
             socket.setsockopt(zmq.CURVE_SERVER, 1)
             socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN.encode())
+            # Else who has any key is let in while nobody looks at keys (zmq_setsockopt(3)).
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         socket.bind(self.url)
 

@@ -1,7 +1,8 @@
 """Messages between the collector and the archive's process.
 
 The collector numbers what it hands over. It begins a connection with ``archive`` and goes on with
-``traces`` and ``forget``; it is told ``archived`` for all up to a number, and ``figures``.
+``traces``, ``forget`` and ``alias``; it is told ``archived`` for all up to a number, ``lost`` for
+those that cannot be taken in, and ``figures``.
 """
 
 from __future__ import annotations

@@ -36,9 +36,10 @@ SOCKET_QUEUE = 32
 _FLUSH_MS = 50
 """Longest time a message waits for the next flush, in ms, where its `put` wakes no thread."""
 _LINGER_MS = 500
-"""Longest time that ZMQ sends on after the end: a worker that stops slowly may be killed."""
+"""How long ZMQ may send on after the time that `Link.close` was given: a worker that stops slowly
+may be killed."""
 _END_S = 0.6
-"""Longest time that the end of a link takes: one wait of its thread, and ZMQ's lingering."""
+"""Longest time that the end of a link takes then: one wait of its thread, and ZMQ's lingering."""
 _CONNECTION = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
@@ -195,6 +196,9 @@ class Link:
                 self._address.connect(socket)
                 self._loop(socket, monitor)
                 socket.disable_monitor()
+                # What ZMQ holds has the rest of the time: the other side may be slow.
+                left_ms = int(1000 * (self._deadline_s - time.monotonic()))
+                socket.setsockopt(zmq.LINGER, max(left_ms, _LINGER_MS))
 
     def _loop(self, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()

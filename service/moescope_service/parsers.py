@@ -6,6 +6,7 @@ Every parser raises ``ValueError`` with what it expects ("expected …"); its ca
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ MAX_SIZE = 2**62
 
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
 _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
+_IPV4_MAPPED = bytes(10) + b"\xff\xff"
 _KEY = re.compile(r"[!-~]+")
 _MAX_SHOWN_CHARS = 80
 
@@ -75,8 +77,15 @@ class HostPort(NamedTuple):
 
     @property
     def is_any(self) -> bool:
-        """Whether it is every address of a machine, and so names none."""
-        return self.host in {"0.0.0.0", "::"}  # noqa: S104
+        """Whether it is every address of a machine, however written, and so names none."""
+        try:
+            number = socket.inet_aton(self.host)
+        except OSError:
+            try:
+                number = socket.inet_pton(socket.AF_INET6, self.host).removeprefix(_IPV4_MAPPED)
+            except OSError:
+                return False
+        return not any(number)
 
     def __str__(self) -> str:
         """Return ``HOST:PORT``, with brackets around a number of IPv6."""

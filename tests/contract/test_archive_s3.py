@@ -85,7 +85,7 @@ def test_an_object_store_is_not_held_by_a_process():
         pass
 
 
-@pytest.mark.parametrize("location", ["gs://bucket", "s3://", "s3:///"])
+@pytest.mark.parametrize("location", ["gs://bucket", "s3://", "s3:///", "s3://bucket//prefix"])
 def test_other_places_are_refused(location):
     with pytest.raises(CommandError, match="invalid archive"):
         Store(location)

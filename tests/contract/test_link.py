@@ -127,6 +127,24 @@ def test_close_sends_what_waits(address, router):
     assert [receive(router)[1] for _ in range(50)] == [b"x"] * 50
 
 
+def test_close_gives_what_zmq_holds_its_time_too(address):
+    """More than lies in the sockets' own buffers, and more slowly than ZMQ lingers by itself."""
+    body, count = bytes(2**20), SOCKET_QUEUE // 2
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger, router.rcvhwm = 0, 1
+        router.bind(address)
+        link = make_link(address, max_bytes=2 * count * len(body))
+        for _ in range(count):
+            link.put(Message(body))
+        closing = threading.Thread(target=link.close, args=[DEADLINE_S])
+        closing.start()
+        time.sleep(1.5)  # longer than 0.6 s
+        for _ in range(count):
+            assert len(receive(router)[1]) == len(body)
+        closing.join(DEADLINE_S)
+        assert not closing.is_alive()
+
+
 def test_close_without_a_listener_takes_no_longer_than_told(address):
     def close():
         link = make_link(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import socket
 
 import numpy as np
@@ -14,6 +15,7 @@ from vllm.v1.engine import FinishReason
 from benchmarks.faults.tcp_proxy import TcpProxy
 from moescope_service import addresses
 from moescope_service.addresses import Address
+from moescope_service.collector.node_links import listening
 from moescope_service.frontend.collector_client import CollectorClient
 from moescope_service.messages import Register, pack
 from moescope_service.node_key import NodeKey, make_key, read_key
@@ -182,13 +184,72 @@ def test_a_frame_that_is_too_large_is_cut_off(deployment, port, key):
     assert fetch(deployment, "cmpl-a")["complete"]
 
 
+def test_nobody_is_let_in_where_nobody_looks_at_keys(key):
+    """The thread that does may have ended: whose key is the collector's own is refused, too."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        Address("tcp://127.0.0.1:*", key).bind(router)
+        port = int(router.last_endpoint.rsplit(b":", 1)[1])
+        Stranger(port, key).with_a_key_of_its_own()
+        assert not router.poll(0)
+
+
+def listen(key, pipe):
+    """Listen as a collector does, and hear of nobody until told to end."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        with listening(context, router, Address("tcp://127.0.0.1:*", key)):
+            pipe.send(int(router.last_endpoint.rsplit(b":", 1)[1]))
+            pipe.recv()
+
+
+def connect_in_vain(where, count):
+    """Connect without a key, so often; TimeoutError where nobody says no."""
+    greeting = b"\xff" + bytes(8) + b"\x7f\3\1" + b"NULL".ljust(20, b"\0") + bytes(32)
+    for _ in range(count):
+        with (
+            contextlib.suppress(ConnectionError),
+            socket.create_connection(where, timeout=DEADLINE_S) as one,
+        ):
+            one.settimeout(0.5)
+            one.sendall(greeting)
+            while one.recv(1000):  # until it is closed
+                pass
+
+
+def test_strangers_by_the_thousand_do_not_hold_up_the_end(key):
+    """More than ZMQ queues events: its thread then waits until they are taken."""
+    spawning = multiprocessing.get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    process = spawning.Process(target=listen, args=[key, theirs], daemon=True)
+    process.start()
+    try:
+        assert ours.poll(DEADLINE_S)
+        where = "127.0.0.1", ours.recv()
+        with pytest.raises(TimeoutError):  # ZMQ's thread waits
+            connect_in_vain(where, 4000)
+        ours.send(None)
+        process.join(DEADLINE_S)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join(DEADLINE_S)
+
+
 @pytest.mark.parametrize("is_encrypted", [True, False])
 def test_no_token_passes_in_clear(is_encrypted, key):
     """Without the key they do: what is looked for would be found."""
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as router,
+        contextlib.ExitStack() as stack,
+    ):
         router.linger = 0
         address = Address("tcp://127.0.0.1:*", key if is_encrypted else None)
-        address.bind(router)
+        if is_encrypted:
+            stack.enter_context(listening(context, router, address))
+        else:
+            address.bind(router)
         port = int(router.last_endpoint.rsplit(b":", 1)[1])
         with TcpProxy(("127.0.0.1", port), is_recording=True) as proxy:
             near = dataclasses.replace(address, url=f"tcp://127.0.0.1:{proxy.port}")

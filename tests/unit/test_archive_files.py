@@ -59,19 +59,23 @@ class Bench:
 
     def __init__(self, folder: Path | str, **settings: Any) -> None:
         self.folder: Any = folder
-        self.now_s = START_S
+        self.now_s, self.passed_s = START_S, 0.0
         self.settings = Settings(archive=str(folder), archive_interval_s=10.0, **settings)
         self.number, self._query = 0, 0
         self.begin()
 
     def begin(self) -> None:
         """Start the process, in place of one that was killed where there was one."""
-        self.archive = core.Archive(Store(str(self.folder)), self.settings, lambda: self.now_s)
+        self.archive = self.make(Store(str(self.folder)))
         self.archive.handle(COLLECTOR, pack("archive", collector=NAME))
         self.pass_s(0)
 
+    def make(self, store: Store) -> core.Archive:
+        return core.Archive(store, self.settings, lambda: self.now_s, lambda: self.passed_s)
+
     def pass_s(self, seconds: float) -> None:
         self.now_s += seconds
+        self.passed_s += seconds
         self.archive.tick()
         while self.archive.is_busy:
             self.archive.tick()
@@ -256,7 +260,7 @@ def test_the_collector_s_word_deletes_what_is_published(bench):
 
 def test_the_collector_s_word_holds_though_the_files_are_not_read_yet(bench):
     bench.publish(*map(make_trace, "ab"))
-    archive = core.Archive(Store(str(bench.folder)), bench.settings, lambda: bench.now_s)
+    archive = bench.make(Store(str(bench.folder)))
     archive.handle(COLLECTOR, pack("archive", collector=NAME))
     archive.handle(COLLECTOR, pack("forget", numbers=[1]))
     bench.archive = archive

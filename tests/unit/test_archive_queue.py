@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from builders import Bench
 
 from benchmarks.simulation.parts import make_spec
 from moescope_service.archive_messages import unpack_traces
@@ -130,8 +131,8 @@ def test_what_is_deleted_is_not_handed_over_and_forgotten_where_it_was():
 def test_an_id_deletes_what_waits():
     queue = make_queue()
     fill(queue, 2)
-    assert queue.delete("r1", "somebody") == 0
-    assert queue.delete("r1", None) == 1
+    assert queue.delete("r1", "somebody") == set()
+    assert queue.delete("r1", None) == {1}
     assert taken(queue) == [2]
 
 
@@ -142,3 +143,70 @@ def test_what_cannot_be_written_is_counted():
     tell(queue, "archived", last=2, is_lost=True)
     info = queue.info
     assert (info.archived, info.waiting, info.dropped["unwritable"]) == (0, 0, 2)
+
+
+def test_what_the_archive_s_process_cannot_take_in_is_counted():
+    queue = make_queue()
+    fill(queue, 3)
+    taken(queue)
+    tell(queue, "lost", numbers=[2])
+    info = queue.info
+    assert (info.archived, info.waiting, info.dropped["unwritable"]) == (0, 2, 1)
+
+
+def test_an_id_that_comes_late_reaches_what_waits():
+    queue = make_queue()
+    fill(queue, 1)
+    assert taken(queue) == [1]
+    fill(queue, 1, first=2)
+    for _ in range(2):
+        queue.add_id("late", [1, 2, 3])
+    frames = queue.take()
+    assert frames is not None
+    assert unpack(frames) == ("alias", {"ids": [[1, "late"]]})
+    frames = queue.take()
+    assert frames is not None
+    (handed,) = unpack_traces(unpack(frames)[1], frames)[1]
+    assert handed.ids == ("late", "r2")
+    assert not queue
+
+
+def test_the_id_of_a_response_deletes_what_has_it_alone():
+    queue = make_queue()
+    queue.add(make_kept(1, "a", "x"), SPEC)
+    queue.add(make_kept(2, "b", "x"), SPEC)
+    queue.add(make_kept(3, "x"), SPEC)
+    assert queue.delete("b", None, own_only=True) == {2}
+    assert queue.delete("y", None) == set()
+    assert queue.delete("x", None, own_only=True) == {3}
+    assert queue.delete("x", None, own_only=True) == set()
+    assert queue.delete("x", None) == {1}
+
+
+def make_collector(queue: ArchiveQueue, **settings: Any) -> Bench:
+    bench = Bench(**settings)
+    bench.collector.state.archive = queue
+    return bench
+
+
+def test_an_id_that_comes_after_the_end_of_its_request_is_archived():
+    queue = make_queue()
+    bench = make_collector(queue)
+    bench.run("a")
+    bench.alias("late", "a-i")
+    frames = queue.take()
+    assert frames is not None
+    (handed,) = unpack_traces(unpack(frames)[1], frames)[1]
+    assert handed.ids == ("a", "a-i", "late")
+
+
+def test_a_deletion_reaches_what_waits_and_is_not_kept_any_more():
+    queue = make_queue()
+    bench = make_collector(queue)
+    for created_s in (1.0, 2.0):
+        bench.run("a", created_s=created_s, internal_id=f"{created_s}-i", ids=["a"])
+    for uid in [*bench.collector.state.store.ids.any("a")][:1]:
+        bench.collector.state.store.remove(uid)
+    assert queue.info.waiting == 2
+    assert bench.delete("a").deleted == 2
+    assert queue.info.waiting == 0

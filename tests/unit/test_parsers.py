@@ -102,3 +102,15 @@ def test_hosts_with_a_port(text, host, port):
 def test_what_names_no_host_and_port(text):
     with pytest.raises(ValueError, match=r"^expected HOST:PORT, such as 10\.0\.0\.1:5570"):
         parse_host_port(text)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_any"),
+    [
+        ("0", True), ("0.0", True), ("[::0]", True), ("[0:0:0:0:0:0:0:0]", True),
+        ("[::ffff:0.0.0.0]", True), ("10.0.0.0", False), ("[::1]", False),
+        ("[::ffff:1.0.0.0]", False), ("0.example.org", False),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_any_address_is_known(host, is_any):
+    assert parse_host_port(f"{host}:5570").is_any is is_any

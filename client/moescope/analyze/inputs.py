@@ -73,7 +73,8 @@ def find(arguments: Sequence[str], where: Filter = EVERY) -> list[Input]:
 
 def _split(argument: str) -> tuple[str, str]:
     label, equals, pattern = argument.partition("=")
-    if not equals or Path(argument).exists() or "/" in label:
+    is_path = Path(argument).exists() or glob.glob(argument)  # noqa: PTH207 - absolute ones too
+    if not equals or is_path or "/" in label:  # an archive's directories are called date=…
         return "", argument
     if not label or not pattern:
         raise CommandError(f"invalid input {argument!r}: expected a path, or label=path")

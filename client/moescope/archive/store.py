@@ -28,7 +28,7 @@ def check_location(location: str) -> None:
         raise CommandError(
             f"invalid archive {location!r}: expected a directory or s3://bucket/prefix"
         )
-    if separator and not rest.strip("/"):
+    if separator and not all(rest.strip("/").split("/")):
         raise CommandError(f"invalid archive {location!r}: expected s3://bucket/prefix")
 
 
@@ -107,7 +107,8 @@ class Store:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
-        _flush(path.parent)
+        for folder in path.parents[: len(Path(name).parents)]:  # each may be new
+            _flush(folder)
 
     def remove(self, name: str) -> None:
         """Remove a file, and the directories that it leaves empty; one that is gone is no error.
@@ -123,6 +124,7 @@ class Store:
                 for folder in (parent, parent.parent):
                     if folder != self.path:
                         folder.rmdir()
+            _flush(next(one for one in (parent, *parent.parents) if one.exists()))
 
     def sweep(self) -> None:
         """Remove what killed writers left behind; for the only one that writes.
@@ -131,8 +133,9 @@ class Store:
             OSError: It cannot be removed.
         """
         if self.is_local:
-            for left in self.path.glob("date=*/hour=*/.*.new"):
-                left.unlink(missing_ok=True)
+            for folder in (".", "date=*/hour=*"):
+                for left in self.path.glob(f"{folder}/.*.new"):
+                    left.unlink(missing_ok=True)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -158,6 +161,7 @@ def _write(path: Path, data: Any) -> None:  # noqa: ANN401
 
 
 def _flush(folder: Path) -> None:
+    """Let what was made or removed in a directory be so after the machine fails, too."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)

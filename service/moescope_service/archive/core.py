@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
 
+from moescope.archive.layout import Part
 from moescope.archive.store import Store
 from moescope.archive.table import Archived, to_table
 from moescope.errors import FormatError
+from moescope.received import MALFORMED
 from moescope_service.archive import lookup
-from moescope_service.archive.files import Files
+from moescope_service.archive.files import BROKEN, Files
 from moescope_service.archive.index import id_key
 from moescope_service.archive.pending import Pending, groups, matching, part_of
 from moescope_service.archive_messages import unpack_traces
@@ -49,17 +52,24 @@ class Archive:
     Args:
         store: Where the files are.
         settings: How often files are published, and when they leave.
-        clock: Unix time, in seconds.
+        clock: Unix time, in seconds; it may be set back.
+        monotonic: Seconds that only grow.
     """
 
     def __init__(
-        self, store: Store, settings: Settings, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        settings: Settings,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._files = Files(
             store, ttl_s=settings.archive_ttl_s, max_bytes=settings.archive_max_bytes
         )
-        self._interval_s, self._clock = settings.archive_interval_s, clock
-        self._pending: list[Pending] = []
+        self._interval_s = settings.archive_interval_s
+        self._clock, self._monotonic = clock, monotonic
+        self._pending: dict[tuple[str, int], Pending] = {}  # by collector and number
+        self._unsure: Part | None = None  # not published, as far as is known
         self._pending_bytes = 0
         self._collectors: dict[bytes, str] = {}  # by the connection
         self._received: dict[str, int] = {}  # the last number, by collector
@@ -91,6 +101,8 @@ class Archive:
                 self._on_traces(peer, values, frames)
             case "forget":
                 self._forget(self._collectors[peer], {*values["numbers"]})
+            case "alias":
+                self._add_ids(self._collectors[peer], values["ids"])
             case "query":
                 self._ask(peer, *unpack_query(values))
             case "cancel":
@@ -104,7 +116,7 @@ class Archive:
 
     def tick(self) -> None:
         """Do what is due: read files of before, publish, tidy up, tell the collector."""
-        now_s = self._clock()
+        now_s = self._monotonic()
         if now_s >= self._retry_at_s:
             try:
                 self._work(now_s)
@@ -128,16 +140,35 @@ class Archive:
             logger.warning("the archive lacks the last %d traces: %s", len(self._pending), error)
 
     def _work(self, now_s: float) -> None:
+        """Do all that is due, whatever of it fails: on a full disk, what is too old makes room.
+
+        Raises:
+            OSError: The first thing that failed.
+        """
         if not self._files.is_listed:
             self._files.list_all()
             for peer, collector in self._collectors.items():
                 self._acknowledge(peer, collector)
-        oldest_s = min((one.entry.finished_s for one in self._pending), default=now_s)
-        if self._pending_bytes >= FILE_BYTES or now_s - oldest_s >= self._interval_s:
+        failed: list[OSError] = []
+        for job, at_s in (
+            (self._publish_due, self._clock()),
+            (self._files.read_next, now_s),
+            (self._delete_forgotten, now_s),
+            (self._files.expire, self._clock()),
+            (self._files.compact, now_s),
+        ):
+            try:
+                job(at_s)
+            except OSError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def _publish_due(self, now_s: float) -> None:
+        oldest_s = min((one.entry.finished_s for one in self._pending.values()), default=now_s)
+        is_due = not 0 <= now_s - oldest_s < self._interval_s  # below 0 the clock was set back
+        if is_due or self._pending_bytes >= FILE_BYTES:
             self._publish()
-        self._files.read_next(now_s)
-        self._delete_forgotten()
-        self._files.tidy(now_s)
 
     def _on_collector(self, peer: bytes, collector: str) -> None:
         self._collectors = {p: c for p, c in self._collectors.items() if c != collector}
@@ -153,7 +184,13 @@ class Archive:
 
     def _on_traces(self, peer: bytes, values: dict[str, Any], frames: Frames) -> None:
         collector = self._collectors[peer]
-        spec, handed, traces = unpack_traces(values, frames)
+        try:
+            spec, handed, traces = unpack_traces(values, frames)
+        except MALFORMED:
+            numbers = [one["number"] for one in values["handed"]]
+            logger.exception("left %d traces out of the archive", len(numbers))
+            self.outbox.append((peer, pack("lost", numbers=numbers)))
+            return
         for one, trace in zip(handed, traces, strict=True):
             if one.number > self._received.get(collector, 0):
                 self._received[collector] = one.number
@@ -161,8 +198,15 @@ class Archive:
                     trace=trace, number=one.number, finished_s=one.finished_s,
                     ids=one.ids, owner=one.owner,
                 )  # fmt: skip
-                self._pending.append(Pending(entry, collector, spec))
-                self._pending_bytes += self._pending[-1].size_bytes
+                new = self._pending[collector, one.number] = Pending(entry, collector, spec)
+                self._pending_bytes += new.size_bytes
+
+    def _add_ids(self, collector: str, ids: list[tuple[int, str]]) -> None:
+        """Let more ids find traces that are not published yet."""
+        for number, one in ids:
+            if found := self._pending.get((collector, number)):
+                entry = dataclasses.replace(found.entry, ids=(*found.entry.ids, one))
+                self._pending[collector, number] = dataclasses.replace(found, entry=entry)
 
     def _publish(self) -> None:
         """Publish what is pending, group by group.
@@ -170,7 +214,10 @@ class Archive:
         Raises:
             OSError: The store takes no file now.
         """
-        for group in groups(self._pending):
+        if self._unsure and not any(one.belongs(self._unsure) for one in self._pending.values()):
+            self._files.remove_unsure(self._unsure)  # all of it is deleted
+            self._unsure = None
+        for group in groups(self._pending.values(), self._unsure):
             collector, last = group[0].collector, group[-1].entry.number
             new = [one for one in group if one.entry.number > self._files.last(collector)]
             is_lost = False
@@ -182,30 +229,35 @@ class Archive:
                     logger.exception("left %d traces out of the archive", len(new))
                     is_lost = True
                 else:
-                    self._files.publish(part_of(new), table)
+                    # What has no answer may be there: in the same place it is not there twice.
+                    part = self._unsure
+                    if part is None or not new[0].belongs(part):
+                        part = self._unsure = part_of(new)
+                    self._files.publish(part, table)
+                    self._unsure = None
             self._drop(group)
             self._told[collector] = last
             for peer in [p for p, name in self._collectors.items() if name == collector]:
                 message = pack("archived", last=last, is_lost=is_lost)
                 self.outbox.append((peer, message))
 
-    def _drop(self, gone: list[Pending]) -> None:
-        ids = {id(one) for one in gone}
-        self._pending = [one for one in self._pending if id(one) not in ids]
-        self._pending_bytes = sum(one.size_bytes for one in self._pending)
+    def _drop(self, gone: Iterable[Pending]) -> None:
+        for one in gone:
+            del self._pending[one.collector, one.entry.number]
+            self._pending_bytes -= one.size_bytes
 
     def _forget(self, collector: str, numbers: set[int]) -> None:
         """Take in that the collector deleted traces; they may be in a file not read yet."""
-        gone = [one for one in self._pending if one.collector == collector]
-        self._drop([one for one in gone if one.entry.number in numbers])
+        places = [(collector, number) for number in numbers]
+        self._drop([self._pending[place] for place in places if place in self._pending])
         self._forgotten.setdefault(collector, set()).update(numbers)
         with contextlib.suppress(OSError):  # it is tried again
-            self._delete_forgotten()
+            self._delete_forgotten(self._monotonic())
 
-    def _delete_forgotten(self) -> None:
+    def _delete_forgotten(self, now_s: float) -> None:
         while self._forgotten and self._files.are_read:
             collector, numbers = next(iter(self._forgotten.items()))
-            self._files.delete_numbers(collector, numbers, self._clock())
+            self._files.delete_numbers(collector, numbers, now_s)
             del self._forgotten[collector]
 
     def _ask(self, peer: bytes, number: int, query: Query[Any]) -> None:
@@ -219,12 +271,12 @@ class Archive:
         try:
             match query:
                 case RoutesQuery():
-                    reply: Any = lookup.routes(self._files, self._pending, query)
+                    reply: Any = lookup.routes(self._files, self._pending.values(), query)
                 case DeleteQuery():
                     reply = DeleteReply(deleted=self._delete(query))
                 case _:
                     raise ValueError(f"the archive answers no {type(query).__name__}")
-        except OSError as error:
+        except BROKEN as error:
             logger.warning("a query of the archive is not answered: %s", error)
             return
         self.outbox.append((peer, pack_reply(number, reply)))
@@ -232,13 +284,13 @@ class Archive:
     def _delete(self, query: DeleteQuery) -> int:
         if query.owner == lookup.NOBODY:
             return 0
-        own, found = matching(self._pending, query.request_id, query.owner)
+        own, found = matching(self._pending.values(), query.request_id, query.owner)
         key = id_key(query.request_id, query.owner)
         in_files = self._files.find(key, own_only=True)
         chosen = own
         if not (own or in_files or query.own_only):
             in_files, chosen = self._files.find(key), found
-        deleted = self._files.delete(in_files, self._clock())
+        deleted = self._files.delete(in_files, self._monotonic())
         self._drop(chosen)
         return deleted + len(chosen)
 

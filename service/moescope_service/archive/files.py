@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import orjson
@@ -33,6 +35,8 @@ _DELETED = "_deleted.json"
 Places = tuple[FileIndex, npt.NDArray[np.int64]]
 """A file, and the places of some of its traces, ``[num_traces]``."""
 _TRIES = 3
+BROKEN = (*MALFORMED, pa.ArrowException, OSError)
+"""What reading a file raises that is damaged, of another version, or cannot be read now."""
 
 
 def encoded(table: pa.Table) -> pa.Buffer:
@@ -85,9 +89,14 @@ class Files:
         parts = self._store.parts()
         try:
             with self._store.opened(_DELETED) as file:
-                self._deleted = orjson.loads(file.read())
+                self._deleted = msgspec.json.decode(file.read(), type=dict[str, list[int]])
         except FileNotFoundError:
             self._deleted = {}
+        except msgspec.DecodeError as error:
+            raise OSError(
+                f"{_DELETED}, which says what is deleted, is damaged ({error}): bring it back, or "
+                "remove it, and deleted traces that are still in their files are found again"
+            ) from error
         for part, _ in parts:
             self._last[part.collector] = max(self._last[part.collector], part.last)
         self._unread = parts
@@ -101,7 +110,8 @@ class Files:
     def read_next(self, now_s: float) -> None:
         """Read what ids find in one more file; the newest comes first.
 
-        One that is broken, or cannot be read in three tries, stays as it is and is not looked at.
+        In one that is broken, or cannot be read in three tries though the store can, nothing is
+        found. It leaves as others do, by its age and size.
 
         Raises:
             OSError: It cannot be read now.
@@ -110,15 +120,21 @@ class Files:
             return
         part, size_bytes = self._unread[-1]
         self._num_tries += 1
+        found = None
         try:
             with self._store.opened(part.path) as source:
                 found = FileIndex.read(part, size_bytes, source)
-        except (*MALFORMED, pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and self._num_tries < _TRIES:
-                raise
+        except FileNotFoundError:
+            logger.warning("%s was removed by another hand", part.path)
+        except BROKEN as error:
+            if isinstance(error, OSError):
+                if self._num_tries < _TRIES:
+                    raise
+                self._store.parts()  # raises where it is the store that cannot be read
             logger.warning("%s is left out of the archive's index: %s", part.path, error)
-        else:
-            self._size_bytes -= size_bytes
+            found = FileIndex.nothing(part, size_bytes)
+        self._size_bytes -= size_bytes
+        if found is not None:
             self._add(found)
             found.deleted.update(self._deleted.get(part.path, ()))
             if found.deleted:
@@ -140,6 +156,14 @@ class Files:
         self._store.put(part.path, data)
         self._add(FileIndex.of(part, data.size, table))
 
+    def remove_unsure(self, part: Part) -> None:
+        """Remove a file whose publication failed, if it is there all the same.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        self._store.remove(part.path)
+
     def find(self, key: int, *, own_only: bool = False) -> list[Places]:
         """Return the traces that an id finds, by their file.
 
@@ -159,9 +183,10 @@ class Files:
         """Read rows of a file, and what its traces share.
 
         Raises:
-            OSError: They cannot be read.
+            OSError: They cannot be read. FileNotFoundError: the file was removed by another hand;
+                nothing is found in it from now on.
         """
-        with self._store.opened(file.part.path) as source:
+        with self._reading(file) as source:
             opened = parquet.ParquetFile(source, pre_buffer=False)
             groups: list[int] = []
             begin = skipped = 0
@@ -204,37 +229,69 @@ class Files:
         found = [(file, np.flatnonzero(np.isin(file.number, wanted))) for file in files]
         self.delete([(file, places) for file, places in found if places.size], now_s)
 
-    def tidy(self, now_s: float) -> None:
-        """Remove what is too old or too much, and rewrite files without what was deleted.
+    def expire(self, now_s: float) -> None:
+        """Remove what is too old or too much.
 
         Raises:
-            OSError: A file cannot be removed or written now.
+            OSError: A file cannot be removed now.
         """
-        if not self.are_read:  # the oldest are read last
-            return
-        while self._by_part and self._leaves(self._by_part.peekitem(0)[1], now_s):
+        while (
+            self.are_read  # the oldest are read last
+            and self._by_part
+            and self._leaves(self._by_part.peekitem(0)[1], now_s)
+        ):
             self._remove(self._by_part.peekitem(0)[1])
-        if self._compact_at_s is not None and now_s >= self._compact_at_s:
-            for file in [one for one in self._by_part.values() if one.deleted]:
-                self._compact(file)
-            self._write_down({})
-            self._compact_at_s = None
 
     def _leaves(self, file: FileIndex, now_s: float) -> bool:
         is_old = self._ttl_s is not None and file.oldest_s <= now_s - self._ttl_s
         return is_old or (self._max_bytes is not None and self._size_bytes > self._max_bytes)
 
-    def _compact(self, file: FileIndex) -> None:
-        if file.deleted >= {*file.number.tolist()}:
-            self._remove(file)
+    def compact(self, now_s: float) -> None:
+        """Rewrite files without what was deleted; one that cannot be read is tried again later.
+
+        Raises:
+            OSError: A file cannot be written or removed now.
+        """
+        if not self.are_read or self._compact_at_s is None or now_s < self._compact_at_s:
             return
-        with self._store.opened(file.part.path) as source:
-            table = parquet.read_table(source)
-        gone = pc.is_in(table["number"], pa.array(sorted(file.deleted), pa.int64()))
-        self.publish(file.part, table.filter(pc.invert(gone)))
+        left: dict[str, list[int]] = {}
+        for file in [one for one in self._by_part.values() if one.deleted]:
+            if file.number.size and file.deleted >= {*file.number.tolist()}:
+                self._remove(file)
+                continue
+            try:
+                with self._reading(file) as source:
+                    table = parquet.read_table(source)
+                shared_of(table.schema)
+            except FileNotFoundError:
+                continue
+            except BROKEN as error:
+                logger.warning("%s still has what was deleted of it: %s", file.part.path, error)
+                left[file.part.path] = sorted(file.deleted)
+                continue
+            gone = pc.is_in(table["number"], pa.array(sorted(file.deleted), pa.int64()))
+            rest = table.filter(pc.invert(gone))
+            if len(rest):
+                self.publish(file.part, rest)
+            else:
+                self._remove(file)
+        self._write_down(left)
+        self._compact_at_s = now_s + COMPACT_AFTER_S if left else None
+
+    @contextlib.contextmanager
+    def _reading(self, file: FileIndex) -> Iterator[Any]:
+        try:
+            with self._store.opened(file.part.path) as source:
+                yield source
+        except FileNotFoundError:
+            self._drop(file)
+            raise
 
     def _remove(self, file: FileIndex) -> None:
         self._store.remove(file.part.path)
+        self._drop(file)
+
+    def _drop(self, file: FileIndex) -> None:
         del self._by_part[file.part]
         self._size_bytes -= file.size_bytes
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from moescope.archive.layout import Part
-from moescope.archive.table import firsts
+from moescope.archive.layout import HOUR_S, Part
+from moescope.archive.table import firsts, shared_of
 from moescope_service.ids import id_hash
 
 Ints = npt.NDArray[np.int64]
@@ -103,10 +103,30 @@ class FileIndex:
             source: The opened file.
 
         Raises:
+            FormatError: It is no file of an archive, or one of a later version.
             pyarrow.ArrowException: It is no file of an archive.
             OSError: It cannot be read.
         """
-        return cls.of(part, size_bytes, parquet.read_table(source, columns=_COLUMNS))
+        table = parquet.read_table(source, columns=_COLUMNS)
+        shared_of(table.schema)
+        return cls.of(part, size_bytes, table)
+
+    @classmethod
+    def nothing(cls, part: Part, size_bytes: int) -> FileIndex:
+        """Return the index of a file that cannot be read: its hour says how old it is."""
+        ints = np.empty(0, np.int64)
+        return cls(
+            part=part,
+            size_bytes=size_bytes,
+            oldest_s=float(part.hour * HOUR_S),
+            number=ints,
+            index=ints,
+            num_tokens=ints,
+            first_row=ints,
+            created_s=np.empty(0, np.float64),
+            keys=np.empty(0, np.uint64),
+            places=np.empty(0, np.uint32),
+        )
 
     def find(self, key: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """Return the places of the traces that an id finds, and of which it is the response's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ class _Candidate:
     """Reads up to so many rows from a position on."""
 
 
-def routes(files: Files, pending: list[Pending], query: RoutesQuery) -> RoutesReply:
+def routes(files: Files, pending: Iterable[Pending], query: RoutesQuery) -> RoutesReply:
     """Answer a query: of the first id that finds anything, the newest request.
 
     Raises:
@@ -53,7 +53,7 @@ def routes(files: Files, pending: list[Pending], query: RoutesQuery) -> RoutesRe
 
 
 def _candidates(
-    files: Files, pending: list[Pending], request_id: str, owner: str | None
+    files: Files, pending: Iterable[Pending], request_id: str, owner: str | None
 ) -> list[_Candidate]:
     if owner == NOBODY:
         return []

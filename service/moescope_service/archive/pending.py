@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from moescope.archive.layout import HOUR_S, Part
 from moescope.archive.table import Archived
@@ -29,6 +30,10 @@ class Pending:
         """The hour in which it was finished, as of `Part`."""
         return int(self.entry.finished_s // HOUR_S)
 
+    def belongs(self, part: Part) -> bool:
+        """Whether it is one of those of a file."""
+        return self.collector == part.collector and part.first <= self.entry.number <= part.last
+
     def finds(self, request_id: str, owner: str | None) -> tuple[bool, bool]:
         """Return whether an id of an owner (None: of anyone) is that of its response, or any."""
         is_owned = owner in {None, self.entry.owner}
@@ -37,21 +42,28 @@ class Pending:
 
 
 def matching(
-    pending: list[Pending], request_id: str, owner: str | None
+    pending: Iterable[Pending], request_id: str, owner: str | None
 ) -> tuple[list[Pending], list[Pending]]:
     """Return those whose response has an id, and all that it finds."""
     told = [(one, *one.finds(request_id, owner)) for one in pending]
     return [one for one, own, _ in told if own], [one for one, _, found in told if found]
 
 
-def groups(pending: list[Pending]) -> list[list[Pending]]:
-    """Return what goes into a file each: of one collector, one hour and one model, in order."""
+def groups(pending: Iterable[Pending], apart: Part | None = None) -> list[list[Pending]]:
+    """Return what goes into a file each: of one collector, one hour and one model, in order.
+
+    Args:
+        pending: All of it.
+        apart: A file whose traces go with no others.
+    """
+
+    def file_of(one: Pending) -> tuple[object, ...]:
+        is_apart = apart is not None and one.belongs(apart)
+        return one.collector, one.hour, is_apart, one.spec
+
     found: list[list[Pending]] = []
     for one in sorted(pending, key=lambda one: (one.collector, one.entry.number)):
-        last = found[-1][-1] if found else None
-        if last is not None and (last.collector, last.hour, last.spec) == (
-            one.collector, one.hour, one.spec,
-        ):  # fmt: skip
+        if found and file_of(found[-1][-1]) == file_of(one):
             found[-1].append(one)
         else:
             found.append([one])

@@ -156,8 +156,9 @@ class Answers:
         # All of them have the id of the response, or none of them has: see `find`.
         first = next(itertools.chain[Identified](found.values(), kept.values()), None)
         is_own = first is not None and first.request_id == query.request_id
-        if state.archive is not None and not uids:
-            deleted += state.archive.delete(query.request_id, query.owner)
+        if state.archive is not None:  # the store may keep none, or not all, of what waits
+            waiting = state.archive.delete(query.request_id, query.owner, own_only=is_own)
+            deleted += len(waiting.difference(uids))
         for some in _pieces(running):
             ids = [one for sequence in some for one in sequence.ids]
             deleted += state.forget(some)

@@ -29,7 +29,7 @@ _BEHIND_S = 60.0
 """Shortest time between two messages that traces are left out."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Item:
     number: int
     finished_s: float
@@ -81,8 +81,10 @@ class ArchiveQueue:
         self._spec: CaptureSpec | None = None
         self._unsent: collections.deque[_Item] = collections.deque()
         self._sent: dict[int, _Item] = {}  # in the order of their numbers
+        self._by_uid: dict[int, _Item] = {}  # all of both
         self._waiting_bytes = self._sent_bytes = 0
         self._forgotten: collections.deque[int] = collections.deque()
+        self._new_ids: list[tuple[int, str]] = []  # of traces that were handed over
         self._next_number = 1
         self._num_archived = 0
         self._dropped = dict.fromkeys(ARCHIVE_CAUSES, 0)
@@ -114,6 +116,7 @@ class ArchiveQueue:
                 cause = None
                 self._next_number += 1
                 self._unsent.append(item)
+                self._by_uid[kept.uid] = item
                 self._waiting_bytes += item.size_bytes
         if cause is None:
             self._carrier.wake()
@@ -128,27 +131,44 @@ class ArchiveQueue:
         if not uids:
             return
         with self._lock:
-            self._remove([one for one in self._items() if one.kept.uid in uids])
+            self._remove([self._by_uid[uid] for uid in uids if uid in self._by_uid])
         self._carrier.wake()
 
-    def delete(self, request_id: str, owner: str | None) -> int:
+    def delete(self, request_id: str, owner: str | None, *, own_only: bool = False) -> set[int]:
         """Keep out of the archive what an id finds of the traces that wait.
 
         Where it is the id of a response, only what has that response.
 
+        Args:
+            request_id: Any id of the request.
+            owner: Whose it has to be; None: anyone's.
+            own_only: Whether only what has that response is meant.
+
         Returns:
-            How many traces those are.
+            The collector's numbers of their sequences.
         """
         with self._lock:
             found = [
                 one
                 for one in self._items()
-                if owner in {None, one.kept.owner} and request_id in {*one.kept.ids}
+                if owner in {None, one.kept.owner} and request_id in one.kept.ids
             ]
             own = [one for one in found if one.kept.request_id == request_id]
-            self._remove(own or found)
+            chosen = own if own or own_only else found
+            self._remove(chosen)
         self._carrier.wake()
-        return len(own or found)
+        return {one.kept.uid for one in chosen}
+
+    def add_id(self, request_id: str, uids: Collection[int]) -> None:
+        """Let one more id find traces that wait, by the collector's number of their sequences."""
+        with self._lock:
+            for item in [self._by_uid[uid] for uid in uids if uid in self._by_uid]:
+                if request_id not in item.kept.ids:
+                    ids = (*item.kept.ids, request_id)
+                    item.kept = dataclasses.replace(item.kept, ids=ids)
+                    if item.number in self._sent:
+                        self._new_ids.append((item.number, request_id))
+        self._carrier.wake()
 
     def close(self) -> None:
         """Hand over what waits, for at most 10 s, and end the thread."""
@@ -161,7 +181,7 @@ class ArchiveQueue:
     def __bool__(self) -> bool:
         """Whether there is a message for the archive's process."""
         with self._lock:
-            return bool(self._forgotten) or self._fits()
+            return bool(self._forgotten or self._new_ids) or self._fits()
 
     def take(self) -> Frames | None:
         """Return the next message; for the link's thread."""
@@ -170,6 +190,9 @@ class ArchiveQueue:
                 numbers = list(self._forgotten)
                 self._forgotten.clear()
                 return pack("forget", numbers=numbers)
+            if self._new_ids:
+                ids, self._new_ids = self._new_ids, []
+                return pack("alias", ids=ids)
             items: list[_Item] = []
             size_bytes = 0
             while self._fits() and (not items or size_bytes < MESSAGE_BYTES):
@@ -216,6 +239,8 @@ class ArchiveQueue:
         unsent = [one for one in self._unsent if one.number in numbers]
         if unsent:
             self._unsent = collections.deque(o for o in self._unsent if o.number not in numbers)
+        for one in (*sent, *unsent):
+            del self._by_uid[one.kept.uid]
         self._forgotten.extend(one.number for one in sent)
         self._sent_bytes -= sum(one.size_bytes for one in sent)
         self._waiting_bytes -= sum(one.size_bytes for one in (*sent, *unsent))
@@ -240,6 +265,10 @@ class ArchiveQueue:
         with self._lock:
             if kind == "archived":
                 self._on_archived(**values)
+            elif kind == "lost":
+                numbers = {*values["numbers"]}
+                lost = [one for one in self._items() if one.number in numbers]
+                self._dropped["unwritable"] += self._remove(lost)
             elif kind == "figures":
                 self._figures = figures_of(values)
 
@@ -248,6 +277,7 @@ class ArchiveQueue:
         numbers = {one.number for one in done}
         for one in done:
             self._waiting_bytes -= one.size_bytes
+            del self._by_uid[one.kept.uid]
             if self._sent.pop(one.number, None) is not None:
                 self._sent_bytes -= one.size_bytes
         if self._unsent and self._unsent[0].number <= last:  # published for an earlier connection

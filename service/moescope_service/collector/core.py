@@ -247,6 +247,8 @@ class Collector:
             for sequence in list(self.state.sequences.ids.any(internal_id).values()):
                 self.state.sequences.add_id(sequence, alias)
             self.state.store.add_id(alias, to=internal_id)
+            if self.state.archive is not None:
+                self.state.archive.add_id(alias, [*self.state.store.ids.any(internal_id)])
 
     def _settle(self, sequence: Sequence | None, *, timed_out: bool = False) -> None:
         """Make the trace of a sequence of which worker and API server have told the end."""

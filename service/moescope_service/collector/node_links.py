@@ -55,7 +55,9 @@ def listening(
                     "such an address? Name another one by %s", address.url, flag("bind"),
                 )  # fmt: skip
             limited_logger = LimitedLogger(logger, _LOG_INTERVAL_S)
-            yield functools.partial(_take_refused, monitor, address.url, limited_logger)
+            take_refused = functools.partial(_take_refused, monitor, address.url, limited_logger)
+            yield take_refused
+            take_refused()  # with 2,000 that wait ZMQ's thread holds the lock that comes next
             socket.disable_monitor()
     finally:
         authenticator.stop()
