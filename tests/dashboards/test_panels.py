@@ -157,7 +157,7 @@ def test_every_series_is_of_the_chosen_servers(panel: dict[str, Any]) -> None:
         assert series
         for name, labels in series:
             assert 'instance=~"$instance"' in labels, name
-            if name != "moescope_collector_up":  # is there without a collector, which says the model
+            if name != "moescope_collector_up":  # is there without a model, too
                 assert re.search(r'model_name=(~"\$model"|"\$one_model")', labels), name
 
 
