@@ -68,13 +68,12 @@ class Source:
 
 def first_values(board: Mapping[str, Any], ask: Ask) -> dict[str, str]:
     """Return the value of every variable that takes a single one, as Grafana first chooses it."""
-    chosen = {}
-    everything = Source(ask, 1, 1)
+    chosen: dict[str, str] = {}
     for variable in board["templating"]["list"]:
         if variable["type"] == "query" and not variable["multi"]:
             text = variable["query"].removeprefix("label_values(")[:-1]
             selector, label = text.rsplit(", ", 1)
-            found = {one["metric"][label] for one in everything.now(selector)}
+            found = {one["metric"][label] for one in Source(ask, 1, 1, chosen).now(selector)}
             chosen[variable["name"]] = min(found, key=lambda value: (len(value), value))
     return chosen
 

@@ -8,7 +8,7 @@ from typing import Any
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from dashboards.panels import Axis, Column, cells, lines, rows
-from dashboards.parts import LAYER, ONE_LAYER, OURS, add, board, layer_variables, query
+from dashboards.parts import LAYER, ONE_LAYER, ONE_MODEL, add, board, expert_variables, query
 
 TOP = 20
 """Rows of a table of experts."""
@@ -16,14 +16,15 @@ TOP = 20
 
 def build() -> Dashboard:
     """Return the dashboard."""
-    layers, one_layer = layer_variables()
     made = board(
         "moescope-experts",
         "Experts",
-        "Load of the experts by layer. The first group is there for every model; the second needs "
-        "a series an expert: up to 2,000 layers x experts, or --routes-expert-metrics on.",
+        "Load of the experts of one model by layer. The first group is there for every model; the "
+        "second needs a series an expert: up to 2,000 layers x experts, or --routes-expert-metrics "
+        "on.",
     )
-    made = made.with_variable(layers).with_variable(one_layer)
+    for variable in expert_variables():
+        made = made.with_variable(variable)
     return add(add(made, _by_layer()), _by_expert(), "Every expert")
 
 
@@ -54,7 +55,7 @@ def _by_layer() -> Iterator[Any]:
     yield lines(
         "Prefill against decode", "Mean normalized entropy over all layers: prompts and answers "
         "use experts differently.", low,
-        query(f"avg by (phase) (moescope_layer_normalized_entropy{{{OURS}}})", "{{phase}}"),
+        query(f"avg by (phase) (moescope_layer_normalized_entropy{{{ONE_MODEL}}})", "{{phase}}"),
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def _now() -> Iterator[Any]:
     )  # fmt: skip
     yield number(
         "Model", "Layers with experts, routed experts in each, and how many of them a token "
-        "selects.", "none",
+        "selects; of several models, the highest of each.", "none",
         query(f"max(moescope_layers{{{OURS}}})", "layers"),
         query(f"max(moescope_experts{{{OURS}}})", "experts"),
         query(f"max(moescope_top_k{{{OURS}}})", "top-k"),

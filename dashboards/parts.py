@@ -5,7 +5,7 @@ Source: grafana-foundation-sdk for Grafana 10.1 and later.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from grafana_foundation_sdk.builders import dashboard, prometheus
@@ -23,8 +23,10 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 OURS = 'model_name=~"$model", instance=~"$instance"'
 """Selects the series of the chosen models and instances."""
-LAYER = f'{OURS}, layer=~"$layer"'
-ONE_LAYER = f'{OURS}, layer="$one_layer"'
+ONE_MODEL = 'model_name="$one_model", instance=~"$instance"'
+"""Selects those of one model: experts of several have nothing but their numbers in common."""
+LAYER = f'{ONE_MODEL}, layer=~"$layer"'
+ONE_LAYER = f'{ONE_MODEL}, layer="$one_layer"'
 TAG = "moescope"
 
 
@@ -58,16 +60,18 @@ def board(uid: str, title: str, description: str) -> dashboard.Dashboard:
     )
 
 
-def layer_variables() -> tuple[dashboard.QueryVariable, dashboard.QueryVariable]:
-    """Return the variable that chooses layers, and the one of what shows a single layer."""
-    values = f"moescope_layer_active_experts{{{OURS}}}"
-    return (
-        _labels("layer", "Layers", values, "layer").sort(VariableSort.NUMERICAL_ASC),
+def expert_variables() -> Iterator[dashboard.QueryVariable]:
+    """Yield variables: the model of the experts, their layers, and what shows a single layer."""
+    yield (
+        _one_label("one_model", "Model of the experts", f"moescope_experts{{{OURS}}}", "model_name")
+        .sort(VariableSort.ALPHABETICAL_ASC)
+    )  # fmt: skip
+    values = f"moescope_layer_active_experts{{{ONE_MODEL}}}"
+    yield _labels("layer", "Layers", values, "layer").sort(VariableSort.NUMERICAL_ASC)
+    yield (
         _one_label("one_layer", "Layer of the expert map", values, "layer")
         .sort(VariableSort.NUMERICAL_ASC)
-        .multi(False)
-        .include_all(False),
-    )
+    )  # fmt: skip
 
 
 def _one_label(name: str, label: str, selector: str, of: str) -> dashboard.QueryVariable:
@@ -78,6 +82,8 @@ def _one_label(name: str, label: str, selector: str, of: str) -> dashboard.Query
         .datasource(SOURCE)
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .hide(VariableHide.DONT_HIDE)
+        .multi(False)
+        .include_all(False)
     )
 
 

@@ -23,11 +23,10 @@ FLAGS = (
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
 
 
-@contextlib.contextmanager
-def serving(
+def made(
     command: Sequence[str], env: Mapping[str, str], log: Path, flags: Sequence[str] = ()
-) -> Iterator[Server]:
-    """Start a server and wait until it is ready; end it afterwards.
+) -> Server:
+    """Return a server that is not started yet.
 
     Args:
         command: What starts it, with its model; `FLAGS` and a port are added.
@@ -36,13 +35,27 @@ def serving(
         flags: Of vLLM; they win over `FLAGS`.
     """
     (port,) = free_ports(1)
-    server = Server(
+    return Server(
         log.stem,
         [*command, *FLAGS, *flags, "--port", str(port)],
         f"http://127.0.0.1:{port}",
         log,
         {**os.environ, **ENV, **env},
     )
-    with server:
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str], env: Mapping[str, str], log: Path, flags: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Start a server and wait until it is ready; end it afterwards.
+
+    Args:
+        command: As of `made`, like all others.
+        env: See there.
+        log: See there.
+        flags: See there.
+    """
+    with made(command, env, log, flags) as server:
         wait_ready([server], START_TIMEOUT_S)
         yield server

@@ -108,8 +108,7 @@ class Deployment:
             env = {ENABLE: "1", RUNTIME_DIR: str(self.directory), "VLLM_PLUGINS": "moescope"}
             for name, value in {**self.env, **env}.items():
                 patch.setenv(name, value)
-            self.collector = start_collector(collector_address())
-            stack.callback(lambda: stop_collector(self.collector))
+            self.start_processes(stack)
             self.engine = Engine(
                 self.worker_address or collector_address(), self.spec, rows_of=self.rows_of
             )
@@ -119,6 +118,11 @@ class Deployment:
             self.url = stack.enter_context(serving(self.app))
             self.http = stack.enter_context(httpx.Client(base_url=self.url, timeout=DEADLINE_S))
             yield self
+
+    def start_processes(self, stack: contextlib.ExitStack) -> None:
+        """Start what runs beside the server, and let the stack end it."""
+        self.collector = start_collector(collector_address())
+        stack.callback(lambda: stop_collector(self.collector))
 
     def make_app(self) -> FastAPI:
         processor = self.frontend.output_processor

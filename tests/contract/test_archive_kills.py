@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from pyarrow import parquet
+
 from moescope.archive import Archive
-from moescope_service.runtime import collector_address
-from tests.waiting import DEADLINE_S, wait_until
+from tests.waiting import DEADLINE_S, scrape, wait_until
 
-from .deployment import start_collector
-from .test_archive import Archiving, in_files
+from .chain import Load, Served
+from .fake_engine import OUTPUT, PROMPT, rows_of
+from .test_archive import in_files
 
-KILLS = int(os.environ.get("MOESCOPE_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("MOESCOPE_TEST_KILLS", "4"))
+KINDS = ("archive", "collector", "server", "all")
 DOOMED = """
 import os, subprocess, sys, time
 from moescope_service.collector.process import archive_queue
@@ -37,41 +43,118 @@ time.sleep(600)
 """
 
 
-def test_kills_lose_nothing_but_what_a_killed_collector_had_not_handed_over(tmp_path: Path) -> None:
-    rng = random.Random(20)
-    served: list[str] = []
-    at_risk: set[str] = set()
-    with Archiving(tmp_path / "archive", memory="1", archive_interval="0.2").running() as archiving:
+class Account:
+    """What became of every request, from one moment at which all is settled to the next."""
 
-        def serve() -> None:
-            for _ in range(rng.randrange(1, 12)):
-                served.append(f"r{len(served)}")
-                archiving.serve(served[-1])
+    def __init__(self, served: Served, load: Load) -> None:
+        self.served, self.load = served, load
+        self.at_risk: set[str] = set()
+        self.dropped = 0.0
+        """What this collector had counted as dropped before."""
+        self.begin = 0
+        """How many requests were served before."""
 
-        for number in range(KILLS):
-            serve()
-            if rng.random() < 0.5:  # else the kill comes at once
-                wait_until(lambda: not archiving.metric("traces_waiting"), "all is published")
-                serve()
-            if number % 2:
-                archiving.kill_collector()
-                at_risk |= {*served} - {*in_files(archiving.folder)}
-                assert archiving.collector.stdout is not None
-                archiving.collector.stdout.close()
-                archiving.collector = start_collector(collector_address(), epoch=number + 1)
-            else:
-                archiving.end(signal.SIGKILL)
-                serve()
-                archiving.start()
-            serve()
-        archiving.wait_archived(1)
-        assert archiving.metric("traces_dropped_total") == 0
-    names = in_files(archiving.folder)
+    def kill(self, kind: str) -> None:
+        self.served.kill(kind)
+        if kind != "archive":  # what it had not handed over may be gone
+            self.at_risk |= {*map(named, [*self.load.asked])} - {*in_files(self.served.folder)}
+            self.dropped = 0.0
+        if kind in ("server", "all"):
+            self.served.start()
+
+    def settle(self) -> tuple[int, int, int]:
+        """Wait for the rest; return how many were served, lost at risk, and dropped and counted.
+
+        What is missing and was not at risk is what the collector that lives has counted. It may
+        have counted more: what was at risk is told to it again.
+        """
+        missing, told = wait_until(self._settled, "all is in files, was at risk or is counted")
+        dropped = told["archive_traces_dropped_total"] - self.dropped
+        assert dropped <= len(missing - self.at_risk) + len(self.at_risk)
+        assert not dropped or self.served.is_small
+        assert told["archive_traces_total"] == num_of_newest_collector(self.served.folder)
+        figures = len(self.load.served) - self.begin, len(missing & self.at_risk), int(dropped)
+        self.at_risk, self.begin = set(), len(self.load.served)
+        self.dropped = told["archive_traces_dropped_total"]
+        return figures
+
+    def _settled(self) -> tuple[set[str], collections.Counter[str]] | None:
+        told = totals(self.served.url)
+        archived, dropped = told["archive_traces_total"], told["archive_traces_dropped_total"]
+        if told["archive_up"] != 1 or not archived or told["traces_total"] != archived + dropped:
+            return None
+        missing = {*map(named, self.load.served[self.begin :])} - {*in_files(self.served.folder)}
+        beyond = len(missing - self.at_risk)
+        is_settled = beyond <= dropped - self.dropped
+        return (missing, told) if is_settled else None
+
+
+def totals(url: str) -> collections.Counter[str]:
+    """Return our metrics, each summed over its labels."""
+    found: collections.Counter[str] = collections.Counter()
+    for line in scrape(url).splitlines():
+        name, _, value = re.sub("{.*}", "", line).partition(" ")
+        if name.startswith("moescope_"):
+            found[name.removeprefix("moescope_")] += float(value)  # type: ignore[assignment]
+    return found
+
+
+def named(name: str) -> str:
+    """Return the id of a response to a request of a name."""
+    return f"cmpl-{name}"
+
+
+def num_of_newest_collector(folder: Path) -> int:
+    """Return how many traces there are of the collector that started last."""
+    parts = Archive(folder).parts()
+    newest = max((part.collector for part in parts), default="")
+    files = [folder / part.path for part in parts if part.collector == newest]
+    return sum(len(parquet.read_table(one, columns=["number"])["number"].unique()) for one in files)
+
+
+def check_files(folder: Path) -> None:
+    """Every file can be read, and every trace in it is whole and as it was routed."""
+    paths = sorted(folder.rglob("*.parquet"))
+    assert len(paths) == len(Archive(folder).parts())
+    num_rows = sum(parquet.read_table(path).num_rows for path in paths)
+    traces = [one.trace for one in Archive(folder).scan()]
+    assert num_rows == sum(trace.num_tokens for trace in traces)
+    for trace in traces:
+        assert trace.num_rows == trace.num_tokens - 1
+        here = trace.present
+        assert here.all() == trace.complete
+        np.testing.assert_array_equal(
+            trace.topk_ids[here], rows_of(0, trace.num_rows)[0][here], trace.request_id
+        )
+        if trace.complete:
+            assert trace.token_ids is not None
+            assert trace.token_ids.tolist() == [*PROMPT, *OUTPUT]
+    assert not list(folder.rglob("*.new"))
+
+
+def test_kills_under_load_lose_what_was_at_risk_or_is_counted(tmp_path: Path) -> None:
+    rng, folder = random.Random(5), tmp_path / "archive"
+    decks = (kind for _ in range(KILLS) for kind in rng.sample(KINDS, len(KINDS)))
+    kinds = collections.deque(itertools.islice(decks, KILLS))
+    with Served(folder) as served, Load(lambda: served.url) as load:
+        account = Account(served, load)
+        lines = []
+        while kinds:
+            load.resume()
+            now = [kinds.popleft() for _ in range(min(rng.choice((1, 1, 2)), len(kinds)))]
+            for kind in now:
+                load.wait(rng.randrange(40))
+                account.kill(kind)
+            load.wait(rng.randrange(20, 80))
+            load.pause()
+            lines.append((now, *account.settle()))
+    names = in_files(folder)
     assert len(names) == len({*names}), "a trace is there twice"
-    lost = {*served} - {*names}
-    assert lost <= at_risk, "a trace is lost that no killed collector had"
-    assert {*names} <= {*served}
-    print(f"{KILLS} kills, {len(served)} served, {len(lost)} of {len(at_risk)} at risk lost")
+    assert {*names} <= {*map(named, load.asked)}
+    check_files(folder)
+    for line in lines:
+        print("killed {}: {} served, {} at risk lost, {} dropped and counted".format(*line))
+    print(f"{KILLS} kills, {len(load.served)} served, {len(names)} in files")
 
 
 def test_the_archive_of_a_killed_server_publishes_what_it_has(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_rows_captured_forget_what_was_lost_before(ask: Ask) -> None:
 def test_the_expert_map_has_a_row_an_expert_of_one_layer(ask: Ask) -> None:
     board = BOARDS["experts"]
     variables = draw.first_values(board, ask)
-    assert variables == {"one_layer": "0"}
+    assert variables == {"one_model": "tiny", "one_layer": "0"}
     (panel,) = [one for one in panels(board) if one["title"] == "Selections by expert"]
     found = draw.Source(ask, 3600, 120, variables).over_time(panel["targets"][0]["expr"])
     assert {int(one["metric"]["expert"]) for one in found} == set(range(made_up.NUM_EXPERTS))

@@ -142,10 +142,30 @@ def test_rows_captured_are_those_of_the_time_shown() -> None:
 def test_selections_by_expert_are_of_one_layer() -> None:
     (panel,) = [panel for _, panel in ALL if panel["title"] == "Selections by expert"]
     assert 'layer="$one_layer"' in expressions(panel)[0]
-    variables = BOARDS["experts"]["templating"]["list"]
-    (variable,) = [one for one in variables if one["name"] == "one_layer"]
-    assert not variable["multi"]
-    assert not variable["includeAll"]
+
+
+def test_experts_are_of_one_model() -> None:
+    for panel in panels(BOARDS["experts"]):
+        for expression in expressions(panel):
+            assert expression.count("moescope_") == expression.count('model_name="$one_model"') > 0
+
+
+@each()
+def test_every_series_is_of_the_chosen_servers(panel: dict[str, Any]) -> None:
+    for expression in expressions(panel):
+        series = re.findall(r"\b((?:moescope|vllm)[_:]\w+)({[^}]*})?", expression)
+        assert series
+        for name, labels in series:
+            assert 'instance=~"$instance"' in labels, name
+            if name != "moescope_collector_up":  # is there without a model, too
+                assert re.search(r'model_name=(~"\$model"|"\$one_model")', labels), name
+
+
+def test_what_shows_one_thing_has_a_variable_of_one_value() -> None:
+    variables = {one["name"]: one for one in BOARDS["experts"]["templating"]["list"]}
+    for name in ("one_model", "one_layer"):
+        assert not variables[name]["multi"]
+        assert not variables[name]["includeAll"]
 
 
 @pytest.mark.parametrize("name", BOARDS)

@@ -61,6 +61,15 @@ def test_every_alert_says_what_to_do() -> None:
             assert len(rule["annotations"]["description"]) > 80
 
 
+def test_servers_of_one_model_are_kept_apart() -> None:
+    for rule in rules():
+        labels = re.findall(r"\bby \(([^)]*)\)", rule["expr"])
+        if "worst_layer" in rule["expr"] + rule.get("record", ""):  # of all servers of a model
+            assert labels == ["model_name"]
+        else:
+            assert all({"model_name", "instance"} <= {*one.split(", ")} for one in labels), rule
+
+
 def test_the_rules_fire_when_they_should(tmp_path: Path) -> None:
     done = promtool(TEXT, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

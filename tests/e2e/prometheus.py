@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import pytest
@@ -15,27 +16,36 @@ import pytest
 from moescope.servers import Server, free_ports
 from tests.waiting import wait_until
 
-Query = Callable[[str], list[Any]]
-"""Returns the series that a PromQL expression finds."""
+
+class Query(Protocol):
+    """Returns the series that a PromQL expression finds, now or at a Unix time."""
+
+    def __call__(self, expression: str, at_s: float | None = None) -> list[Any]:
+        """Ask for them."""
 
 
 @contextlib.contextmanager
-def prometheus(server: Server, directory: Path, **config: Any) -> Iterator[Query]:
-    """Run a Prometheus that scrapes a server every second; gives what queries it.
+def prometheus(servers: Sequence[Server], directory: Path, **config: Any) -> Iterator[Query]:
+    """Run a Prometheus that scrapes servers every second; gives what queries it.
 
     Args:
-        server: What is scraped.
+        servers: What is scraped.
         directory: Where its files go.
         config: More of its configuration.
     """
-    target = server.url.removeprefix("http://")
+    targets = [instance(server) for server in servers]
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "scrape_configs": [{"job_name": "moescope", "static_configs": [{"targets": [target]}]}],
+        "scrape_configs": [{"job_name": "moescope", "static_configs": [{"targets": targets}]}],
         **config,
     }
     with running(directory, config) as query:
         yield query
+
+
+def instance(server: Server) -> str:
+    """Return the label of what is scraped of a server."""
+    return server.url.removeprefix("http://")
 
 
 @contextlib.contextmanager
@@ -59,7 +69,7 @@ def running(directory: Path, config: dict[str, Any]) -> Iterator[Query]:
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10.0) as http:
             wait_until(lambda: _is_ready(http), f"Prometheus is ready ({log.name} says why not)")
-            yield lambda expression: _ask(http, expression)
+            yield functools.partial(_ask, http)
     finally:
         process.terminate()
         process.wait(20)
@@ -72,7 +82,8 @@ def _is_ready(http: httpx.Client) -> bool:
         return False
 
 
-def _ask(http: httpx.Client, expression: str) -> list[Any]:
-    body = http.get("/api/v1/query", params={"query": expression}).json()
+def _ask(http: httpx.Client, expression: str, at_s: float | None = None) -> list[Any]:
+    params = {"query": expression} | ({} if at_s is None else {"time": f"{at_s:.3f}"})
+    body = http.get("/api/v1/query", params=params).json()
     assert body["status"] == "success", f"{expression}: {body}"
     return list(body["data"]["result"])

@@ -359,7 +359,7 @@ def test_prometheus_scrapes_it(
 ) -> None:
     chat.completions.create(model=MODEL, prompt="Tom has", max_tokens=2)
     total = eager.experts().counts.sum()  # since the last reset: Prometheus sees at least as many
-    with prometheus(eager_server, tmp_path) as ask:
+    with prometheus([eager_server], tmp_path) as ask:
         for wanted in (
             'up{job="moescope"} == 1',
             "moescope_collector_up == 1",

@@ -326,6 +326,52 @@ def test_traces_that_span_row_groups_are_whole(bench, monkeypatch):
         assert same(bench.routes(trace.request_id)[1][0], trace)
 
 
+def test_servers_of_one_archive_are_read_together_and_leave_each_other_alone(tmp_path):
+    root = tmp_path / "archive"
+    plain = Bench(root, archive_ttl_s=3600.0)  # of before there was another one
+    one = Bench(root / "server=one", archive_ttl_s=100.0)
+    two = Bench(root / "server=two")  # the same collector and numbers: the same names of files
+    two.publish(make_trace("b", model="other"), make_trace("c", model="other"))
+    one.publish(make_trace("a"))
+    kept = {path: path.read_bytes() for path in root.rglob("server=two/**/*.parquet")}
+    assert len(kept) == 1
+    left = next(iter(kept)).with_name(".part-x.new")
+    left.write_bytes(b"in the middle of it")
+
+    def found(**chosen: Any) -> list[tuple[str, str]]:
+        return [(e.trace.model, e.trace.request_id) for e in Reading(root).scan(**chosen)]
+
+    assert found() == [("tiny", "a"), ("other", "b"), ("other", "c")]
+    assert found(model="other") == [("other", "b"), ("other", "c")]
+    assert {part.server for part in Reading(root).parts()} == {"one", "two"}
+    for other in (one, plain):
+        other.begin()
+        assert other.routes("b")[0].status == "unknown"
+        assert other.delete("b") == 0
+    one.publish(make_trace("d"))
+    assert one.delete("d") == 1
+    one.pass_s(31)  # rewritten without what was deleted
+    assert found(model="tiny") == [("tiny", "a")]
+    for other in (one, plain):
+        other.pass_s(10_000)
+    assert found() == [("other", "b"), ("other", "c")]
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert left.exists()
+    two.begin()
+    assert two.routes("b")[0].status == "finished"
+    assert plain.figures()[-1].files == 0
+
+
+def test_what_is_not_the_directory_of_a_server_is_no_part_of_the_archive(bench):
+    bench.publish(make_trace("a"))
+    (path,) = bench.paths()
+    for folder in ("backup", "server=", "server=a/server=b"):
+        copy = bench.folder / folder / path
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes((bench.folder / path).read_bytes())
+    assert bench.names() == ["a"]
+
+
 def test_a_later_schema_is_refused(bench, monkeypatch):
     monkeypatch.setattr(table, "SCHEMA_VERSION", 2)
     bench.publish(make_trace("a"))

@@ -3,6 +3,9 @@
 ``date=2026-11-30/hour=10/part-COLLECTOR-FIRST-LAST.parquet``: the hour, in UTC, in which the traces
 ended, the collector that made them, and their first and last number. A collector numbers its traces
 in the order in which they end, so that the names alone say which of them are there.
+
+An archive of several servers has a directory of each: ``server=NAME/date=2026-11-30/…``. Each
+server writes its own and knows of no other; readers find the files of all.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Self
 
 HOUR_S = 3600
 _PATH = re.compile(
-    r"(?:.*/)?date=(\d{4}-\d{2}-\d{2})/hour=(\d{2})/part-([0-9a-f]+)-(\d+)-(\d+)\.parquet"
+    r"(?:server=([^/]+)/)?date=(\d{4}-\d{2}-\d{2})/hour=(\d{2})/part-([0-9a-f]+)-(\d+)-(\d+)\.parquet"
 )
 
 
@@ -29,26 +32,30 @@ class Part:
     since 1970 (12 digits), and 8 random ones."""
     first: int
     last: int
+    server: str = ""
+    """The server that has a directory of its own in the archive; empty: the archive is one
+    server's."""
 
     @classmethod
     def parse(cls, path: str) -> Self | None:
-        """Return what a path names; None where that is no file of an archive."""
+        """Return what a path in an archive names; None where that is no file of it."""
         match = _PATH.fullmatch(path)
         if match is None:
             return None
-        date, hour, collector, first, last = match.groups()
+        server, date, hour, collector, first, last = match.groups()
         try:
             begin = dt.datetime.fromisoformat(f"{date}T{hour}:00:00+00:00")
         except ValueError:
             return None
-        return cls(int(begin.timestamp()) // HOUR_S, collector, int(first), int(last))
+        return cls(int(begin.timestamp()) // HOUR_S, collector, int(first), int(last), server or "")
 
     @property
     def path(self) -> str:
         """Its path in the archive."""
         begin = dt.datetime.fromtimestamp(self.hour * HOUR_S, dt.UTC)
         name = f"part-{self.collector}-{self.first:09d}-{self.last:09d}.parquet"
-        return f"date={begin:%Y-%m-%d}/hour={begin:%H}/{name}"
+        folder = f"server={self.server}/" if self.server else ""
+        return f"{folder}date={begin:%Y-%m-%d}/hour={begin:%H}/{name}"
 
     def overlaps(self, since_s: float | None, until_s: float | None) -> bool:
         """Whether its hour has a part of a span of Unix time, in seconds; None: no bound."""

@@ -25,7 +25,8 @@ class Archive:
     """An archive of traces, to be read while a server writes it, too.
 
     Args:
-        location: Its directory, or ``s3://bucket/prefix``.
+        location: Its directory, or ``s3://bucket/prefix``; that of one server, or one in which
+            several have theirs, ``server=NAME``.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -41,7 +42,8 @@ class Archive:
         Raises:
             OSError: They cannot be listed.
         """
-        return [part for part, _ in self._store.parts() if part.overlaps(since_s, until_s)]
+        parts = self._store.parts(of_servers=True)
+        return [part for part, _ in parts if part.overlaps(since_s, until_s)]
 
     def scan(
         self,
@@ -52,6 +54,8 @@ class Archive:
         lora: str | None = None,
     ) -> Iterator[Archived]:
         """Yield traces in the order in which they finished, with what is known of them besides.
+
+        Those of several servers come hour by hour, and in each hour collector by collector.
 
         Holds one row group at a time, and the trace that goes on in the next one. A file that the
         server removes meanwhile, by age or size, is passed over.

@@ -61,8 +61,11 @@ class Store:
         """The directory."""
         return Path(self._root)
 
-    def parts(self) -> list[tuple[Part, int]]:
+    def parts(self, *, of_servers: bool = False) -> list[tuple[Part, int]]:
         """Return the files and their bytes, in their order.
+
+        Args:
+            of_servers: Also those of servers that have a directory of their own in it.
 
         Raises:
             OSError: They cannot be listed.
@@ -70,8 +73,10 @@ class Store:
         selector = fs.FileSelector(self._root, allow_not_found=True, recursive=True)
         found = []
         for info in self._files.get_file_info(selector):
-            part = Part.parse(info.path)
-            if part is not None and info.is_file and info.path == self._at(part.path):
+            part = Part.parse(info.path.removeprefix(self._at("")))
+            if part is None or not info.is_file or info.path != self._at(part.path):
+                continue
+            if of_servers or not part.server:
                 found.append((part, int(info.size)))
         return sorted(found)
 

@@ -116,7 +116,10 @@ def locked(store: Store, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end_s:
-                    raise OSError("another server writes it: give each one its own") from None
+                    raise OSError(
+                        "another server writes it: give each one its own; those of one archive "
+                        "are its directories server=NAME"
+                    ) from None
                 time.sleep(0.1)
         yield
     finally:
