@@ -45,7 +45,7 @@ def _overlaps(path: Path, where: Filter) -> bool:
         require()
         from moescope.archive.layout import Part  # noqa: PLC0415 - needs pyarrow
 
-        part = Part.parse(path.absolute().as_posix())
+        part = Part.parse("/".join(path.absolute().parts[-3:]))
         if part is not None:
             return part.overlaps(where.since_s, where.until_s)
         with named(path), columns_file(path) as file:
