@@ -22,6 +22,7 @@ from moescope.cli import main
 from moescope.columns_file import columns_file
 from moescope.errors import CommandError, FormatError
 from moescope.filters import Filter
+from moescope.trace import Source
 
 DAY = dt.datetime(2027, 1, 15, tzinfo=dt.UTC)
 START_S = DAY.timestamp()
@@ -199,6 +200,25 @@ def test_a_file_of_an_archive_is_one_wherever_it_lies(archive, tmp_path):
     parquet.write_table(table, tmp_path / "copy.parquet")
     (one,) = inputs.find([str(tmp_path / "copy.parquet")], Filter(lora="math"))
     assert [kept.trace.request_id for _, kept in inputs.traces(one)] == ["b"]
+
+
+def test_a_sequence_may_be_long(tmp_path):
+    """That of 100,000 tokens of a large model has more than 256 MiB of weights."""
+    num_rows, num_layers = 80, 1000
+    trace = dataclasses.replace(
+        ENTRIES[0].trace,
+        layers=np.arange(num_layers, dtype=np.int32),
+        num_hidden_layers=num_layers,
+        topk_ids=np.zeros((num_rows, num_layers, 1024), np.uint8),
+        topk_weights=None,
+        source=np.full(num_rows, Source.MISSING, np.uint8),
+        token_ids=None,
+        num_tokens=num_rows + 1,
+    )
+    table = to_table([Archived(trace=trace, number=1, finished_s=START_S)], spec=SPEC)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    ((_, kept),) = inputs.traces(*inputs.find([str(tmp_path / "a.parquet")]))
+    assert kept.trace.num_rows == num_rows
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -38,12 +38,14 @@ import pyarrow.compute as pc
 from moescope import arrow
 from moescope.errors import FormatError
 from moescope.filters import Filter
-from moescope.received import MALFORMED, parse_json, shown
+from moescope.received import MALFORMED, MAX_BYTES, parse_json, shown
 from moescope.trace import RouteTrace
 
 SCHEMA_VERSION = 1
 """Grows with each change that a reader has to know of."""
 METADATA = b"moescope"
+_MAX_READ_BYTES = 4 * MAX_BYTES
+"""Bytes of weights, as float32, of the traces of a table."""
 _LABELS = pa.list_(
     pa.struct([("version", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 )
@@ -203,7 +205,7 @@ def entries_of(table: pa.Table, shared: dict[str, Any]) -> list[Archived]:
         plain = table.drop_columns(dropped).replace_schema_metadata(
             {METADATA: orjson.dumps(described)}
         )
-        traces = arrow.from_table(plain)
+        traces = arrow.from_table(plain, _MAX_READ_BYTES)
     except (*MALFORMED, pa.ArrowException) as error:
         raise FormatError(f"not the rows of an archive: {shown(error)}") from error
     return [
