@@ -69,7 +69,7 @@ class Model:
     @property
     def batch_rows(self) -> int:
         """Rows of a batch: few enough for the memory, enough to be worth numpy's calls."""
-        return int(np.clip(_BATCH_IDS // max(len(self.layers) * self.top_k, 1), 256, _BATCH_ROWS))
+        return min(max(_BATCH_IDS // max(len(self.layers) * self.top_k, 1), 256), _BATCH_ROWS)
 
 
 Key = tuple[str, int]
