@@ -74,7 +74,7 @@ def check_writable(path: Path) -> None:
 
 
 def folder_of(path: Path) -> Path:
-    """Return a directory that will be made, or else the nearest above it that is there."""
+    """Return a directory, or the nearest above it that is there."""
     return next(one for one in (path, *path.absolute().parents) if one.is_dir())
 
 

@@ -172,7 +172,7 @@ class _Draft:
             "position": [],
             "phase": [],
         }
-        self._every: dict[Key, TokenSequence] = {}
+        self._every: dict[Key, TokenSequence] = {}  # those whose rows are all missing, too
         self._places: dict[Key, int] = {}
 
     def add(self, batch: Batch) -> None:
