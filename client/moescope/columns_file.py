@@ -22,11 +22,10 @@ class ColumnsFile:
 
     Attributes:
         shared: What the schema's metadata says; see `moescope.arrow`.
-        num_rows: Its rows; None of an Arrow stream, which does not say it.
     """
 
-    def __init__(self, names: list[str], metadata: Any, num_rows: int | None) -> None:  # noqa: ANN401
-        self.names, self.num_rows = names, num_rows
+    def __init__(self, names: list[str], metadata: Any) -> None:  # noqa: ANN401
+        self.names = names
         self.shared = parse_json((metadata or {})[b"moescope"], 4 * MAX_BYTES)
         if self.shared.get("form") == "long":
             raise FormatError(
@@ -114,7 +113,7 @@ def require() -> Any:  # noqa: ANN401
 class _Parquet(ColumnsFile):
     def __init__(self, file: Any) -> None:  # noqa: ANN401
         schema = file.schema_arrow
-        super().__init__(schema.names, schema.metadata, file.metadata.num_rows)
+        super().__init__(schema.names, schema.metadata)
         self._file = file
 
     def _batches(
@@ -132,7 +131,7 @@ class _Parquet(ColumnsFile):
 
 class _Arrow(ColumnsFile):
     def __init__(self, reader: Any, is_file: bool) -> None:  # noqa: ANN401
-        super().__init__(reader.schema.names, reader.schema.metadata, None)
+        super().__init__(reader.schema.names, reader.schema.metadata)
         self._reader, self._is_file = reader, is_file
 
     def _batches(

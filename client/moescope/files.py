@@ -73,5 +73,10 @@ def check_writable(path: Path) -> None:
     raise CommandError(f"cannot write {path}: {reason}")
 
 
+def folder_of(path: Path) -> Path:
+    """Return a directory, or the nearest above it that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.is_dir())
+
+
 def _is_device(path: Path) -> bool:
     return path.exists() and not path.is_file()

@@ -44,10 +44,6 @@ class NpzFile:
     def __contains__(self, name: str) -> bool:
         return f"{name}.npy" in self._names
 
-    def size_bytes(self, name: str) -> int:
-        """Return the bytes of an array, with its header."""
-        return self._archive.getinfo(f"{name}.npy").file_size
-
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return an array as a whole.
 

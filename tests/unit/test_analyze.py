@@ -14,10 +14,11 @@ from analysis_reference import log_of, make_trace, random_trace, response_of
 
 from moescope import analysis, arrow, formats, replay, routes_log
 from moescope.analysis import Profile, Rows
-from moescope.analyze import inputs, read_log, run, token_texts
+from moescope.analyze import inputs, run, token_texts
 from moescope.analyze.section import NAMES
 from moescope.cli import main
 from moescope.errors import CommandError, FormatError
+from moescope.route_files import spool
 
 TRACES = [random_trace(number) for number in range(6)]
 SHAPE = (3, 7, 2)
@@ -111,7 +112,7 @@ def test_lines_of_a_token_may_be_apart(tmp_path):
 
 
 def test_lines_too_far_apart_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(read_log, "_MAX_OPEN_ROWS", 5)
+    monkeypatch.setattr("moescope.route_files.log._MAX_OPEN_ROWS", 5)
     head, *lines = log_of(TRACES).splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_bytes(head + b"".join(lines[::3]))
     with pytest.raises(FormatError, match="line 7: 6 tokens lack lines"):
@@ -123,6 +124,31 @@ def test_a_log_that_was_cut_off_is_read_up_to_there(tmp_path):
     rows, num_missing, _ = rows_of(tmp_path / "a.jsonl")
     whole = sum(int(trace.present.sum()) for trace in TRACES)
     assert (rows.num_rows, num_missing) == (whole - 1, NUM_MISSING + 1)
+
+
+def test_rows_of_which_a_log_has_no_line_are_missing(files):
+    lines = (files / "run" / "moe_routes.jsonl").read_bytes().splitlines(keepends=True)
+    (files / "run" / "moe_routes.jsonl").write_bytes(b"".join(lines[:-30]))
+    rows, num_missing, _ = rows_of(files / "run")
+    assert rows.num_rows + num_missing == sum(trace.num_rows for trace in TRACES)
+
+
+@pytest.mark.parametrize("command", ["analyze", "diff"])
+def test_the_rows_of_a_log_lie_beside_the_output_meanwhile(files, monkeypatch, command):
+    folders = []
+
+    class Recorded(spool.Disk):
+        def __init__(self, folder):
+            folders.append(folder)
+            super().__init__(folder)
+
+    monkeypatch.setattr("moescope.route_files.log.Disk", Recorded)
+    (files / "elsewhere").mkdir()
+    other = [str(files / "all.npz")] * (command == "diff")
+    out = files / "elsewhere" / "new" / "out"
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([command, str(files / "run"), *other, "-o", str(out)])
+    assert folders == [files / "elsewhere"]
 
 
 def test_counts_of_a_log_do_not_depend_on_where_they_are_folded(tmp_path, monkeypatch):
@@ -159,7 +185,9 @@ class TestTexts:
     def test_every_kind_of_input_gives_them(self, files, traces, name, batch_rows, monkeypatch):
         monkeypatch.setattr("moescope.analyze.batches.Model.batch_rows", batch_rows)
         *_, batches = rows_of(files / name)
-        texts = {token: text for batch in batches for token, text in batch.token_texts.items()}
+        pairs = [pair for batch in batches for pair in batch.token_texts.items()]
+        texts = dict(pairs)
+        assert len(texts) == len(pairs)  # each once
         ids = {
             token for one in traces for token in one.token_ids[: one.num_rows][one.present].tolist()
         }
@@ -289,7 +317,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(files, capsys, damage):
 def test_experts_that_the_model_does_not_have_are_refused(tmp_path):
     trace = dataclasses.replace(TRACES[0], num_experts=5)
     (tmp_path / "a.npz").write_bytes(formats.dump_npz([trace]))
-    with pytest.raises(FormatError, match=r"a.npz: no file of routes: .*expert ids must be 0 to 4"):
+    with pytest.raises(FormatError, match=r"a.npz: not an .npz .*topk_ids must be 0 to 4"):
         rows_of(tmp_path / "a.npz")
 
 
@@ -313,7 +341,9 @@ def test_two_models_are_refused(files, capsys, other, words):
 def test_two_models_in_one_file_are_refused(tmp_path):
     traces = [TRACES[0], dataclasses.replace(TRACES[1], model="big")]
     (tmp_path / "a.npz").write_bytes(formats.dump_npz(traces))
-    with pytest.raises(CommandError, match=r"a.npz: it holds routes of several models \(big, tiny"):
+    with pytest.raises(
+        CommandError, match=r"a.npz: it holds routes of several models \(tiny,.*; big,"
+    ):
         rows_of(tmp_path / "a.npz")
 
 

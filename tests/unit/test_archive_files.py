@@ -394,9 +394,7 @@ def test_analyze_reads_an_archive_as_it_reads_a_file(bench, tmp_path):
             (
                 batches[0].model,
                 np.concatenate([batch.rows.topk_ids for batch in batches]).tolist(),
-                [key for batch in batches for key in batch.keys],
-                [(key, text.prompt_len, [*text.token_ids])
-                 for one in found for key, text in inputs.texts(one)],
+                [(one.key, one.text.prompt_len, [*one.text.token_ids]) for one in batches],
             )
         )  # fmt: skip
     assert read[0] == read[1]

@@ -29,6 +29,7 @@ from moescope import formats
 from moescope.analyze import inputs
 from moescope.diff import bounds
 from moescope.errors import FormatError
+from moescope.trace import Source
 
 
 @pytest.fixture
@@ -268,9 +269,21 @@ def test_tokens_of_pages_come_together(tmp_path):
     pages = [A[0].page(0, 8), A[0].page(8, 99)]
     for number, page in enumerate(pages):
         write_npz(tmp_path / f"{number}.npz", [page])
-    found = [text for one in inputs.find([str(tmp_path)]) for _, text in inputs.texts(one)]
+    found = [batch.text for one in inputs.find([str(tmp_path)]) for batch in inputs.read(one)]
     assert [one.start for one in found] == [0, 8]
     assert [*found[0].token_ids, *found[1].token_ids] == A[0].token_ids.tolist()
+
+
+def test_the_prompt_is_known_though_its_rows_are_missing(compared):
+    """Of two pages the first has it; ids differ, so that sequences are paired by prompts."""
+    pages = []
+    for one in SAME:
+        source = one.source.copy()
+        source[:3] = Source.MISSING
+        whole = dataclasses.replace(one, source=source, complete=False)
+        pages += [whole.page(0, 3), whole.page(3, 99)]
+    values, *_ = compared(A, pages)
+    assert (values["compared"]["sequences"], values["compared"]["paired_by_id"]) == (NUM, 0)
 
 
 @pytest.mark.parametrize("name", ["start", "prompt_len", "num_tokens"])
@@ -283,7 +296,10 @@ def test_positions_that_no_token_has_are_refused(tmp_path, capsys, name, value):
     metas[3][name] = value
     np.savez(tmp_path / "b.npz", **{**arrays, "meta": np.frombuffer(orjson.dumps(metas), np.uint8)})
     assert run_command(path, tmp_path / "b.npz", "-o", tmp_path / "out") == 1
-    assert f"b.npz: no file of routes: ValueError('{name} is {value}')" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "b.npz: not an .npz of traces" in said
+    assert name in said
+    assert str(value) in said
 
 
 def test_a_parquet_file_that_lost_rows_is_refused(tmp_path):
@@ -292,8 +308,8 @@ def test_a_parquet_file_that_lost_rows_is_refused(tmp_path):
 
     path = tmp_path / "a.parquet"
     path.write_bytes(arrow.dump_parquet(A))
-    found = dict(inputs.texts(inputs.find([str(path)])[0]))
+    found = {batch.key: batch.text for batch in inputs.read(*inputs.find([str(path)]))}
     assert found["a-3", 0].token_ids.tolist() == A[3].token_ids.tolist()
     parquet.write_table(parquet.read_table(path)[5:], path)
-    with pytest.raises(FormatError, match=r"it has 247 tokens, and its traces 252"):
-        list(inputs.texts(inputs.find([str(path)])[0]))
+    with pytest.raises(FormatError, match=r"a.parquet: .*rows were left out"):
+        list(inputs.read(*inputs.find([str(path)])))

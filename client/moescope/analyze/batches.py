@@ -1,21 +1,21 @@
-"""What every kind of input is read as: rows of one model, some at a time."""
+"""What every input is read as: rows of one model, some at a time."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from moescope.analysis import PHASES, Rows, request_number
+from moescope.analysis import PHASES, Rows
 from moescope.errors import CommandError
-from moescope.received import MAX_TOKENS, is_int, shown
+from moescope.route_files import Kept
+from moescope.trace import RouteTrace
 
 _BATCH_IDS = 2**24
 _BATCH_ROWS = 2**16
-_UNKNOWN = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,16 @@ class Model:
     top_k: int
     name: str | None = None
     """The served model's name; None where an input does not say it."""
+
+    @classmethod
+    def of(cls, trace: RouteTrace) -> Self:
+        """Return what a trace is of."""
+        return cls(
+            layers=tuple(trace.layers.tolist()),
+            num_experts=trace.num_experts,
+            top_k=trace.top_k,
+            name=trace.model or None,
+        )
 
     def __str__(self) -> str:
         """Say it in words, for messages and pictures."""
@@ -59,7 +69,7 @@ class Model:
     @property
     def batch_rows(self) -> int:
         """Rows of a batch: few enough for the memory, enough to be worth numpy's calls."""
-        return int(np.clip(_BATCH_IDS // max(len(self.layers) * self.top_k, 1), 256, _BATCH_ROWS))
+        return min(max(_BATCH_IDS // max(len(self.layers) * self.top_k, 1), 256), _BATCH_ROWS)
 
 
 Key = tuple[str, int]
@@ -71,7 +81,7 @@ class Text:
     """What is known of a sequence, or of a part of it, besides its routes."""
 
     prompt_len: int
-    token_ids: Sequence[int] | npt.NDArray[np.integer] | None
+    token_ids: npt.NDArray[np.int32] | None
     """Prompt and output; None where they are not known."""
     start: int = 0
     """The position of the first of them."""
@@ -79,118 +89,82 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """Some rows of an input."""
+    """Rows of one sequence of an input."""
 
     model: Model
     rows: Rows
-    keys: Sequence[Key]
-    """Sequences, those of the rows among them."""
-    places: npt.NDArray[np.integer]
-    """The place of each row's sequence among them, ``[num_rows]``."""
+    key: Key
+    text: Text | None
+    """Of the rows that are missing, too; None where the prompt is not known."""
     num_missing: int
     """Rows that were not captured, and are not among them."""
     done: float
     """The part of the input that is read with them, 0 to 1."""
-    token_texts: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    """The text of token ids, where the input has it: of those that are new, or of all."""
+    token_texts: Mapping[int, str]
+    """The text of token ids that no batch before had, where the input has it."""
 
 
-class Sequences:
-    """Where the sequences of a file are, and what their rows are; no loop over rows.
+def of(traces: Iterable[Kept], label: str = "") -> Iterator[Batch]:
+    """Yield the rows of traces, `Model.batch_rows` of one at most, in their order.
 
     Args:
-        metas: The fields of each trace that are not arrays.
-        label: The label of the input.
+        traces: Those of an input.
+        label: Its label.
 
     Raises:
         CommandError: They are of several models.
-        LookupError: A field is missing.
-        ValueError: A field is out of range.
     """
-
-    def __init__(self, metas: Sequence[Mapping[str, Any]], label: str) -> None:
-        _check_positions(metas)
-        self.names = {str(meta["model"]) for meta in metas}
-        sizes = {int(meta["num_experts"]) for meta in metas}
-        if len(self.names) > 1 or len(sizes) > 1:
+    first: Model | None = None
+    told: set[int] = set()
+    for kept in traces:
+        trace, model = kept.trace, Model.of(kept.trace)
+        first = first or model
+        if model != first:
             raise CommandError(
-                f"it holds routes of several models ({', '.join(sorted(self.names))}; "
-                f"{', '.join(map(str, sorted(sizes)))} experts): expected one model"
+                f"it holds routes of several models ({first}; {model}): expected one model"
             )
-        self.num_experts = sizes.pop() if sizes else 0
-        self.num_tokens = sum(int(meta["num_tokens"]) for meta in metas)
-        self._starts = np.array([meta["start"] for meta in metas], np.int64)
-        prompts = [_UNKNOWN if meta["prompt_len"] is None else meta["prompt_len"] for meta in metas]
-        self._prompt_lens = np.array(prompts, np.int64)
-        self.keys: list[Key] = [(str(meta["request_id"]), int(meta["index"])) for meta in metas]
-        numbers = [request_number(request_id, label) for request_id, _ in self.keys]
-        self._requests = np.array(numbers, np.uint64)
-
-    @property
-    def name(self) -> str | None:
-        """The model's name."""
-        return next(iter(self.names), None)
-
-    def columns(
-        self, sequence: npt.NDArray[np.integer], place: npt.NDArray[np.integer]
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Return the positions, phases and requests of rows.
-
-        Args:
-            sequence: The number of each row's sequence in the file, ``[num_rows]``.
-            place: Its place among the rows of the sequence, ``[num_rows]``.
-        """
-        positions = self._starts[sequence] + place
-        prompt_lens = self._prompt_lens[sequence]
-        phases = (positions >= prompt_lens).astype(np.uint8)
-        phases[prompt_lens == _UNKNOWN] = PHASES.index("unknown")
-        return {
-            "positions": positions,
-            "phases": phases,
-            "requests": self._requests[sequence],
-        }
+        for start in range(0, max(trace.num_rows, 1), model.batch_rows):
+            page = trace.page(trace.start + start, model.batch_rows)
+            texts = _texts(page, told)
+            told |= texts.keys()
+            yield Batch(
+                model=model,
+                rows=_rows(page, label, knows_prompt=kept.knows_prompt),
+                key=(page.request_id, page.index),
+                text=Text(prompt_len=page.prompt_len, token_ids=page.token_ids, start=page.start)
+                if kept.knows_prompt
+                else None,
+                num_missing=int((~page.present).sum()),
+                done=kept.done,
+                token_texts=texts,
+            )
 
 
-def _check_positions(metas: Sequence[Mapping[str, Any]]) -> None:
-    """Check what says where tokens are, before anything of these sizes is made."""
-    for meta in metas:
-        for name in ("start", "prompt_len", "num_tokens"):
-            is_unknown = name == "prompt_len" and meta[name] is None
-            if not (is_unknown or (is_int(meta[name]) and 0 <= meta[name] <= MAX_TOKENS)):
-                raise ValueError(f"{name} is {shown(meta[name], 80)}")
+def _rows(page: RouteTrace, label: str, *, knows_prompt: bool) -> Rows:
+    rows = Rows.of(page, label)
+    if knows_prompt:
+        return rows
+    unknown = np.full(rows.num_rows, PHASES.index("unknown"), np.uint8)
+    return dataclasses.replace(rows, phases=unknown)
 
 
-def check_ids(ids: npt.NDArray[np.integer], num_experts: int) -> None:
-    """Check expert ids.
-
-    Raises:
-        ValueError: One is out of range.
-    """
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
-        raise ValueError(
-            f"expert ids must be 0 to {num_experts - 1}, got {int(ids.min())} to {int(ids.max())}"
-        )
+def _texts(page: RouteTrace, told: set[int]) -> dict[int, str]:
+    """Return the text of the token ids that are new; the last of a route log may have none."""
+    if page.tokens is None or page.token_ids is None:
+        return {}
+    pairs = zip(page.token_ids.tolist(), page.tokens, strict=True)
+    return {token: text for token, text in pairs if text and token not in told}
 
 
-def gathered(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Join batches of one model until they are worth a call of numpy: many files have few rows."""
+def gathered(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Yield batches of one model together that are worth a call of numpy: most have few rows."""
     waiting: list[Batch] = []
+    num_rows = 0
     for batch in batches:
+        if waiting and num_rows + batch.rows.num_rows > batch.model.batch_rows:
+            yield waiting
+            waiting, num_rows = [], 0
         waiting.append(batch)
-        if sum(one.rows.num_rows for one in waiting) >= batch.model.batch_rows // 2:
-            yield _joined(waiting)
-            waiting = []
+        num_rows += batch.rows.num_rows
     if waiting:
-        yield _joined(waiting)
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    firsts = np.cumsum([0, *(len(one.keys) for one in batches[:-1])])
-    return dataclasses.replace(
-        batches[-1],
-        rows=Rows.joined([one.rows for one in batches]),
-        keys=[key for one in batches for key in one.keys],
-        places=np.concatenate([one.places + at for one, at in zip(batches, firsts, strict=True)]),
-        num_missing=sum(one.num_missing for one in batches),
-        token_texts={token: text for one in batches for token, text in one.token_texts.items()},
-    )
+        yield waiting

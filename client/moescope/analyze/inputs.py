@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moescope import route_files
-from moescope.analyze import choosing, read_columns, read_log, read_npz
-from moescope.analyze.batches import Batch, Key, Model, Text
+from moescope.analyze import batches, choosing
+from moescope.analyze.batches import Batch, Model
 from moescope.errors import CommandError
 from moescope.filters import EVERY, Filter
-from moescope.route_files import Kept, Server, named
+from moescope.route_files import Kept, Server, known_of, named
 from moescope.run_dir import RunDir
 
 _ARRAYS = (".npz", ".arrow", ".parquet")
@@ -101,28 +101,28 @@ def _inputs(path: Path, label: str) -> list[Input]:
     return [Input(path=one, label=label) for one in files]
 
 
-def read(one: Input, num_experts: int | None = None, top_k: int | None = None) -> Iterator[Batch]:
-    """Read an input.
+def read(
+    one: Input,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    *,
+    folder: Path | None = None,
+) -> Iterator[Batch]:
+    """Read an input some rows at a time.
 
     Args:
         one: The input.
         num_experts: Routed experts a layer, for a route log that does not say it.
         top_k: Experts a token and layer, for a route log that does not say it.
+        folder: As of `route_files.read`.
 
     Raises:
         CommandError: It holds several models, or needs what is not installed.
         FormatError: It is broken; the message names it.
     """
+    found = traces(one, num_experts, top_k, folder=folder)
     with named(one.path):
-        if one.path.suffix == ".npz":
-            yield from read_npz.read(one.path, one.label)
-        elif one.path.suffix in _ARRAYS:
-            yield from read_columns.read(one.path, one.label, one.where)
-        else:
-            known = read_log.known_of(one.run_dir) if one.run_dir else {}
-            yield from read_log.read(
-                one.path, one.label, known=known, num_experts=num_experts, top_k=top_k
-            )
+        yield from batches.of((kept for _, kept in found), one.label)
 
 
 def traces(
@@ -145,7 +145,7 @@ def traces(
         FormatError: It is broken; the message names it.
     """
     with named(one.path):
-        known = read_log.known_of(one.run_dir) if one.run_dir else {}
+        known = known_of(one.run_dir) if one.run_dir else {}
         server, found = route_files.read(
             one.path,
             known,
@@ -156,26 +156,6 @@ def traces(
         )
         for kept in found:
             yield server, kept
-
-
-def texts(one: Input) -> Iterator[tuple[Key, Text]]:
-    """Read what an input knows of its sequences besides their routes; a bare log knows nothing.
-
-    Args:
-        one: The input.
-
-    Raises:
-        CommandError: It needs what is not installed.
-        FormatError: It is broken; the message names it.
-    """
-    with named(one.path):
-        if one.path.suffix == ".npz":
-            yield from read_npz.texts(one.path)
-        elif one.path.suffix in _ARRAYS:
-            yield from read_columns.texts(one.path, one.where)
-        elif one.run_dir:
-            for request_id, text in read_log.known_of(one.run_dir).items():
-                yield (request_id, 0), text
 
 
 class Reader:
@@ -189,12 +169,19 @@ class Reader:
         found: The inputs.
         num_experts: As of `read`.
         top_k: As of `read`.
+        folder: As of `read`.
     """
 
     def __init__(
-        self, found: Sequence[Input], num_experts: int | None = None, top_k: int | None = None
+        self,
+        found: Sequence[Input],
+        num_experts: int | None = None,
+        top_k: int | None = None,
+        *,
+        folder: Path | None = None,
     ) -> None:
         self._found, self._num_experts, self._top_k = found, num_experts, top_k
+        self._folder = folder
         self._first: Input | None = None
         self._done_bytes = 0
         self._all_bytes = max(1, sum(one.size_bytes for one in found))
@@ -210,7 +197,7 @@ class Reader:
         """
         for one in self._found:
             if one.label == label:
-                for batch in read(one, self._num_experts, self._top_k):
+                for batch in read(one, self._num_experts, self._top_k, folder=self._folder):
                     self._check(one, batch.model)
                     self.num_missing += batch.num_missing
                     done = self._done_bytes + batch.done * one.size_bytes

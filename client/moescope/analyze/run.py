@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moescope import files, progress
 from moescope._version import __version__
-from moescope.analysis import Profile
+from moescope.analysis import Profile, Rows
 from moescope.analyze import (
     inputs,
     of_groups,
@@ -83,7 +83,7 @@ def analyze(found: Sequence[Input], out: Path, options: Options, console: Consol
         OSError: A file cannot be written.
     """
     texts = token_texts.read(options.tokenizer) if options.tokenizer else {}
-    subject = read(found, options, console)
+    subject = read(found, options, console, folder=files.folder_of(out))
     subject = dataclasses.replace(subject, token_texts={**subject.token_texts, **texts})
     out.mkdir(parents=True, exist_ok=True)
     sections: list[Section] = []
@@ -108,8 +108,16 @@ def analyze(found: Sequence[Input], out: Path, options: Options, console: Consol
     return [out / "report.html", out / "analysis.json", *paths]
 
 
-def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
+def read(
+    found: Sequence[Input], options: Options, console: Console, *, folder: Path | None = None
+) -> Subject:
     """Read inputs and count what every figure needs.
+
+    Args:
+        found: The inputs.
+        options: How they are read.
+        console: Where to show the progress.
+        folder: As of `inputs.read`.
 
     Raises:
         CommandError: The inputs are of several models, or have no row.
@@ -117,20 +125,22 @@ def read(found: Sequence[Input], options: Options, console: Console) -> Subject:
     """
     profile: Profile | None = None
     texts: dict[int, str] = {}
-    reader = inputs.Reader(found, options.num_experts, options.top_k)
+    reader = inputs.Reader(found, options.num_experts, options.top_k, folder=folder)
     with progress.parts(console, ["rows, in percent"]) as (tell,):
         for label in dict.fromkeys(one.label for one in found):
-            for batch in gathered(reader.batches(label)):
-                model = batch.model
+            for batches in gathered(reader.batches(label)):
+                model = batches[0].model
                 profile = profile or Profile(
                     len(model.layers), model.num_experts, model.top_k, seed=options.seed
                 )
-                if batch.rows.num_rows:
-                    profile.add(batch.rows, label)
-                for token in batch.token_texts.keys() - texts.keys():
-                    if len(texts) < _MAX_TEXTS:
-                        texts[token] = batch.token_texts[token]
-                tell(batch.done)
+                rows = Rows.joined([one.rows for one in batches])
+                if rows.num_rows:
+                    profile.add(rows, label)
+                for batch in batches:
+                    for token, text in batch.token_texts.items():
+                        if len(texts) < _MAX_TEXTS:
+                            texts.setdefault(token, text)
+                tell(batches[-1].done)
     if profile is None or reader.model is None or not profile.loads:
         raise CommandError(
             f"the inputs have no routed token ({reader.num_missing:,} rows are missing): there is "

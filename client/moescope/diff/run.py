@@ -72,7 +72,7 @@ def diff(sources: Sequence[Source], out: Path, options: Options, console: Consol
         FormatError: A file is broken.
         OSError: There is no room for the rows.
     """
-    folder = next(one for one in (out, *out.absolute().parents) if one.is_dir())
+    folder = files.folder_of(out)
     names = ("A", "B", "A again")[: len(sources)]
     labels = [*names, *(f"A | {name}" for name in names[1:])]
     labels = [f"{label}: rows, in percent" for label in labels]
@@ -84,6 +84,7 @@ def diff(sources: Sequence[Source], out: Path, options: Options, console: Consol
                 [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(2)],
                 num_experts=options.num_experts,
                 top_k=options.top_k,
+                folder=folder,
                 tell=tell,
             )
             for source, tell in zip(sources, tells, strict=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -166,20 +167,24 @@ class _Draft:
         self.ids = _OnDisk(files[0], shape, formats.id_dtype(model.num_experts))
         self.weights = _OnDisk(files[1], shape, np.float32)
         self.has_weights = True
-        self.sequences: list[TokenSequence] = []
         self.columns: dict[str, list[npt.NDArray[Any]]] = {
             "sequence": [],
             "position": [],
             "phase": [],
         }
+        self._every: dict[Key, TokenSequence] = {}  # those whose rows are all missing, too
         self._places: dict[Key, int] = {}
 
     def add(self, batch: Batch) -> None:
-        """Take rows."""
+        """Take rows, and what is known of their sequence."""
         rows = batch.rows
-        used, place = np.unique(batch.places, return_inverse=True)
-        numbers = [self._place(batch.keys[one]) for one in used.tolist()]
-        self.columns["sequence"].append(np.array(numbers, np.int32)[place.reshape(-1)])
+        one = self._every.setdefault(batch.key, TokenSequence(*batch.key))
+        if batch.text is not None:
+            one.add(batch.text)
+        if not rows.num_rows:
+            return
+        number = self._places.setdefault(batch.key, len(self._places))
+        self.columns["sequence"].append(np.full(rows.num_rows, number, np.int32))
         self.columns["position"].append(rows.positions.astype(np.int32))
         self.columns["phase"].append(rows.phases)
         self.ids.add(rows.topk_ids)
@@ -187,16 +192,10 @@ class _Draft:
         if rows.topk_weights is not None and self.has_weights:
             self.weights.add(rows.topk_weights)
 
-    def _place(self, key: Key) -> int:
-        if key not in self._places:
-            self._places[key] = len(self.sequences)
-            self.sequences.append(TokenSequence(*key))
-        return self._places[key]
-
-    def add_text(self, key: Key, text: Text) -> None:
-        """Take the text of a sequence, if it has a row."""
-        if key in self._places:
-            self.sequences[self._places[key]].add(text)
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """Those that have a row."""
+        return [self._every[key] for key in self._places]
 
 
 def read(
@@ -206,6 +205,7 @@ def read(
     *,
     num_experts: int | None = None,
     top_k: int | None = None,
+    folder: Path | None = None,
     tell: Callable[[float], None],
 ) -> Side:
     """Read the inputs of a side.
@@ -216,6 +216,7 @@ def read(
         files: Two empty files, open as long as the side is used.
         num_experts: As `inputs.read` takes it.
         top_k: As `inputs.read` takes it.
+        folder: As `inputs.read` takes it.
         tell: Is told which part is read, 0 to 1.
 
     Raises:
@@ -223,21 +224,17 @@ def read(
         FormatError: A file is broken.
         OSError: There is no room for the rows.
     """
-    reader = inputs.Reader(found, num_experts, top_k)
+    reader = inputs.Reader(found, num_experts, top_k, folder=folder)
     draft: _Draft | None = None
     for batch in reader.batches(""):
         draft = draft or _Draft(batch.model, files)
-        if batch.rows.num_rows:
-            draft.add(batch)
+        draft.add(batch)
         tell(batch.done)
     if draft is None or reader.model is None or not draft.sequences:
         raise CommandError(
             f"{name} has no routed token ({reader.num_missing:,} rows are missing): there "
             "is nothing to compare"
         )
-    for one in found:
-        for key, text in inputs.texts(one):
-            draft.add_text(key, text)
     return Side(name, reader.model, reader.num_missing, draft)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from moescope import columns_file, routes_log
-from moescope.analyze.read_log import Known
 from moescope.errors import CommandError
 from moescope.filters import EVERY, Filter
 from moescope.route_files import log, npz
 from moescope.route_files.broken import named
+from moescope.route_files.known import Known, known_of
 from moescope.route_files.spool import Kept, Server, Spool, Stored
 from moescope.run_dir import ROUTES_FORMATS
 
@@ -26,11 +26,13 @@ _COLUMNS = ("arrow", "parquet")
 __all__ = [
     "FORMATS",
     "Kept",
+    "Known",
     "Server",
     "Spool",
     "Stored",
     "check",
     "counted",
+    "known_of",
     "named",
     "read",
     "write",

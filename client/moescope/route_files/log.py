@@ -14,8 +14,8 @@ import numpy as np
 import orjson
 
 from moescope import formats, routes_log, version_runs
-from moescope.analyze.read_log import Known
 from moescope.errors import FormatError
+from moescope.route_files.known import Known
 from moescope.route_files.spool import Disk, Kept, Place, Server, Stored
 from moescope.trace import RouteTrace, Source
 
@@ -25,7 +25,7 @@ UNSAID = (
 )
 _FLUSH_CELLS = 2**22
 _MAX_OPEN_ROWS = 200_000
-_MAX_LACKING_ROWS = 2**20
+_MAX_LACKING_CELLS = 2**27
 _VERSIONS = ("vllm", "torch")
 _NO_VERSION = version_runs.MIXED - 1
 
@@ -216,7 +216,8 @@ def _trace(
     first, end = int(rows.positions[0]), int(rows.positions[-1]) + 1
     if known:
         end = max(end, known.num_tokens - 1)
-    if end - first > len(rows.positions) + _MAX_LACKING_ROWS:
+    lacking = end - first - len(rows.positions)
+    if lacking * len(logged.layers) * logged.meta["top_k"] > _MAX_LACKING_CELLS:
         raise FormatError(f"{name[0]!r} has lines of {len(rows.positions)} of {end - first} tokens")
     arrays = _arrays(rows, first, end - first)
     token_ids = np.array(known.token_ids, np.int32) if known and known.token_ids else None

@@ -43,13 +43,7 @@ def read(
 
 def _add(path: Path, kept: Kept, selection: Selection) -> None:
     trace = kept.trace
-    model = Model(
-        layers=tuple(trace.layers.tolist()),
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        name=trace.model or None,
-    )
-    selection.enter(path, model)
+    selection.enter(path, Model.of(trace))
     if trace.start or trace.num_rows < trace.num_tokens - 1:
         raise CommandError(
             f"{path} holds {trace.num_rows:,} rows of {trace.request_id}, from row {trace.start} "
