@@ -112,6 +112,8 @@ def chromium(program: str, profile: Path) -> Iterator[Callable[[], Page]]:
 
         def tab() -> Page:
             socket_url = httpx.put(address, timeout=DEADLINE_S).json()["webSocketDebuggerUrl"]
-            return Page(stack.enter_context(connect(socket_url, max_size=2**26)))
+            # Without pings: a test that waits for something else reads no answers to them.
+            socket = connect(socket_url, max_size=2**26, ping_interval=None)
+            return Page(stack.enter_context(socket))
 
         yield tab
