@@ -111,7 +111,9 @@ $(LANES)/0.32/.done: $(VENV)/.test
 
 VERSIONS ?= 0.30 0.31 0.32 0.33
 STAGES ?= contract serving fidelity
-stage_contract := tests/contract
+# Without what is about processes and files of moescope alone.
+stage_contract := tests/contract $(addprefix --ignore tests/contract/test_,\
+	$(addsuffix .py,archive archive_kills archive_s3 bounds link))
 stage_serving := tests/e2e/test_serving.py tests/e2e/test_pauses.py
 stage_fidelity := tests/fidelity --ignore tests/fidelity/test_half_precision.py  # moescope verify's
 lane_0.33 := VLLM_TARGET_DEVICE=cpu \
