@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from moescope.errors import CommandError, FormatError
-from moescope.filters import EVERY, OPTIONS, Filter
 from moescope.received import MAX_BYTES, parse_json
 
 _ARROW_FILE = b"ARROW1"
@@ -33,41 +32,12 @@ class ColumnsFile:
                 "the file that it was made of"
             )
 
-    def batches(
-        self, num_rows: int, columns: Sequence[str] | None = None, where: Filter = EVERY
-    ) -> Iterator[Any]:
-        """Yield record batches.
-
-        Args:
-            num_rows: Of each, at most.
-            columns: Their columns; all where None.
-            where: Which traces; batches without any are left out.
-
-        Raises:
-            CommandError: The file is none of an archive, whose traces alone can be chosen.
-        """
-        if not where:
-            yield from self._batches(num_rows, columns, where)
-            return
-        if "archive" not in self.shared:
-            raise CommandError(f"it is no file of an archive, from which alone {OPTIONS} choose")
-        from moescope.archive.table import FILTERED, mask  # noqa: PLC0415 - needs pyarrow
-
-        columns = self.names if columns is None else columns
-        for batch in self._batches(num_rows, [*dict.fromkeys([*columns, *FILTERED])], where):
-            some = batch.filter(mask(batch, where)).select([*columns])
-            if len(some):
-                yield some
-
-    def _batches(
-        self, num_rows: int, columns: Sequence[str] | None, where: Filter
-    ) -> Iterator[Any]:
+    def batches(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """Yield record batches, every value checked.
 
         Args:
             num_rows: Of each, at most.
             columns: Their columns; all where None.
-            where: Which traces are wanted; others may be among them.
         """
         raise NotImplementedError
 
@@ -116,15 +86,8 @@ class _Parquet(ColumnsFile):
         super().__init__(schema.names, schema.metadata)
         self._file = file
 
-    def _batches(
-        self, num_rows: int, columns: Sequence[str] | None, where: Filter
-    ) -> Iterator[Any]:
-        row_groups = None
-        if where:
-            from moescope.archive.reading import groups  # noqa: PLC0415 - needs pyarrow
-
-            row_groups = groups(self._file, where)
-        for batch in self._file.iter_batches(num_rows, columns=columns, row_groups=row_groups):
+    def batches(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        for batch in self._file.iter_batches(num_rows, columns=columns):
             batch.validate(full=True)
             yield batch
 
@@ -134,10 +97,7 @@ class _Arrow(ColumnsFile):
         super().__init__(reader.schema.names, reader.schema.metadata)
         self._reader, self._is_file = reader, is_file
 
-    def _batches(
-        self, num_rows: int, columns: Sequence[str] | None, where: Filter
-    ) -> Iterator[Any]:
-        del where  # row groups are Parquet's
+    def batches(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
         reader = self._reader
         whole = map(reader.get_batch, range(reader.num_record_batches)) if self._is_file else reader
         for batch in whole:

@@ -12,14 +12,13 @@ from analysis_reference import random_trace
 from pyarrow import parquet
 from rich.console import Console
 
-from moescope import arrow, formats
+from moescope import arrow, formats, route_files
 from moescope.analyze import inputs
 from moescope.analyze import run as analyzing
 from moescope.archive import Archive, Archived
 from moescope.archive.layout import Part
 from moescope.archive.table import to_table
 from moescope.cli import main
-from moescope.columns_file import columns_file
 from moescope.errors import CommandError, FormatError
 from moescope.filters import Filter
 from moescope.trace import Source
@@ -152,11 +151,11 @@ def test_of_row_groups_without_a_chosen_trace_the_routes_are_not_read(archive, c
         list(inputs.read(*inputs.find([str(path)])))
 
 
-def test_no_batch_is_without_rows(archive):
-    with columns_file(files_of(archive)[1]) as file:
-        numbers = [batch["number"].to_pylist() for batch in file.batches(6, ["number"], LATER)]
-    assert [number for batch in numbers for number in batch] == [4] * ENTRIES[3].trace.num_tokens
-    assert all(numbers)
+def test_no_part_of_another_trace_is_read(archive):
+    _, found = route_files.read(files_of(archive)[1], where=LATER)
+    sizes = [(kept.trace.request_id, kept.trace.num_rows) for kept in found]
+    chosen = ENTRIES[3].trace
+    assert sizes == [(chosen.request_id, chosen.num_rows)]
 
 
 def test_nothing_chosen_says_what_there_is(archive):
@@ -188,11 +187,17 @@ def test_what_is_no_archive_is_refused(archive, tmp_path):
     for name in ("a.npz", "a.parquet", "a.jsonl"):
         with pytest.raises(CommandError, match=f"{name} is no file of an archive: --since"):
             inputs.find([str(archive), str(tmp_path / name)], Filter(model="tiny"))
-    with (
-        columns_file(tmp_path / "a.parquet") as file,
-        pytest.raises(CommandError, match="no file of an archive"),
-    ):
-        list(file.batches(9, where=Filter(model="tiny")))
+    with pytest.raises(CommandError, match="no file of an archive"):
+        route_files.read(tmp_path / "a.parquet", where=Filter(model="tiny"))
+
+
+def test_a_file_that_is_named_as_one_of_an_archive_is_refused(archive, tmp_path):
+    """By its name it is not opened at first; no command reads it unfiltered."""
+    path = files_of(archive)[-1]
+    path.write_bytes(arrow.dump_parquet([ENTRIES[0].trace]))
+    found = inputs.find([str(archive)], Filter(model="tiny"))
+    with pytest.raises(CommandError, match=f"{path.name}: it is no file of an archive"):
+        list(inputs.traces(next(one for one in found if one.path == path)))
 
 
 def test_a_file_of_an_archive_is_one_wherever_it_lies(archive, tmp_path):

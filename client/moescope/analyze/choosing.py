@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moescope import route_files
 from moescope.columns_file import columns_file, require
 from moescope.errors import CommandError
 from moescope.filters import OPTIONS, Filter, moment
@@ -55,8 +56,9 @@ def _overlaps(path: Path, where: Filter) -> bool:
 
 
 def _has(path: Path, where: Filter) -> bool:
-    with named(path), columns_file(path) as file:
-        return next(file.batches(_NUM_ROWS, ["number"], where), None) is not None
+    with named(path):
+        _, traces = route_files.read(path, where=where)
+        return next(traces, None) is not None
 
 
 def _there(paths: Sequence[Path]) -> str:

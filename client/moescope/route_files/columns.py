@@ -24,7 +24,8 @@ from moescope.archive.reading import entries
 from moescope.arrow.long import METADATA
 from moescope.arrow.long import of as long_of
 from moescope.columns_file import columns_file
-from moescope.filters import EVERY, Filter
+from moescope.errors import CommandError
+from moescope.filters import EVERY, OPTIONS, Filter
 from moescope.received import MAX_BYTES
 from moescope.route_files.spool import Kept, Server, Stored
 from moescope.trace import RouteTrace
@@ -139,6 +140,7 @@ def read(path: Path, where: Filter = EVERY) -> tuple[Server, Iterator[Kept]]:
         where: Which traces, of a file of an archive.
 
     Raises:
+        CommandError: It is of no archive, and not all traces are wanted.
         FormatError: It is of the long form, or a table of something else.
         Exception: It is no such file; what it is depends on where it is broken.
     """
@@ -146,6 +148,8 @@ def read(path: Path, where: Filter = EVERY) -> tuple[Server, Iterator[Kept]]:
         if "archive" in file.shared:
             spec = file.shared["spec"]
             return {name: spec[name] for name in ("device", "seed")}, _archived(path, where)
+        if where:
+            raise CommandError(f"it is no file of an archive, from which alone {OPTIONS} choose")
         return file.shared.get("server", {}), _traces(path)
 
 
