@@ -14,6 +14,10 @@ DEMO_DIR ?= runs/demo
 FIDELITY_DIR ?= runs/fidelity
 BENCH_DIR ?= runs/bench
 GPU_DIR ?= runs/gpu
+# So many processes test at once, each whole files: a server's start keeps one core busy.
+TEST_PROCESSES ?= 2
+PYTEST := -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+	--no-loadscope-reorder
 # Of benchmarks.gpu.run: --model, --gsm8k FILE where no hub is reached, --gate-scale; of vLLM.
 GPU_OPTIONS ?=
 GPU_FLAGS ?=
@@ -65,10 +69,10 @@ test: ## Run every test, and print what each stage took: about 45 minutes on 2 c
 	done
 
 test-unit: $(LIGHT)/.unit ## Unit tests, with the light base alone
-	$(LIGHT)/bin/python -m pytest tests/unit
+	$(LIGHT)/bin/python $(PYTEST) tests/unit
 
 test-contract: $(VENV)/.test $(S3)/.done ## The real app and collector around a fake engine; packages, pages
-	MOESCOPE_S3_SERVER=$(abspath $(S3))/bin/moto_server $(BIN)/python -m pytest \
+	MOESCOPE_S3_SERVER=$(abspath $(S3))/bin/moto_server $(BIN)/python $(PYTEST) \
 		tests/contract tests/fuzz tests/packaging tests/docs/test_docs.py \
 		tests/docs/test_console.py
 
@@ -79,14 +83,14 @@ $(S3)/.done: requirements/s3.txt
 	@touch $@
 
 test-kernels: $(VENV)/.test ## GPU kernels, interpreted where there is no GPU; rest is skipped
-	$(BIN)/python -m pytest tests/kernels tests/gpu
+	$(BIN)/python $(PYTEST) tests/kernels tests/gpu
 
 test-e2e: $(VENV)/.test ## Real vLLM servers on the CPU: behavior, dashboards, the documents' code
-	$(BIN)/python -m pytest tests/e2e tests/page tests/dashboards tests/docs/test_code.py \
+	$(BIN)/python $(PYTEST) tests/e2e tests/page tests/dashboards tests/docs/test_code.py \
 		tests/docs/test_examples.py
 
 test-fidelity: $(VENV)/.test ## Every row against HF transformers: schemes, situations, ranks
-	$(BIN)/python -m pytest tests/fidelity
+	$(BIN)/python $(PYTEST) tests/fidelity
 
 # One vLLM a lane: what requirements/vllm-VERSION.txt lists, on top of .venv.
 LANES := .lanes
@@ -122,7 +126,7 @@ lane_0.33 := VLLM_TARGET_DEVICE=cpu \
 lanes_done := $(VERSIONS:%=$(LANES)/%/.done)
 test-versions: $(lanes_done) ## Test every supported vLLM, and write down what passed
 	$(foreach version,$(VERSIONS),$(foreach stage,$(STAGES), \
-		PYTHONPATH=$(abspath $(LANES)/$(version)) $(lane_$(version)) $(BIN)/python -m pytest \
+		PYTHONPATH=$(abspath $(LANES)/$(version)) $(lane_$(version)) $(BIN)/python $(PYTEST) \
 		$(stage_$(stage)) -p tests.versions.evidence --evidence $(stage) &&)) true
 
 vllm-diff: $(VENV)/.done ## Show what changed in what moescope relies on: FROM=0.32.0 TO=0.33.0
@@ -131,7 +135,7 @@ vllm-diff: $(VENV)/.done ## Show what changed in what moescope relies on: FROM=0
 fidelity: $(VENV)/.test ## Compare routes with HF transformers', and write the table
 	mkdir -p $(FIDELITY_DIR)
 	rm -f $(FIDELITY_DIR)/cells.jsonl
-	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python -m pytest tests/fidelity
+	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python $(PYTEST) tests/fidelity
 	$(BIN)/python -m benchmarks.fidelity.table $(FIDELITY_DIR)/cells.jsonl \
 		benchmarks/results/fidelity/gpu.jsonl --out benchmarks/results/fidelity/TABLE.md
 

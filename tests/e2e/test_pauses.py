@@ -62,7 +62,7 @@ def test_an_engine_that_stops_for_a_while(
     threads: ThreadPoolExecutor,
 ) -> None:
     before, meanwhile, after = (f"{name} {stop}" for name in ("before", "meanwhile", "after"))
-    stream = ask(chat, before, max_tokens=900, stream=True)
+    stream = ask(chat, before, max_tokens=300, stream=True)
     for _ in range(3):
         next(stream)
     post(eager_server, stop)
@@ -74,7 +74,7 @@ def test_an_engine_that_stops_for_a_while(
     (trace,) = eager.routes(before, wait_s=30)
     assert reasons[-1] == trace.finish_reason == ("length" if "keep" in stop else "abort")
     assert trace.coverage == 1.0
-    assert (trace.num_tokens == trace.prompt_len + 900) == ("keep" in stop)
+    assert (trace.num_tokens == trace.prompt_len + 300) == ("keep" in stop)
 
     refusal = answer.exception(timeout=60)
     (trace,) = eager.routes(meanwhile, wait_s=30)

