@@ -62,7 +62,7 @@ setup-dev: $(VENV)/.test $(VENV)/.dev $(LIGHT)/.unit ## Both, with tools for tes
 demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 8 minutes on 2 cores
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR) --force
 
-test: ## Run every test, and print what each stage took: about 45 minutes on 2 cores
+test: ## Run every test, and print what each stage took: 25 to 60 minutes on 2 cores
 	@for stage in unit contract kernels e2e fidelity; do \
 		SECONDS=0; $(MAKE) --no-print-directory test-$$stage || exit; \
 		echo "== make test-$$stage: $$SECONDS s"; \
@@ -89,7 +89,7 @@ test-e2e: $(VENV)/.test ## Real vLLM servers on the CPU: behavior, dashboards, t
 	$(BIN)/python $(PYTEST) tests/e2e tests/page tests/dashboards tests/docs/test_code.py \
 		tests/docs/test_examples.py
 
-test-fidelity: $(VENV)/.test ## Every row against HF transformers: schemes, situations, ranks
+test-fidelity: $(VENV)/.test ## Rows against HF transformers: schemes, situations, ranks
 	$(BIN)/python $(PYTEST) tests/fidelity
 
 # One vLLM a lane: what requirements/vllm-VERSION.txt lists, on top of .venv.
@@ -132,7 +132,7 @@ test-versions: $(lanes_done) ## Test every supported vLLM, and write down what p
 vllm-diff: $(VENV)/.done ## Show what changed in what moescope relies on: FROM=0.32.0 TO=0.33.0
 	$(BIN)/python -m tests.versions.diff $(FROM) $(TO)
 
-fidelity: $(VENV)/.test ## Compare routes with HF transformers', and write the table
+fidelity: $(VENV)/.test ## Compare every route with HF transformers', and write the table
 	mkdir -p $(FIDELITY_DIR)
 	rm -f $(FIDELITY_DIR)/cells.jsonl
 	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python $(PYTEST) tests/fidelity

@@ -15,7 +15,7 @@ from moescope_service.verify.comparison import Counts
 from moescope_service.verify.reference import Reference
 from moescope_service.verify.run import MIN_CONTROL
 
-from .conftest import HALF, HALVED, halved_place, place
+from .conftest import HALVED, halved_place, place
 from .judging import Judged, judge, without_bias
 from .schemes import HYBRID, SCHEMES, Scheme
 
@@ -109,8 +109,7 @@ def check_swapped_weights(judged: Judged) -> None:
 
 WRONG = [
     (scheme, dtype)
-    for scheme in SCHEMES
-    for dtype in HALF
+    for scheme, dtype in HALVED
     if not scheme.has_bias_in_vllm or (scheme.name, dtype) in MISCOMPUTED
 ]
 
@@ -139,15 +138,15 @@ def test_a_server_that_computes_another_model_fails(
 def test_a_trace_of_another_model_is_told(
     scheme: Scheme, models: Path, halved: Path, changes: dict, words: str
 ) -> None:
-    (trace, *_) = formats.load_npz(halved_place(halved, scheme, HALF[0]).read_bytes())
+    (trace, *_) = formats.load_npz(halved_place(halved, scheme, "bfloat16").read_bytes())
     with pytest.raises(CommandError, match=words):
-        judge(scheme, place(models, scheme), HALF[0], [dataclasses.replace(trace, **changes)])
+        judge(scheme, place(models, scheme), "bfloat16", [dataclasses.replace(trace, **changes)])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[:1], ids=lambda scheme: scheme.name)
 def test_a_token_beyond_the_vocabulary_is_told(scheme: Scheme, models: Path, halved: Path) -> None:
-    (trace, *_) = formats.load_npz(halved_place(halved, scheme, HALF[0]).read_bytes())
-    reference = Reference(str(place(models, scheme)), scheme.layers, "float64", HALF[0], "cpu")
+    (trace, *_) = formats.load_npz(halved_place(halved, scheme, "bfloat16").read_bytes())
+    reference = Reference(str(place(models, scheme)), scheme.layers, "float64", "bfloat16", "cpu")
     tokens = trace.token_ids[:-1].copy()
     tokens[5] = 512
     with pytest.raises(CommandError, match=r"has the token 512, the checkpoint.s vocabulary 512"):
