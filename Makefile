@@ -16,6 +16,8 @@ BENCH_DIR ?= runs/bench
 GPU_DIR ?= runs/gpu
 # So many processes test at once, each whole files: a server's start keeps one core busy.
 TEST_PROCESSES ?= 2
+# A thread to a process: what they compute is small, and they share the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 PYTEST := -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
 	--no-loadscope-reorder
 # Of benchmarks.gpu.run: --model, --gsm8k FILE where no hub is reached, --gate-scale; of vLLM.
@@ -86,11 +88,11 @@ test-kernels: $(VENV)/.test ## GPU kernels, interpreted where there is no GPU; r
 	$(BIN)/python $(PYTEST) tests/kernels tests/gpu
 
 test-e2e: $(VENV)/.test ## Real vLLM servers on the CPU: behavior, dashboards, the documents' code
-	$(BIN)/python $(PYTEST) tests/e2e tests/page tests/dashboards tests/docs/test_code.py \
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) tests/e2e tests/page tests/dashboards tests/docs/test_code.py \
 		tests/docs/test_examples.py
 
 test-fidelity: $(VENV)/.test ## Rows against HF transformers: schemes, situations, ranks
-	$(BIN)/python $(PYTEST) tests/fidelity
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) tests/fidelity
 
 # One vLLM a lane: what requirements/vllm-VERSION.txt lists, on top of .venv.
 LANES := .lanes
@@ -126,8 +128,8 @@ lane_0.33 := VLLM_TARGET_DEVICE=cpu \
 lanes_done := $(VERSIONS:%=$(LANES)/%/.done)
 test-versions: $(lanes_done) ## Test every supported vLLM, and write down what passed
 	$(foreach version,$(VERSIONS),$(foreach stage,$(STAGES), \
-		PYTHONPATH=$(abspath $(LANES)/$(version)) $(lane_$(version)) $(BIN)/python $(PYTEST) \
-		$(stage_$(stage)) -p tests.versions.evidence --evidence $(stage) &&)) true
+		PYTHONPATH=$(abspath $(LANES)/$(version)) $(lane_$(version)) $(ONE_THREAD) \
+		$(BIN)/python $(PYTEST) $(stage_$(stage)) -p tests.versions.evidence --evidence $(stage) &&)) true
 
 vllm-diff: $(VENV)/.done ## Show what changed in what moescope relies on: FROM=0.32.0 TO=0.33.0
 	$(BIN)/python -m tests.versions.diff $(FROM) $(TO)
@@ -135,7 +137,7 @@ vllm-diff: $(VENV)/.done ## Show what changed in what moescope relies on: FROM=0
 fidelity: $(VENV)/.test ## Compare every route with HF transformers', and write the table
 	mkdir -p $(FIDELITY_DIR)
 	rm -f $(FIDELITY_DIR)/cells.jsonl
-	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(BIN)/python $(PYTEST) tests/fidelity
+	MOESCOPE_CELLS=$(abspath $(FIDELITY_DIR))/cells.jsonl $(ONE_THREAD) $(BIN)/python $(PYTEST) tests/fidelity
 	$(BIN)/python -m benchmarks.fidelity.table $(FIDELITY_DIR)/cells.jsonl \
 		benchmarks/results/fidelity/gpu.jsonl --out benchmarks/results/fidelity/TABLE.md
 

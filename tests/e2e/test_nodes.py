@@ -9,7 +9,7 @@ import pytest
 from benchmarks.gpu import nodes
 from moescope_service import bundled_model
 
-# Not with --enforce-eager: vLLM 0.32.0 does not run pipeline stages on the CPU with it.
+# Compiled, since vLLM 0.32.0 does not run pipeline stages on the CPU with ``--enforce-eager``.
 FLAGS = ("--max-model-len", "512", "--max-num-seqs", "8")
 
 
@@ -17,7 +17,6 @@ def test_a_link_that_is_cut_for_5_s_costs_rows_with_their_cause_and_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # traced, but not compiled, which takes a minute
     model = str(bundled_model.path())
     with nodes.serve_nodes(model, "pp2", FLAGS, tmp_path, gpus=False) as running:
         seen = nodes.measure(running, model)

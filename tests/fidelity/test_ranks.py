@@ -25,7 +25,6 @@ from tests.fidelity.test_models import SITUATION, compare, load
 
 # One core for each of two workers: vLLM cannot tell where there is a single NUMA node.
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-TRACED_ONLY = {"VLLM_CPU_CI_ENV": "1"}
 TENSOR_PARALLEL = [scheme for scheme in SCHEMES if "Qwen2" in scheme.name or "V3" in scheme.name]
 
 
@@ -58,13 +57,12 @@ def test_tensor_parallel_workers_give_one_trace(
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two pipeline stages of three layers each, and two API servers.
 
-    Traced by dynamo, since vLLM 0.32.0 does not run pipeline stages on the CPU with
-    ``--enforce-eager``; not compiled, which takes a minute.
+    Compiled, since vLLM 0.32.0 does not run pipeline stages on the CPU with ``--enforce-eager``.
     """
     log = tmp_path_factory.mktemp("staged") / "staged.log"
     flags = ("--pipeline-parallel-size", "2", "--api-server-count", "2")
     flags += ("--enable-log-requests",)
-    with serve(log, *flags, eager=False, env={**TWO_WORKERS, **TRACED_ONLY}) as served:
+    with serve(log, *flags, eager=False, env=TWO_WORKERS) as served:
         yield served
 
 
