@@ -14,12 +14,11 @@ DEMO_DIR ?= runs/demo
 FIDELITY_DIR ?= runs/fidelity
 BENCH_DIR ?= runs/bench
 GPU_DIR ?= runs/gpu
-# So many processes test at once, each whole files: a server's start keeps one core busy.
+# So many processes test at once, each whole files: a server that starts keeps one core busy.
 TEST_PROCESSES ?= 2
 # A thread to a process: what they compute is small, and they share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
-PYTEST := -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
-	--no-loadscope-reorder
+PYTEST := -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # Of benchmarks.gpu.run: --model, --gsm8k FILE where no hub is reached, --gate-scale; of vLLM.
 GPU_OPTIONS ?=
 GPU_FLAGS ?=
