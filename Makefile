@@ -60,7 +60,7 @@ setup: $(VENV)/.done ## Make .venv with what serves and measures, for the CPU
 setup-light: $(LIGHT)/.done ## Make .venv-light with the light base
 setup-dev: $(VENV)/.test $(VENV)/.dev $(LIGHT)/.unit ## Both, with tools for tests and lint
 
-demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 8 minutes on 2 cores
+demo: setup ## Serve the bundled model, replay, fetch, draw, measure: 3 to 10 minutes on 2 cores
 	$(BIN)/moescope demo --run-dir $(DEMO_DIR) --force
 
 test: ## Run every test, and print what each stage took: 25 to 60 minutes on 2 cores
